@@ -1,0 +1,58 @@
+// The schemas of torch.ops.rcp_kernels, and the empty Python module whose import registers everything.
+#include <Python.h>
+
+#include <torch/csrc/stable/library.h>
+
+#include "rcp/isa.h"
+
+STABLE_TORCH_LIBRARY(rcp_kernels, m) {
+  m.def("quantize_activation(Tensor x, int bits, float clip=1.0, bool packed=False) -> (Tensor, Tensor)");
+  m.def(
+      "lut_linear(Tensor x, Tensor weight, Tensor? bias, int out_features, int in_features, int bits, int group_size, "
+      "int act_bits, float clip=1.0) -> Tensor");
+  m.def(
+      "pack_weight(Tensor codes, Tensor levels, Tensor scales, Tensor tensor_scale, int in_features, int bits, int "
+      "group_size) "
+      "-> Tensor");
+  m.def(
+      "unpack_weight(Tensor weight, int out_features, int in_features, int bits, int group_size) -> (Tensor codes, "
+      "Tensor "
+      "levels, Tensor scales, Tensor tensor_scale)");
+  m.def("plain_read(Tensor buffer, int streams) -> int");
+  m.def("cpu_isa() -> int");
+  m.def("cpu_isa_supported() -> int");
+  m.def("set_cpu_isa(int isa) -> int");
+}
+
+namespace {
+
+int64_t cpu_isa() {
+  return static_cast<int64_t>(rcp::current_isa());
+}
+int64_t cpu_isa_supported() {
+  return static_cast<int64_t>(rcp::supported_isa());
+}
+int64_t set_cpu_isa(int64_t isa) {
+  return static_cast<int64_t>(rcp::set_isa(static_cast<int>(isa)));
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(rcp_kernels, CompositeExplicitAutograd, m) {
+  m.impl("cpu_isa", TORCH_BOX(&cpu_isa));
+  m.impl("cpu_isa_supported", TORCH_BOX(&cpu_isa_supported));
+  m.impl("set_cpu_isa", TORCH_BOX(&set_cpu_isa));
+}
+
+extern "C" __attribute__((visibility("default"))) PyObject* PyInit__C(void) {
+  static PyModuleDef module = {PyModuleDef_HEAD_INIT,
+                               "_C",
+                               "Native ops of rcp_kernels; see torch.ops.rcp_kernels.",
+                               -1,
+                               nullptr,
+                               nullptr,
+                               nullptr,
+                               nullptr,
+                               nullptr};
+  return PyModule_Create(&module);
+}

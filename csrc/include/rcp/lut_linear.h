@@ -1,0 +1,238 @@
+// y = x W^T + bias for a packed weight: prepares the activations, picks the kernel, deals out row blocks.
+#pragma once
+
+#include <cstdlib>
+#include <limits>
+#include <memory>
+#include <new>
+#include <optional>
+
+#include "rcp/isa.h"
+#include "rcp/lut_linear_call.h"
+#include "rcp/lut_linear_scalar.h"
+#include "rcp/parallel.h"
+#include "rcp/quantize_activation.h"
+#if RCP_X86
+#include "rcp/lut_linear_amx.h"
+#include "rcp/lut_linear_avx2.h"
+#include "rcp/lut_linear_avx512.h"
+#endif
+
+namespace rcp {
+
+struct LutLinearArguments {
+  WeightShape shape;
+  const uint8_t* packed;  // header and chunks
+  float tensor_scale;     // from the header
+  const void* x;          // [tokens][columns], contiguous
+  FloatType type;         // of x and y
+  int64_t tokens;
+  int act_bits;
+  float clip;
+  const void* bias;  // [rows] or null
+  FloatType bias_type;
+  void* y;  // [tokens][rows], contiguous
+};
+
+namespace detail {
+
+// 64-byte aligned working memory of one call.
+class Scratch {
+ public:
+  explicit Scratch(int64_t bytes) : base_(std::aligned_alloc(64, static_cast<std::size_t>((bytes + 63) / 64 * 64))) {
+    if (base_ == nullptr) throw std::bad_alloc();
+  }
+  template <class T>
+  T* take(int64_t count) {
+    T* part = reinterpret_cast<T*>(static_cast<char*>(base_.get()) + used_);
+    used_ += size_of<T>(count);
+    return part;
+  }
+  template <class T>
+  static int64_t size_of(int64_t count) {
+    return (count * static_cast<int64_t>(sizeof(T)) + 63) / 64 * 64;
+  }
+
+ private:
+  struct Free {
+    void operator()(void* p) const { std::free(p); }
+  };
+  std::unique_ptr<void, Free> base_;
+  int64_t used_ = 0;
+};
+
+struct Plan {
+  LutLinearKernel kernel;
+  ActivationOrder order = ActivationOrder::rows;
+  int64_t tiles = 1;
+  int64_t row_multiple = 1;  // q gets zero rows up to a multiple of this
+};
+
+template <int BITS>
+Plan plan_for(Isa isa, int64_t tokens, int act_bits) {
+  const bool integer = act_bits != 16;
+#if RCP_X86
+  // AMX from 16 tokens, a full tile; below that its tiles run partly empty and VNNI is as fast.
+  if (isa == Isa::amx && integer && tokens >= 16) {
+    return {amx::lut_linear_many<BITS, amx::AmxTiles>, ActivationOrder::rows, 1, 16};
+  }
+  if (isa >= Isa::avx512) {
+    const int64_t tiles = tokens <= avx512::few_tokens ? 1 : (tokens + avx512::tile_tokens - 1) / avx512::tile_tokens;
+    return {avx512::kernel_for<BITS>(tokens, integer), ActivationOrder::tiled, tiles};
+  }
+  if (isa == Isa::avx2) {
+    const ActivationOrder order = act_bits == 8 ? ActivationOrder::planes : ActivationOrder::rows;
+    return {avx2::kernel_for<BITS>(integer, order == ActivationOrder::planes), order};
+  }
+#endif
+  (void)isa;
+  (void)tokens;
+  return {integer ? scalar::lut_linear<true> : scalar::lut_linear<false>};
+}
+
+inline Plan plan(Isa isa, int bits, int64_t tokens, int act_bits) {
+  if (bits == 2) return plan_for<2>(isa, tokens, act_bits);
+  if (bits == 3) return plan_for<3>(isa, tokens, act_bits);
+  return plan_for<4>(isa, tokens, act_bits);
+}
+
+// q = 16 * high + low with low in [0, 15], high in [-8, 7].
+inline void split_nibbles(const int8_t* q, int64_t n, int8_t* low, int8_t* high) {
+  for (int64_t i = 0; i < n; ++i) {
+    low[i] = static_cast<int8_t>(q[i] & 15);
+    high[i] = static_cast<int8_t>((q[i] - low[i]) / 16);
+  }
+}
+
+// Below this many weight-token products a call runs on the calling thread alone: waking a second one costs about 5 us,
+// the time one AVX-512 core needs for half a million products.
+inline constexpr int64_t serial_products = 1 << 19;
+
+}  // namespace detail
+
+// Tokens are taken in blocks of at most this many, so that a kernel's totals stay in L1 beside the decoded weights.
+inline constexpr int64_t lut_linear_block_tokens = 128;
+
+// Throws std::invalid_argument for an x with NaN or Inf (integer activations only: 16-bit ones let them through, as
+// nn.Linear does).
+inline void lut_linear(const LutLinearArguments& a, Isa isa, const ThreadPool& pool,
+                       detail::Plan (*plan)(Isa, int, int64_t, int) = detail::plan) {
+  const WeightShape& shape = a.shape;
+  const int64_t groups = shape.groups(), padded = shape.padded_group(), width = groups * padded;
+  const bool integer = a.act_bits != 16;
+  const QuantizeKernels kernels = quantize_kernels(isa);
+  const float qmax = quantization_maximum(a.act_bits);
+  const int64_t most = std::min(a.tokens, lut_linear_block_tokens);
+  const int64_t bias_floats = a.bias == nullptr ? 0 : shape.row_blocks() * 16;
+  using detail::Scratch;
+  // AMX pads to 16 tokens, AVX2 splits into two planes.
+  const int64_t most_rows = std::max((most + 15) / 16 * 16, 2 * most);
+  Scratch scratch(Scratch::size_of<float>(bias_floats) + Scratch::size_of<float>(most) +
+                  (integer ? Scratch::size_of<int32_t>(groups * most) + Scratch::size_of<int8_t>(most_rows * width) +
+                                 Scratch::size_of<int8_t>(most * padded)
+                           : Scratch::size_of<float>(most * width)));
+  float* bias = nullptr;
+  if (a.bias != nullptr) {
+    bias = scratch.take<float>(bias_floats);
+    for (int64_t n = 0; n < bias_floats; ++n) bias[n] = n < shape.rows ? load_float(a.bias, a.bias_type, n) : 0.0f;
+  }
+  float* factor = scratch.take<float>(most);
+  int32_t* correction = integer ? scratch.take<int32_t>(groups * most) : nullptr;
+  int8_t* q = integer ? scratch.take<int8_t>(most_rows * width) : nullptr;
+  int8_t* plain = integer ? scratch.take<int8_t>(most * padded) : nullptr;
+  float* x = integer ? nullptr : scratch.take<float>(most * width);
+
+  for (int64_t token0 = 0; token0 < a.tokens; token0 += most) {
+    const int64_t tokens = std::min(most, a.tokens - token0);
+    const detail::Plan chosen = plan(isa, shape.bits, tokens, a.act_bits);
+    const int64_t rows = chosen.order == ActivationOrder::planes ? 2 * tokens : tokens;
+    const int64_t q_rows = (rows + chosen.row_multiple - 1) / chosen.row_multiple * chosen.row_multiple;
+    std::atomic<int64_t> bad_token{std::numeric_limits<int64_t>::max()};
+
+    const auto prepare_float = [&](int64_t begin, int64_t end) {
+      for (int64_t m = begin; m < end; ++m) {
+        const void* row = advance(a.x, a.type, (token0 + m) * shape.columns);
+        factor[m] = a.tensor_scale;
+        for (int64_t g = 0; g < groups; ++g) {
+          float* out = x + (g * tokens + m) * padded;
+          const int64_t n = std::min(shape.group_size, shape.columns - g * shape.group_size);
+          for (int64_t k = 0; k < n; ++k) out[k] = load_float(row, a.type, g * shape.group_size + k);
+          std::fill(out + n, out + padded, 0.0f);
+        }
+      }
+    };
+    const auto prepare_integer = [&](int64_t begin, int64_t end) {
+      for (int64_t m = begin; m < end; ++m) {
+        const void* row = advance(a.x, a.type, (token0 + m) * shape.columns);
+        bool finite = true;
+        const float scale = token_scale(kernels, row, a.type, shape.columns, qmax, a.clip, finite);
+        if (!finite) {
+          int64_t seen = bad_token.load();
+          while (token0 + m < seen && !bad_token.compare_exchange_weak(seen, token0 + m)) {
+          }
+          continue;
+        }
+        factor[m] = scale * a.tensor_scale;
+        const float inverse = scale > 0.0f ? 1.0f / scale : 0.0f;
+        int64_t tile = m * chosen.tiles / tokens;
+        while (tile_begin(tokens, chosen.tiles, tile + 1) <= m) ++tile;
+        const int64_t tile0 = tile_begin(tokens, chosen.tiles, tile);
+        const int64_t tile_size = tile_begin(tokens, chosen.tiles, tile + 1) - tile0;
+        // A tile of one token is already in its final order.
+        const bool direct =
+            chosen.order == ActivationOrder::rows || (chosen.order == ActivationOrder::tiled && tile_size == 1);
+        for (int64_t g = 0; g < groups; ++g) {
+          int8_t* out = direct ? q + (g * q_rows + m) * padded : plain + m * padded;
+          const int64_t n = std::min(shape.group_size, shape.columns - g * shape.group_size);
+          kernels.quantize(advance(row, a.type, g * shape.group_size), a.type, n, inverse, qmax, out);
+          std::fill(out + n, out + padded, static_cast<int8_t>(0));
+          correction[g * tokens + m] = -128 * kernels.sum(out, n);
+          if (direct) continue;
+          if (chosen.order == ActivationOrder::tiled) {
+            int8_t* to = q + (g * q_rows + tile0) * padded + 4 * (m - tile0);
+            for (int64_t k = 0; k < padded; k += 4) std::memcpy(to + k * tile_size, out + k, 4);
+          } else {
+            int8_t* low = q + (g * q_rows + 2 * m) * padded;
+            detail::split_nibbles(out, padded, low, low + padded);
+          }
+        }
+      }
+    };
+
+    const bool serial_prepare = tokens * width < (1 << 16);
+    const ThreadPool one{1, nullptr};
+    if (integer) {
+      parallel_pieces(serial_prepare ? one : pool, tokens, 4, prepare_integer);
+      for (int64_t g = 0; g < groups && q_rows > rows; ++g) {
+        std::fill(q + (g * q_rows + rows) * padded, q + (g + 1) * q_rows * padded, static_cast<int8_t>(0));
+      }
+    } else {
+      parallel_pieces(serial_prepare ? one : pool, tokens, 4, prepare_float);
+    }
+    if (bad_token.load() != std::numeric_limits<int64_t>::max()) {
+      throw std::invalid_argument("lut_linear: x must be finite to be quantized to " + std::to_string(a.act_bits) +
+                                  " bits, but token " + std::to_string(bad_token.load()) +
+                                  " holds NaN or Inf; find its source, or use act_bits=16, which lets them through");
+    }
+
+    const LutLinearCall call{shape,
+                             a.packed + sizeof(WeightHeader),
+                             tokens,
+                             q,
+                             q_rows,
+                             chosen.tiles,
+                             correction,
+                             x,
+                             factor,
+                             bias,
+                             static_cast<char*>(a.y) + token0 * shape.rows * static_cast<int64_t>(float_size(a.type)),
+                             a.type};
+    const bool serial = shape.rows * shape.columns * tokens < detail::serial_products;
+    // About eight pieces a thread, of an even number of row blocks (kernels work on pairs).
+    const int64_t piece = std::max<int64_t>(2, shape.row_blocks() / (8 * std::max(pool.threads, 1)) / 4 * 4);
+    parallel_pieces(serial ? one : pool, shape.row_blocks(), piece,
+                    [&](int64_t begin, int64_t end) { chosen.kernel(call, begin, end); });
+  }
+}
+
+}  // namespace rcp

@@ -1,0 +1,408 @@
+// AVX-512 with VNNI. A dword lane is a row, the activation (4 columns) a broadcast dword:
+//   vpsrld, vpternlogd (mask and lane offset at once), vpshufb (4 rows x 4 levels per 128-bit lane), vpdpbusd.
+#pragma once
+
+#include <algorithm>
+
+#include "rcp/lut_linear_call.h"
+#include "rcp/quantize_activation_avx512.h"
+
+namespace rcp::avx512 {
+
+// Turns 64 * BITS bytes of codes (32 columns) into 8 registers of level + 128: register i holds columns 4i..4i+3.
+template <int BITS>
+struct Decoder;
+
+RCP_AVX512 RCP_INLINE __m512i row_in_lane() {
+  return _mm512_set1_epi32(0x0c080400);
+}
+
+template <>
+struct Decoder<2> {
+  __m512i table;
+  // Bytes of a dword must all get the offset of their row: 0, 4, 8, 12 within a lane.
+  RCP_AVX512 RCP_INLINE static __m512i row_offset() {
+    return _mm512_shuffle_epi8(row_in_lane(),
+                               _mm512_broadcast_i32x4(_mm_set_epi32(0x03030303, 0x02020202, 0x01010101, 0)));
+  }
+  RCP_AVX512 RCP_INLINE void load(const uint8_t* chunk) { table = _mm512_loadu_si512(chunk); }
+  RCP_AVX512 RCP_INLINE static __m512i index(__m512i codes) {
+    return _mm512_ternarylogic_epi32(codes, _mm512_set1_epi8(3), row_offset(), 0xEA);  // (codes & 3) | offset
+  }
+  RCP_AVX512 RCP_INLINE void expand(const uint8_t* codes, __m512i w[8]) const {
+#pragma GCC unroll 2
+    for (int half = 0; half < 2; ++half) {
+      const __m512i c = _mm512_loadu_si512(codes + 64 * half);
+      w[4 * half + 0] = _mm512_shuffle_epi8(table, index(c));
+      w[4 * half + 1] = _mm512_shuffle_epi8(table, index(_mm512_srli_epi32(c, 2)));
+      w[4 * half + 2] = _mm512_shuffle_epi8(table, index(_mm512_srli_epi32(c, 4)));
+      w[4 * half + 3] = _mm512_shuffle_epi8(table, index(_mm512_srli_epi32(c, 6)));
+    }
+  }
+};
+
+template <>
+struct Decoder<3> {
+  Decoder<2> low;
+  __m512i high_table;
+  RCP_AVX512 RCP_INLINE void load(const uint8_t* chunk) {
+    low.load(chunk);
+    high_table = _mm512_loadu_si512(chunk + 64);
+  }
+  // The masked shuffle replaces the bytes whose third bit is set: needs no VBMI, and on Zen 5 is no slower than
+  // vpermi2b.
+  RCP_AVX512 RCP_INLINE __m512i lookup(__m512i codes, __m512i high, int t) const {
+    const __m512i index = Decoder<2>::index(codes);
+    const __mmask64 upper = _mm512_test_epi8_mask(high, _mm512_set1_epi8(static_cast<char>(1 << t)));
+    return _mm512_mask_shuffle_epi8(_mm512_shuffle_epi8(low.table, index), upper, high_table, index);
+  }
+  RCP_AVX512 RCP_INLINE void expand(const uint8_t* codes, __m512i w[8]) const {
+    const __m512i high = _mm512_loadu_si512(codes + 128);
+#pragma GCC unroll 2
+    for (int half = 0; half < 2; ++half) {
+      const __m512i c = _mm512_loadu_si512(codes + 64 * half);
+      w[4 * half + 0] = lookup(c, high, 4 * half + 0);
+      w[4 * half + 1] = lookup(_mm512_srli_epi32(c, 2), high, 4 * half + 1);
+      w[4 * half + 2] = lookup(_mm512_srli_epi32(c, 4), high, 4 * half + 2);
+      w[4 * half + 3] = lookup(_mm512_srli_epi32(c, 6), high, 4 * half + 3);
+    }
+  }
+};
+
+template <>
+struct Decoder<4> {
+  __m512i table[4];
+  RCP_AVX512 RCP_INLINE void load(const uint8_t* chunk) {
+#pragma GCC unroll 4
+    for (int t = 0; t < 4; ++t) table[t] = _mm512_loadu_si512(chunk + 64 * t);
+  }
+  RCP_AVX512 RCP_INLINE void expand(const uint8_t* codes, __m512i w[8]) const {
+    const __m512i low_nibble = _mm512_set1_epi8(15);
+    __m512i c[4];
+#pragma GCC unroll 4
+    for (int t = 0; t < 4; ++t) c[t] = _mm512_loadu_si512(codes + 64 * t);
+#pragma GCC unroll 2
+    for (int half = 0; half < 2; ++half) {
+      __m512i v[4];
+#pragma GCC unroll 4
+      for (int t = 0; t < 4; ++t) {
+        const __m512i shifted = half ? _mm512_srli_epi32(c[t], 4) : c[t];
+        v[t] = _mm512_shuffle_epi8(table[t], _mm512_and_si512(shifted, low_nibble));
+      }
+      // Lane i of v[t] is 16 columns of row 4i + t: a 4x4 transpose of dwords in each lane brings rows side by side.
+      const __m512i a = _mm512_unpacklo_epi32(v[0], v[1]), b = _mm512_unpackhi_epi32(v[0], v[1]);
+      const __m512i d = _mm512_unpacklo_epi32(v[2], v[3]), e = _mm512_unpackhi_epi32(v[2], v[3]);
+      w[4 * half + 0] = _mm512_unpacklo_epi64(a, d);
+      w[4 * half + 1] = _mm512_unpackhi_epi64(a, d);
+      w[4 * half + 2] = _mm512_unpacklo_epi64(b, e);
+      w[4 * half + 3] = _mm512_unpackhi_epi64(b, e);
+    }
+  }
+};
+
+RCP_AVX512 RCP_INLINE __m512 load_scales(const uint8_t* scales) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(scales)));
+}
+
+RCP_AVX512 RCP_INLINE __m512i broadcast4(const int8_t* q) {
+  int32_t four;
+  std::memcpy(&four, q, 4);
+  return _mm512_set1_epi32(four);
+}
+
+RCP_AVX512 RCP_INLINE void store_block(const LutLinearCall& call, int64_t token, int64_t block, __m512 total) {
+  const __m512 bias = call.bias ? _mm512_loadu_ps(call.bias + 16 * block) : _mm512_setzero_ps();
+  const __m512 y = _mm512_fmadd_ps(total, _mm512_set1_ps(call.factor[token]), bias);
+  const __mmask16 mask = tail_mask(call.shape.rows - 16 * block);
+  const int64_t at = token * call.shape.rows + 16 * block;
+  switch (call.type) {
+    case FloatType::float32:
+      store16<FloatType::float32>(call.y, at, mask, y);
+      break;
+    case FloatType::float16:
+      store16<FloatType::float16>(call.y, at, mask, y);
+      break;
+    default:
+      store16<FloatType::bfloat16>(call.y, at, mask, y);
+  }
+}
+
+// How far ahead of its own loads a kernel asks for weights. One core of a Zen 5 server (4096 x 4096, 2 bits,
+// cold): 28.9 GB/s without, 32.4 with 4 KB, 33.7 with 8 KB, 33.4 with 16 KB; a plain read of the same memory 36.5.
+inline constexpr int64_t prefetch_bytes = 8192;
+
+RCP_AVX512 RCP_INLINE void prefetch_lines(const uint8_t* p, int lines) {
+#pragma GCC unroll 8
+  for (int i = 0; i < lines; ++i) _mm_prefetch(reinterpret_cast<const char*>(p + prefetch_bytes + 64 * i), _MM_HINT_T0);
+}
+
+// One chunk (16 rows x one group) against TOKENS tokens; each weight is decoded once. Few tokens get several
+// accumulators each, because a chain of dependent vpdpbusd would be bound by its latency.
+template <int BITS, int TOKENS>
+RCP_AVX512 RCP_INLINE void add_chunk(const uint8_t* chunk, int64_t padded, int64_t code_bytes, const int8_t* q,
+                                     const int32_t* correction, __m512 total[TOKENS]) {
+  constexpr int chains = TOKENS == 1 ? 4 : TOKENS == 2 ? 2 : 1;
+  Decoder<BITS> decoder;
+  decoder.load(chunk);
+  const uint8_t* codes = chunk + 16 * (1 << BITS);
+  prefetch_lines(chunk, (16 * (1 << BITS) + 32 + 63) / 64);
+  __m512i sum[TOKENS][chains];
+#pragma GCC unroll 16
+  for (int m = 0; m < TOKENS; ++m) {
+    sum[m][0] = _mm512_set1_epi32(correction[m]);
+#pragma GCC unroll 4
+    for (int c = 1; c < chains; ++c) sum[m][c] = _mm512_setzero_si512();
+  }
+  for (int64_t k = 0; k < padded; k += 32) {
+    __m512i w[8];
+    prefetch_lines(codes + 16 * (1 << BITS) + 32, BITS);
+    decoder.expand(codes, w);
+    codes += 64 * BITS;
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i) {
+#pragma GCC unroll 16
+      for (int m = 0; m < TOKENS; ++m) {
+        sum[m][i % chains] =
+            _mm512_dpbusd_epi32(sum[m][i % chains], w[i], broadcast4(q + (k + 4 * i) * TOKENS + 4 * m));
+      }
+    }
+  }
+  const __m512 scales = load_scales(chunk + 16 * (1 << BITS) + code_bytes);
+#pragma GCC unroll 16
+  for (int m = 0; m < TOKENS; ++m) {
+    __m512i all = sum[m][0];
+    if constexpr (chains == 2) all = _mm512_add_epi32(all, sum[m][1]);
+    if constexpr (chains == 4)
+      all = _mm512_add_epi32(_mm512_add_epi32(all, sum[m][1]), _mm512_add_epi32(sum[m][2], sum[m][3]));
+    total[m] = _mm512_fmadd_ps(scales, _mm512_cvtepi32_ps(all), total[m]);
+  }
+}
+
+// Up to 8 tokens: BLOCKS row blocks are walked at once. Intel cores with one sequential stream reach only three
+// quarters of what DRAM gives, four streams recover it; on Zen 5 one stream is best (33.7 GB/s against 23.8 with four).
+template <int BITS, int TOKENS, int BLOCKS>
+RCP_AVX512 void lut_linear_few(const LutLinearCall& call, int64_t begin, int64_t end) {
+  const WeightShape& shape = call.shape;
+  const int64_t groups = shape.groups(), padded = shape.padded_group(), code_bytes = shape.code_bytes();
+  const int64_t chunk_bytes = shape.chunk_bytes(), block_bytes = shape.block_bytes();
+  int64_t block = begin;
+  for (; block + BLOCKS <= end; block += BLOCKS) {
+    const uint8_t* chunk = call.blocks + block * block_bytes;
+    __m512 total[BLOCKS][TOKENS];
+    for (int b = 0; b < BLOCKS; ++b) {
+      for (int m = 0; m < TOKENS; ++m) total[b][m] = _mm512_setzero_ps();
+    }
+    for (int64_t g = 0; g < groups; ++g, chunk += chunk_bytes) {
+#pragma GCC unroll 4
+      for (int b = 0; b < BLOCKS; ++b) {
+        add_chunk<BITS, TOKENS>(chunk + b * block_bytes, padded, code_bytes, call.q + g * call.q_rows * padded,
+                                call.correction + g * TOKENS, total[b]);
+      }
+    }
+    for (int b = 0; b < BLOCKS; ++b) {
+      for (int m = 0; m < TOKENS; ++m) store_block(call, m, block + b, total[b][m]);
+    }
+  }
+  if constexpr (BLOCKS > 1) {
+    if (block < end) lut_linear_few<BITS, TOKENS, 1>(call, block, end);
+  }
+}
+
+// Decodes columns [k0, k0 + columns) of a chunk into a buffer, register i to out + i * stride.
+template <int BITS>
+RCP_AVX512 inline void decode_columns(const uint8_t* chunk, int64_t k0, int64_t columns, uint8_t* out, int64_t stride) {
+  Decoder<BITS> decoder;
+  decoder.load(chunk);
+  const uint8_t* codes = chunk + 16 * (1 << BITS) + k0 / 32 * 64 * BITS;
+  for (int64_t k = 0; k < columns; k += 32, codes += 64 * BITS) {
+    __m512i w[8];
+    prefetch_lines(codes, BITS);
+    decoder.expand(codes, w);
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i, out += stride) _mm512_store_si512(out, w[i]);
+  }
+}
+
+inline constexpr int64_t few_tokens = 8;
+
+// Many tokens: a pair of row blocks is decoded once per group into a buffer that stays in L1, [columns / 4][2][64], and
+// multiplied with tiles of up to 12 tokens: 24 accumulators, 14 loads for 24 vpdpbusd.
+inline constexpr int64_t tile_tokens = 12;
+inline constexpr int64_t tile_columns = 256;  // columns decoded at a time: 16 KB for the pair
+inline constexpr int64_t block_tokens = 128;  // tokens whose float totals (16 KB) are kept beside it
+
+struct Tile {
+  const uint8_t* weights;  // [columns / 4][2][64]
+  int64_t columns;
+  const int8_t* q;            // [columns / 4][TOKENS][4]
+  const int32_t* correction;  // [tokens]
+  bool first, last;           // of the group's pieces: a group longer than tile_columns keeps its sums in `sums`
+  int32_t* sums;              // [tokens][32]
+  float* totals;              // [tokens][32]
+  const uint8_t* scales[2];
+};
+
+// By value and with the branches outside the loops: read through a pointer and tested per register, the first and last
+// steps of a group took a fifth of the kernel's time.
+template <int TOKENS>
+RCP_AVX512 void multiply_tile(const Tile t) {
+  __m512i sum[TOKENS][2];
+  if (t.first) {
+#pragma GCC unroll 12
+    for (int m = 0; m < TOKENS; ++m) sum[m][0] = sum[m][1] = _mm512_set1_epi32(t.correction[m]);
+  } else {
+#pragma GCC unroll 12
+    for (int m = 0; m < TOKENS; ++m) {
+      sum[m][0] = _mm512_load_si512(t.sums + 32 * m);
+      sum[m][1] = _mm512_load_si512(t.sums + 32 * m + 16);
+    }
+  }
+  const uint8_t* weights = t.weights;
+  const int8_t* q = t.q;
+  for (int64_t k = 0; k < t.columns; k += 4, weights += 128, q += 4 * TOKENS) {
+    const __m512i w0 = _mm512_load_si512(weights), w1 = _mm512_load_si512(weights + 64);
+#pragma GCC unroll 12
+    for (int m = 0; m < TOKENS; ++m) {
+      const __m512i four = broadcast4(q + 4 * m);
+      sum[m][0] = _mm512_dpbusd_epi32(sum[m][0], w0, four);
+      sum[m][1] = _mm512_dpbusd_epi32(sum[m][1], w1, four);
+    }
+  }
+  if (t.last) {
+    const __m512 scales0 = load_scales(t.scales[0]), scales1 = load_scales(t.scales[1]);
+#pragma GCC unroll 12
+    for (int m = 0; m < TOKENS; ++m) {
+      float* total = t.totals + 32 * m;
+      _mm512_store_ps(total, _mm512_fmadd_ps(scales0, _mm512_cvtepi32_ps(sum[m][0]), _mm512_load_ps(total)));
+      _mm512_store_ps(total + 16, _mm512_fmadd_ps(scales1, _mm512_cvtepi32_ps(sum[m][1]), _mm512_load_ps(total + 16)));
+    }
+  } else {
+#pragma GCC unroll 12
+    for (int m = 0; m < TOKENS; ++m) {
+      _mm512_store_si512(t.sums + 32 * m, sum[m][0]);
+      _mm512_store_si512(t.sums + 32 * m + 16, sum[m][1]);
+    }
+  }
+}
+
+using TileKernel = void (*)(Tile);
+inline TileKernel tile_kernel(int64_t tokens) {
+  static const TileKernel kernels[] = {multiply_tile<1>, multiply_tile<2>,  multiply_tile<3>,  multiply_tile<4>,
+                                       multiply_tile<5>, multiply_tile<6>,  multiply_tile<7>,  multiply_tile<8>,
+                                       multiply_tile<9>, multiply_tile<10>, multiply_tile<11>, multiply_tile<12>};
+  return kernels[tokens - 1];
+}
+
+template <int BITS>
+RCP_AVX512 void lut_linear_many(const LutLinearCall& call, int64_t begin, int64_t end) {
+  const WeightShape& shape = call.shape;
+  const int64_t groups = shape.groups(), padded = shape.padded_group(), tokens = call.tokens;
+  alignas(64) uint8_t weights[tile_columns / 4 * 128];
+  alignas(64) float totals[block_tokens * 32];
+  alignas(64) int32_t sums[block_tokens * 32];
+  for (int64_t block = begin; block < end; block += 2) {
+    const uint8_t* chunks[2] = {call.blocks + block * shape.block_bytes(), nullptr};
+    chunks[1] = block + 1 < end ? chunks[0] + shape.block_bytes() : chunks[0];
+    std::fill_n(totals, tokens * 32, 0.0f);
+    for (int64_t g = 0; g < groups; ++g, chunks[0] += shape.chunk_bytes(), chunks[1] += shape.chunk_bytes()) {
+      for (int64_t k0 = 0; k0 < padded; k0 += tile_columns) {
+        const int64_t columns = std::min(tile_columns, padded - k0);
+        for (int b = 0; b < 2; ++b) decode_columns<BITS>(chunks[b], k0, columns, weights + 64 * b, 128);
+        const int64_t scale_at = shape.table_bytes() + shape.code_bytes();
+        for (int64_t tile = 0; tile < call.tiles; ++tile) {
+          const int64_t m = tile_begin(tokens, call.tiles, tile), count = tile_begin(tokens, call.tiles, tile + 1) - m;
+          const int8_t* q = call.q + (g * call.q_rows + m) * padded + k0 * count;
+          tile_kernel(count)({weights,
+                              columns,
+                              q,
+                              call.correction + g * tokens + m,
+                              k0 == 0,
+                              k0 + columns == padded,
+                              sums + 32 * m,
+                              totals + 32 * m,
+                              {chunks[0] + scale_at, chunks[1] + scale_at}});
+        }
+      }
+    }
+    for (int64_t m = 0; m < tokens; ++m) {
+      for (int64_t b = 0; b < 2 && block + b < end; ++b)
+        store_block(call, m, block + b, _mm512_load_ps(totals + 32 * m + 16 * b));
+    }
+  }
+}
+
+// 16-bit activations: the level as a float, one fused multiply-add per weight. The four columns of a dword keep an
+// accumulator each and are added in a fixed order.
+template <int BITS, int TOKENS>
+RCP_AVX512 void lut_linear_float_tile(const LutLinearCall& call, int64_t token, int64_t begin, int64_t end) {
+  const WeightShape& shape = call.shape;
+  const int64_t groups = shape.groups(), padded = shape.padded_group();
+  for (int64_t block = begin; block < end; ++block) {
+    const uint8_t* chunk = call.blocks + block * shape.block_bytes();
+    __m512 total[TOKENS];
+    for (int m = 0; m < TOKENS; ++m) total[m] = _mm512_setzero_ps();
+    for (int64_t g = 0; g < groups; ++g, chunk += shape.chunk_bytes()) {
+      Decoder<BITS> decoder;
+      decoder.load(chunk);
+      const uint8_t* codes = chunk + shape.table_bytes();
+      const float* x = call.x + (g * call.tokens + token) * padded;
+      __m512 parts[TOKENS][4];
+#pragma GCC unroll 16
+      for (int i = 0; i < 4 * TOKENS; ++i) parts[i / 4][i % 4] = _mm512_setzero_ps();
+      for (int64_t k = 0; k < padded; k += 32, codes += 64 * BITS) {
+        __m512i w[8];
+        prefetch_lines(codes, BITS);
+        decoder.expand(codes, w);
+#pragma GCC unroll 8
+        for (int i = 0; i < 8; ++i) {
+          const __m512i level = _mm512_xor_si512(w[i], _mm512_set1_epi8(-128));
+#pragma GCC unroll 4
+          for (int j = 0; j < 4; ++j) {
+            const __m512 weight = _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(level, 24 - 8 * j), 24));
+#pragma GCC unroll 4
+            for (int m = 0; m < TOKENS; ++m) {
+              parts[m][j] = _mm512_fmadd_ps(_mm512_set1_ps(x[m * padded + k + 4 * i + j]), weight, parts[m][j]);
+            }
+          }
+        }
+      }
+      const __m512 scales = load_scales(chunk + shape.table_bytes() + shape.code_bytes());
+#pragma GCC unroll 4
+      for (int m = 0; m < TOKENS; ++m) {
+        const __m512 sum =
+            _mm512_add_ps(_mm512_add_ps(parts[m][0], parts[m][1]), _mm512_add_ps(parts[m][2], parts[m][3]));
+        total[m] = _mm512_fmadd_ps(scales, sum, total[m]);
+      }
+    }
+    for (int m = 0; m < TOKENS; ++m) store_block(call, token + m, block, total[m]);
+  }
+}
+
+template <int BITS>
+RCP_AVX512 void lut_linear_float(const LutLinearCall& call, int64_t begin, int64_t end) {
+  // One row block at a time, so that its chunks are still in L2 when the next tokens need them.
+  for (int64_t block = begin; block < end; ++block) {
+    int64_t m = 0;
+    for (; m + 4 <= call.tokens; m += 4) lut_linear_float_tile<BITS, 4>(call, m, block, block + 1);
+    for (; m < call.tokens; ++m) lut_linear_float_tile<BITS, 1>(call, m, block, block + 1);
+  }
+}
+
+template <int BITS, int BLOCKS>
+inline LutLinearKernel kernel_for_few(int64_t tokens) {
+  static const LutLinearKernel kernels[] = {lut_linear_few<BITS, 1, BLOCKS>, lut_linear_few<BITS, 2, 1>,
+                                            lut_linear_few<BITS, 3, 1>,      lut_linear_few<BITS, 4, 1>,
+                                            lut_linear_few<BITS, 5, 1>,      lut_linear_few<BITS, 6, 1>,
+                                            lut_linear_few<BITS, 7, 1>,      lut_linear_few<BITS, 8, 1>};
+  return kernels[tokens - 1];
+}
+
+template <int BITS>
+inline LutLinearKernel kernel_for(int64_t tokens, bool integer) {
+  if (!integer) return lut_linear_float<BITS>;
+  if (tokens > few_tokens) return lut_linear_many<BITS>;
+  static const bool four_streams = detail::is_intel();
+  return four_streams ? kernel_for_few<BITS, 4>(tokens) : kernel_for_few<BITS, 1>(tokens);
+}
+
+}  // namespace rcp::avx512

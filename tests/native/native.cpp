@@ -1,0 +1,176 @@
+// numpy in, numpy out: the CPU kernels without torch in the process, for property tests and for the sanitizers.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+
+#include <thread>
+
+#include "rcp/lut_linear.h"
+#include "rcp/plain_read.h"
+#if RCP_X86
+#include "soft_tiles.h"
+#endif
+
+namespace py = pybind11;
+
+namespace {
+
+template <class T>
+using Array = py::array_t<T, py::array::c_style>;
+
+// Threads are started for every call, so that the thread sanitizer and the address sanitizer see them end.
+rcp::ThreadPool thread_pool(int threads) {
+  return {threads, [](int workers, void (*body)(void*), void* context) {
+            std::vector<std::thread> others;
+            for (int i = 1; i < workers; ++i) others.emplace_back(body, context);
+            body(context);
+            for (std::thread& t : others) t.join();
+          }};
+}
+
+rcp::FloatType float_type(const std::string& name) {
+  if (name == "float32") return rcp::FloatType::float32;
+  if (name == "float16") return rcp::FloatType::float16;
+  if (name == "bfloat16") return rcp::FloatType::bfloat16;
+  throw std::invalid_argument("float type must be float32, float16 or bfloat16, got " + name);
+}
+
+void require(bool holds, const char* rule) {
+  if (!holds) throw std::invalid_argument(rule);
+}
+
+// x is raw bytes: [tokens, columns] of the type.
+py::tuple quantize_activation(const Array<uint8_t>& x, const std::string& type_name, int64_t tokens, int64_t columns,
+                              int bits, float clip, int isa) {
+  const rcp::FloatType type = float_type(type_name);
+  require(x.size() == tokens * columns * static_cast<int64_t>(rcp::float_size(type)),
+          "x must have tokens * columns elements");
+  Array<int8_t> q({tokens, columns});
+  Array<float> scales(tokens);
+  Array<int64_t> sums(tokens);
+  const rcp::QuantizeKernels kernels = rcp::quantize_kernels(rcp::checked_isa(static_cast<rcp::Isa>(isa), "isa"));
+  const float qmax = rcp::quantization_maximum(bits);
+  bool all_finite = true;
+  for (int64_t m = 0; m < tokens; ++m) {
+    const void* row = rcp::advance(x.data(), type, m * columns);
+    bool finite = true;
+    const float scale = rcp::token_scale(kernels, row, type, columns, qmax, clip, finite);
+    all_finite = all_finite && finite;
+    scales.mutable_at(m) = scale;
+    int8_t* out = q.mutable_data() + m * columns;
+    kernels.quantize(row, type, columns, scale > 0.0f ? 1.0f / scale : 0.0f, qmax, out);
+    sums.mutable_at(m) = kernels.sum(out, columns);
+  }
+  return py::make_tuple(q, scales, sums, all_finite);
+}
+
+Array<uint8_t> pack_nibbles(const Array<int8_t>& q) {
+  Array<uint8_t> packed((q.size() + 1) / 2);
+  rcp::pack_nibbles(q.data(), q.size(), packed.mutable_data());
+  return packed;
+}
+
+rcp::WeightShape checked_shape(int64_t rows, int64_t columns, int bits, int64_t group_size) {
+  const rcp::WeightShape shape{rows, columns, group_size, bits};
+  shape.check("native");
+  return shape;
+}
+
+Array<uint8_t> pack_weight(const Array<uint8_t>& codes, const Array<int8_t>& levels, const Array<uint16_t>& scales,
+                           float tensor_scale, int64_t columns, int bits, int64_t group_size, int threads) {
+  const rcp::WeightShape shape = checked_shape(codes.shape(0), columns, bits, group_size);
+  require(codes.ndim() == 2 && codes.shape(1) == shape.canonical_row_bytes(), "codes have the wrong shape");
+  require(levels.size() == shape.rows * shape.groups() * shape.levels(), "levels have the wrong shape");
+  require(scales.size() == shape.rows * shape.groups(), "scales have the wrong shape");
+  Array<uint8_t> packed(shape.packed_bytes());
+  rcp::pack_weight(shape, codes.data(), levels.data(), scales.data(), tensor_scale, packed.mutable_data(),
+                   thread_pool(threads));
+  return packed;
+}
+
+py::tuple unpack_weight(const Array<uint8_t>& packed, int64_t rows, int64_t columns, int bits, int64_t group_size,
+                        int threads) {
+  const rcp::WeightShape shape = checked_shape(rows, columns, bits, group_size);
+  const float tensor_scale = rcp::check_packed("unpack_weight", shape, packed.data(), packed.size());
+  Array<uint8_t> codes({shape.rows, shape.canonical_row_bytes()});
+  Array<int8_t> levels({shape.rows, shape.groups(), int64_t{shape.levels()}});
+  Array<uint16_t> scales({shape.rows, shape.groups()});
+  rcp::unpack_weight(shape, packed.data(), codes.mutable_data(), levels.mutable_data(), scales.mutable_data(),
+                     thread_pool(threads));
+  return py::make_tuple(codes, levels, scales, tensor_scale);
+}
+
+#if RCP_X86
+template <int BITS>
+rcp::detail::Plan soft_plan_for() {
+  return {rcp::amx::lut_linear_many<BITS, rcp::amx::SoftTiles>, rcp::ActivationOrder::rows, 1, 16};
+}
+
+// The AMX plan with its instructions computed in software, at any number of tokens.
+rcp::detail::Plan soft_amx_plan(rcp::Isa isa, int bits, int64_t tokens, int act_bits) {
+  if (act_bits == 16) return rcp::detail::plan(isa, bits, tokens, act_bits);
+  if (bits == 2) return soft_plan_for<2>();
+  if (bits == 3) return soft_plan_for<3>();
+  return soft_plan_for<4>();
+}
+#endif
+
+// Returns raw bytes [tokens, rows] of the type; they start as 0xff, which is NaN in all three types.
+Array<uint8_t> lut_linear(const Array<uint8_t>& x, const std::string& type_name, const Array<uint8_t>& packed,
+                          const py::object& bias, int64_t tokens, int64_t rows, int64_t columns, int bits,
+                          int64_t group_size, int act_bits, float clip, int isa, int threads, bool soft_amx) {
+  rcp::LutLinearArguments a{};
+  a.shape = checked_shape(rows, columns, bits, group_size);
+  a.type = float_type(type_name);
+  const int64_t element = static_cast<int64_t>(rcp::float_size(a.type));
+  require(x.size() == tokens * columns * element, "x must have tokens * columns elements");
+  a.tensor_scale = rcp::check_packed("lut_linear", a.shape, packed.data(), packed.size());
+  a.packed = packed.data();
+  a.x = x.data();
+  a.tokens = tokens;
+  a.act_bits = act_bits;
+  a.clip = clip;
+  Array<float> bias_array;
+  if (!bias.is_none()) {
+    bias_array = bias.cast<Array<float>>();
+    require(bias_array.size() == rows, "bias must have one element per row");
+    a.bias = bias_array.data();
+    a.bias_type = rcp::FloatType::float32;
+  }
+  Array<uint8_t> y(tokens * rows * element);
+  std::fill_n(y.mutable_data(), y.size(), uint8_t{0xff});
+  a.y = y.mutable_data();
+  const rcp::Isa chosen = rcp::checked_isa(static_cast<rcp::Isa>(isa), "isa");
+  const rcp::ThreadPool pool = thread_pool(threads);
+  py::gil_scoped_release release;
+#if RCP_X86
+  if (soft_amx) {
+    rcp::lut_linear(a, chosen, pool, soft_amx_plan);
+    return y;
+  }
+#endif
+  require(!soft_amx, "the software AMX tiles need x86-64");
+  rcp::lut_linear(a, chosen, pool);
+  return y;
+}
+
+int64_t plain_read(const Array<uint8_t>& data, int64_t streams, int isa, int threads) {
+  return rcp::plain_read(data.data(), data.size(), streams, static_cast<rcp::Isa>(isa), thread_pool(threads));
+}
+
+}  // namespace
+
+PYBIND11_MODULE(rcp_native, m) {
+  m.def("isa_supported", [] { return static_cast<int>(rcp::supported_isa()); });
+  m.def("set_isa", [](int isa) { return static_cast<int>(rcp::set_isa(isa)); });
+  m.def("current_isa", [] { return static_cast<int>(rcp::current_isa()); });
+  m.def("half_to_float", py::vectorize([](uint16_t h) { return rcp::half_to_float(h); }));
+  m.def("float_to_half", py::vectorize([](float f) { return rcp::float_to_half(f); }));
+  m.def("bfloat_to_float", py::vectorize([](uint16_t h) { return rcp::bfloat_to_float(h); }));
+  m.def("float_to_bfloat", py::vectorize([](float f) { return rcp::float_to_bfloat(f); }));
+  m.def("quantize_activation", &quantize_activation);
+  m.def("pack_nibbles", &pack_nibbles);
+  m.def("pack_weight", &pack_weight);
+  m.def("unpack_weight", &unpack_weight);
+  m.def("lut_linear", &lut_linear);
+  m.def("plain_read", &plain_read);
+}
