@@ -1,0 +1,26 @@
+"""The operators: typed functions over ``torch.ops.rcp_kernels``, one file an op, with fake kernel and reference.
+
+Importing this package loads ``rcp_kernels._C``, the compiled library that registers the operators.
+"""
+
+from importlib import import_module
+from pathlib import Path
+
+import torch  # noqa: F401  (the library links against torch's, which must be in the process first)
+
+try:
+    import_module("rcp_kernels._C")
+except ImportError as error:
+    raise ImportError(
+        f"rcp_kernels needs its compiled library rcp_kernels._C, which could not be loaded from "
+        f"{Path(__file__).parents[1]}: {error}. Build it with `make build` in a source checkout, or install the "
+        f"package with `pip install .` (it needs torch>=2.10 and a C++17 compiler; --no-build-isolation builds against "
+        f"the torch that is installed)."
+    ) from error
+
+from . import reference
+from .lut_linear import lut_linear
+from .pack_weight import pack_weight, unpack_weight
+from .quantize_activation import quantize_activation
+
+__all__ = ["lut_linear", "pack_weight", "quantize_activation", "reference", "unpack_weight"]

@@ -1,0 +1,193 @@
+"""The linear layer on a packed weight: y = x W^T + bias with integer activations."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..formats import PackedWeight, num_groups
+from .pack_weight import unpack_weight
+from .quantize_activation import quantize_activation_reference
+
+__all__ = ["lut_linear", "lut_linear_group_sums_reference", "lut_linear_reference"]
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def lut_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    out_features: int,
+    in_features: int,
+    bits: int,
+    group_size: int,
+    act_bits: int,
+    clip: float = 1.0,
+) -> Tensor:
+    """``x @ dequantize(weight).T + bias`` with x quantized per token inside the operator.
+
+    The sum inside a group is exact in int32 and the outer sum is float32 in a fixed order (docs/numerics.md), so two
+    runs, and any two instruction sets, agree bit for bit. Differentiable in x and bias, straight through the
+    quantization of x: ``grad_x = grad_y @ dequantize(weight)``.
+
+    Args:
+        x: float32, float16 or bfloat16 [..., in_features], any strides.
+        weight: uint8, what :func:`rcp_kernels.ops.pack_weight` returned.
+        bias: float32, float16 or bfloat16 [out_features], or None.
+        out_features: N.
+        in_features: K.
+        bits: bits a weight code: 2, 3 or 4.
+        group_size: weights that share a table: 32, 64, 128 or in_features.
+        act_bits: 4 or 8 quantize x per token as :func:`rcp_kernels.ops.quantize_activation` does; 16 does not.
+        clip: of the activation quantization, in (0, 1].
+
+    Returns:
+        x.dtype [..., out_features].
+
+    Raises:
+        ValueError: a wrong dtype, shape or argument, a weight packed for others, NaN or Inf in an x to quantize.
+    """
+    if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
+        return _LutLinear.apply(x, weight, bias, out_features, in_features, bits, group_size, act_bits, clip)
+    # The overload, not the packet: it saves the overload resolution of every call.
+    return torch.ops.rcp_kernels.lut_linear.default(
+        x, weight, bias, out_features, in_features, bits, group_size, act_bits, clip
+    )
+
+
+class _LutLinear(torch.autograd.Function):
+    """Straight-through gradient. Not torch.library.register_autograd: that costs 10 us a call, training or not."""
+
+    @staticmethod
+    def forward(
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        out_features: int,
+        in_features: int,
+        bits: int,
+        group_size: int,
+        act_bits: int,
+        clip: float,
+    ) -> Tensor:
+        return torch.ops.rcp_kernels.lut_linear.default(
+            x, weight, bias, out_features, in_features, bits, group_size, act_bits, clip
+        )
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, weight, bias, *geometry = inputs
+        ctx.save_for_backward(weight)
+        ctx.geometry = geometry[:4]
+        ctx.x_dtype = x.dtype
+        ctx.bias_dtype = None if bias is None else bias.dtype
+
+    @staticmethod
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+        grad_x = grad_bias = None
+        grad = grad_y.to(torch.float32)
+        if ctx.needs_input_grad[0]:
+            (weight,) = ctx.saved_tensors
+            grad_x = (grad @ unpack_weight(weight, *ctx.geometry).dequantize()).to(ctx.x_dtype)
+        if ctx.bias_dtype is not None and ctx.needs_input_grad[2]:
+            grad_bias = grad.flatten(0, -2).sum(0) if grad.dim() > 1 else grad
+            grad_bias = grad_bias.to(ctx.bias_dtype)
+        return grad_x, None, grad_bias, None, None, None, None, None, None
+
+
+def _check_x(x: Tensor, in_features: int) -> None:
+    if x.dtype not in _DTYPES:
+        raise ValueError(f"lut_linear: x must be float32, float16 or bfloat16, got {x.dtype}; convert it first")
+    if x.dim() < 1 or x.shape[-1] != in_features:
+        raise ValueError(
+            f"lut_linear: x must have {in_features} features in its last dimension (in_features), got shape "
+            f"{tuple(x.shape)}; pass activations of the layer that this weight belongs to"
+        )
+
+
+def _check_act_bits(act_bits: int) -> None:
+    if act_bits not in (4, 8, 16):
+        raise ValueError(f"lut_linear: act_bits must be 4, 8 or 16, got {act_bits}; 16 leaves x unquantized")
+
+
+@torch.library.register_fake("rcp_kernels::lut_linear")
+def _fake(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    out_features: int,
+    in_features: int,
+    bits: int,
+    group_size: int,
+    act_bits: int,
+    clip: float = 1.0,
+) -> Tensor:
+    _check_x(x, in_features)
+    _check_act_bits(act_bits)
+    return x.new_empty((*x.shape[:-1], out_features))
+
+
+def _tables(weight: PackedWeight) -> Tensor:
+    """int8 [N, groups * group_size]: the level of every weight, padding as level 0."""
+    codes = weight.unpack().to(torch.int64)
+    groups = num_groups(weight.in_features, weight.group_size)
+    padding = groups * weight.group_size - weight.in_features
+    codes = torch.nn.functional.pad(codes, (0, padding)).view(weight.out_features, groups, weight.group_size)
+    levels = torch.gather(weight.levels, 2, codes).flatten(1)
+    if padding:
+        levels[:, -padding:] = 0
+    return levels
+
+
+def lut_linear_group_sums_reference(q: Tensor, weight: PackedWeight) -> Tensor:
+    """The exact inner sums of the numerics contract: ``I[m, n, g] = sum over k in g of q[m, k] * level[n, k]``.
+
+    Args:
+        q: int8 [M, in_features].
+        weight: the packed weight.
+
+    Returns:
+        int64 [M, out_features, groups].
+    """
+    groups = num_groups(weight.in_features, weight.group_size)
+    q = torch.nn.functional.pad(q, (0, groups * weight.group_size - weight.in_features))
+    # float64 products of int8 are exact, and so are their sums below 2**53.
+    left = q.to(torch.float64).view(-1, groups, weight.group_size).transpose(0, 1)
+    right = _tables(weight).to(torch.float64).view(weight.out_features, groups, weight.group_size).permute(1, 2, 0)
+    return torch.bmm(left, right).permute(1, 2, 0).to(torch.int64)
+
+
+def lut_linear_reference(
+    x: Tensor, weight: PackedWeight, bias: Tensor | None = None, act_bits: int = 4, clip: float = 1.0
+) -> Tensor:
+    """:func:`lut_linear` in plain torch: exact integers inside a group, float64 outside, no rounding to x.dtype.
+
+    Args:
+        x: float32, float16 or bfloat16 [..., in_features].
+        weight: the packed weight.
+        bias: floating point [out_features], or None.
+        act_bits: 4, 8 or 16.
+        clip: of the activation quantization, in (0, 1].
+
+    Returns:
+        float64 [..., out_features].
+
+    Raises:
+        ValueError: as the operator does.
+    """
+    _check_x(x, weight.in_features)
+    _check_act_bits(act_bits)
+    tokens = x.detach().reshape(-1, weight.in_features)
+    if act_bits == 16:
+        y = tokens.to(torch.float64) @ weight.dequantize().to(torch.float64).T
+    else:
+        q, scale = quantize_activation_reference(tokens, act_bits, clip)
+        sums = lut_linear_group_sums_reference(q, weight).to(torch.float64)
+        y = (sums * weight.scales.to(torch.float64)).sum(dim=-1)
+        y = y * scale.to(torch.float64)[:, None] * weight.tensor_scale.to(torch.float64)
+    if bias is not None:
+        y = y + bias.detach().to(torch.float64)
+    return y.view(*x.shape[:-1], weight.out_features)

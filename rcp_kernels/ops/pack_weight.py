@@ -1,0 +1,73 @@
+"""The packed weight in the order that the kernels read: a blob of bytes of the running backend, never stored."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..formats import PackedWeight, num_groups, row_bytes
+
+__all__ = ["pack_weight", "unpack_weight"]
+
+
+def pack_weight(weight: PackedWeight) -> Tensor:
+    """Reorder a packed weight for :func:`rcp_kernels.ops.lut_linear`.
+
+    Args:
+        weight: canonical format (docs/format.md).
+
+    Returns:
+        uint8, 1-D: a header and the backend's layout, for this process only.
+
+    Raises:
+        ValueError: tensors that contradict in_features, bits or group_size.
+    """
+    return torch.ops.rcp_kernels.pack_weight.default(
+        weight.codes,
+        weight.levels,
+        weight.scales,
+        weight.tensor_scale,
+        weight.in_features,
+        weight.bits,
+        weight.group_size,
+    )
+
+
+def unpack_weight(blob: Tensor, out_features: int, in_features: int, bits: int, group_size: int) -> PackedWeight:
+    """The exact inverse of :func:`pack_weight`; padding codes come back as 0.
+
+    Args:
+        blob: what :func:`pack_weight` returned.
+        out_features: N.
+        in_features: K.
+        bits: 2, 3 or 4.
+        group_size: 32, 64, 128 or K.
+
+    Raises:
+        ValueError: the blob is damaged or was packed for other arguments.
+    """
+    codes, levels, scales, tensor_scale = torch.ops.rcp_kernels.unpack_weight.default(
+        blob, out_features, in_features, bits, group_size
+    )
+    return PackedWeight(codes, levels, scales, tensor_scale, bits, group_size, in_features, out_features)
+
+
+@torch.library.register_fake("rcp_kernels::pack_weight")
+def _fake_pack(
+    codes: Tensor, levels: Tensor, scales: Tensor, tensor_scale: Tensor, in_features: int, bits: int, group_size: int
+) -> Tensor:
+    # The layout is the backend's own business, and so is its size.
+    return codes.new_empty((torch.library.get_ctx().new_dynamic_size(),))
+
+
+@torch.library.register_fake("rcp_kernels::unpack_weight")
+def _fake_unpack(
+    weight: Tensor, out_features: int, in_features: int, bits: int, group_size: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    groups = num_groups(in_features, group_size)
+    return (
+        weight.new_empty((out_features, row_bytes(in_features, bits, group_size))),
+        weight.new_empty((out_features, groups, 2**bits), dtype=torch.int8),
+        weight.new_empty((out_features, groups), dtype=torch.float16),
+        weight.new_empty((), dtype=torch.float32),
+    )

@@ -1,0 +1,243 @@
+"""torch.ops.rcp_kernels.lut_linear against the reference, on every ISA of this machine."""
+
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rcp_kernels import PackedWeight, ops
+
+ISAS = ["scalar", "avx2", "avx512", "amx"]
+SUPPORTED = ISAS[: torch.ops.rcp_kernels.cpu_isa_supported() + 1]
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+@pytest.fixture
+def restore_isa():
+    before = torch.ops.rcp_kernels.cpu_isa()
+    yield
+    torch.ops.rcp_kernels.set_cpu_isa(before)
+
+
+@pytest.fixture
+def restore_threads():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def random_weight(rows, columns, bits, group_size, seed=0, unit_scales=False):
+    generator = torch.Generator().manual_seed(seed)
+    groups = -(-columns // group_size)
+    codes = torch.randint(0, 2**bits, (rows, columns), generator=generator, dtype=torch.uint8)
+    levels = torch.randint(-128, 128, (rows, groups, 2**bits), generator=generator).sort(-1).values.to(torch.int8)
+    scales = torch.rand(rows, groups, generator=generator) * 0.01 + 0.001
+    scales = torch.ones_like(scales) if unit_scales else scales
+    return PackedWeight.pack(
+        codes, levels, scales.half(), 1.0 if unit_scales else 0.25, bits=bits, group_size=group_size
+    )
+
+
+def run(x, weight, bias=None, act_bits=4, clip=1.0):
+    blob = ops.pack_weight(weight)
+    w = weight
+    return ops.lut_linear(x, blob, bias, w.out_features, w.in_features, w.bits, w.group_size, act_bits, clip)
+
+
+def magnitude(x, weight, act_bits, clip):
+    """The sum of the absolute values of what the op adds up: rounding errors scale with it."""
+    if act_bits == 16:
+        q, scale = x.double().abs(), torch.ones(len(x), dtype=torch.float64)
+    else:
+        q, scale = (t.double().abs() for t in ops.reference.quantize_activation(x, act_bits, clip))
+    return (q @ weight.dequantize().double().abs().T) * scale[:, None]
+
+
+@pytest.mark.usefixtures("restore_isa")
+@given(
+    rows=st.integers(1, 80),
+    columns=st.integers(1, 500),
+    tokens=st.integers(1, 40),
+    bits=st.sampled_from([2, 3, 4]),
+    group=st.sampled_from([32, 64, 128, None]),
+    act_bits=st.sampled_from([4, 8, 16]),
+    dtype=st.sampled_from(DTYPES),
+    with_bias=st.booleans(),
+    clip=st.sampled_from([1.0, 0.9]),
+    seed=st.integers(0, 2**31),
+)
+def test_agrees_with_the_reference(rows, columns, tokens, bits, group, act_bits, dtype, with_bias, clip, seed):
+    weight = random_weight(rows, columns, bits, group or columns, seed)
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(tokens, columns, generator=generator).to(dtype)
+    bias = torch.randn(rows, generator=generator).to(dtype) if with_bias else None
+    expected = ops.reference.lut_linear(x, weight, bias, act_bits, clip)
+    # 1e-5 of the magnitude for the float32 sum, half a unit in the last place for the output type.
+    bound = 1e-5 * (magnitude(x, weight, act_bits, clip) + (0 if bias is None else bias.double().abs())) + 1e-7
+    bound = bound + expected.abs() * (0 if dtype == torch.float32 else torch.finfo(dtype).eps / 2)
+    outputs = []
+    for isa in range(len(SUPPORTED)):
+        torch.ops.rcp_kernels.set_cpu_isa(isa)
+        y = run(x, weight, bias, act_bits, clip)
+        assert y.dtype == dtype
+        assert ((y.double() - expected).abs() <= bound).all(), SUPPORTED[isa]
+        assert torch.equal(y, run(x, weight, bias, act_bits, clip)), "two runs differ"
+        outputs.append(y)
+    assert all(torch.equal(y, outputs[0]) for y in outputs), "the instruction sets differ"
+
+
+@pytest.mark.usefixtures("restore_isa")
+@pytest.mark.parametrize("isa", range(len(SUPPORTED)), ids=SUPPORTED)
+@pytest.mark.parametrize("act_bits", [4, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("tokens", [1, 3, 8, 9, 40])
+def test_group_sums_are_exact(isa, act_bits, bits, tokens):
+    """With unit scales and a token whose largest value is qmax, y is the sum of the exact integers."""
+    torch.ops.rcp_kernels.set_cpu_isa(isa)
+    weight = random_weight(37, 256, bits, 64, unit_scales=True)
+    qmax = 7 if act_bits == 4 else 127
+    x = torch.randint(-qmax, qmax + 1, (tokens, 256), dtype=torch.float32)
+    x[:, 3] = qmax
+    sums = ops.reference.lut_linear_group_sums(x.to(torch.int8), weight).sum(-1)
+    assert sums.abs().max() < 2**24
+    assert torch.equal(run(x, weight, None, act_bits).long(), sums)
+
+
+@pytest.mark.usefixtures("restore_isa", "restore_threads")
+@pytest.mark.parametrize("isa", range(len(SUPPORTED)), ids=SUPPORTED)
+@pytest.mark.parametrize("tokens", [1, 5, 20, 150])
+@pytest.mark.parametrize("act_bits", [4, 16])
+def test_threads_do_not_change_a_bit(isa, tokens, act_bits):
+    torch.ops.rcp_kernels.set_cpu_isa(isa)
+    rows = 64 if isa == 0 else 1536  # the plain path is slow
+    weight = random_weight(rows, 576, 2, 64)
+    x = torch.randn(tokens, 576)
+    torch.set_num_threads(1)
+    one = run(x, weight, act_bits=act_bits)
+    torch.set_num_threads(2)
+    two = run(x, weight, act_bits=act_bits)
+    assert torch.equal(one, two)
+
+
+def test_many_threads_call_one_weight():
+    weight = random_weight(512, 1024, 3, 128)
+    blob = ops.pack_weight(weight)
+    x = torch.randn(4, 1024)
+    expected = ops.lut_linear(x, blob, None, 512, 1024, 3, 128, 4)
+    wrong = []
+
+    def work():
+        for _ in range(50):
+            if not torch.equal(ops.lut_linear(x, blob, None, 512, 1024, 3, 128, 4), expected):
+                wrong.append(1)
+
+    threads = [threading.Thread(target=work) for _ in range(6)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert not wrong
+
+
+def test_shapes_that_are_empty_strided_or_deep():
+    weight = random_weight(48, 96, 2, 32)
+    for shape in ((0, 96), (3, 0, 96), (96,), (2, 3, 4, 96)):
+        x = torch.randn(shape)
+        assert run(x, weight).shape == (*shape[:-1], 48)
+    x = torch.randn(96, 7).t()
+    assert not x.is_contiguous()
+    assert torch.equal(run(x, weight), run(x.contiguous(), weight))
+    sliced = torch.randn(7, 200)[:, 3:195:2]
+    assert torch.equal(run(sliced, weight), run(sliced.contiguous(), weight))
+    misaligned = torch.randn(96 * 2 + 1)[1:].view(2, 96)
+    assert torch.equal(run(misaligned, weight), run(misaligned.clone(), weight))
+    bias = torch.randn(96)[::2]
+    assert torch.equal(run(x, weight, bias), run(x, weight, bias.contiguous()))
+
+
+def test_sixteen_bit_activations_let_nan_through():
+    """As nn.Linear does: only quantized activations have to be finite."""
+    weight = random_weight(16, 64, 2, 64)
+    x = torch.ones(2, 64)
+    x[1, 0] = torch.nan
+    y = run(x, weight, act_bits=16)
+    assert torch.isfinite(y[0]).all()
+    assert torch.isnan(y[1]).all()
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_not_finite_raises(bad):
+    x = torch.ones(9, 64)
+    x[6, 1] = bad
+    with pytest.raises(ValueError, match=r"token 6 holds NaN or Inf.*act_bits=16"):
+        run(x, random_weight(16, 64, 2, 64))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": torch.ones(2, 63)}, r"last dimension of x must be in_features \(64\), got shape \[2, 63\]"),
+        ({"x": torch.tensor(1.0)}, r"got shape \[\]"),
+        ({"x": torch.ones(2, 64, dtype=torch.float64)}, "must be float32, float16 or bfloat16, got Double"),
+        ({"x": torch.ones(2, 64, dtype=torch.int32)}, "must be float32, float16 or bfloat16, got Int"),
+        ({"bias": torch.ones(15)}, r"bias must have shape \[16\], got \[15\]"),
+        ({"bias": torch.ones(16, dtype=torch.int64)}, "bias must be float32, float16 or bfloat16, got Long"),
+        ({"act_bits": 5}, "act_bits must be 4, 8 or 16, got 5"),
+        ({"clip": 0.0}, r"clip must be in \(0, 1\]"),
+        ({"clip": 1.5}, r"clip must be in \(0, 1\]"),
+        ({"bits": 5}, "bits must be 2, 3 or 4, got 5"),
+        ({"bits": 3}, "bits 3.*but the weight was packed with.*bits 2"),
+        ({"group_size": 48}, "group_size must be 32, 64, 128 or in_features"),
+        ({"out_features": 17}, "out_features 17.*packed with out_features 16"),
+        ({"weight": torch.zeros(0, dtype=torch.uint8)}, "64-byte header"),
+        ({"weight": torch.zeros(500, dtype=torch.uint8)}, "wrong magic"),
+        ({"weight": torch.zeros(500)}, "contiguous 1-D uint8 tensor that pack_weight made"),
+    ],
+)
+def test_bad_arguments(change, message):
+    arguments = {
+        "x": torch.ones(2, 64), "weight": ops.pack_weight(random_weight(16, 64, 2, 64)), "bias": None,
+        "out_features": 16, "in_features": 64, "bits": 2, "group_size": 64, "act_bits": 4, "clip": 1.0,
+    }  # fmt: skip
+    torch.ops.rcp_kernels.lut_linear(**arguments)
+    with pytest.raises(ValueError, match=message):
+        torch.ops.rcp_kernels.lut_linear(**(arguments | change))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("codes", torch.zeros(16, 15, dtype=torch.uint8), r"codes must have shape \[16, 16\], got \[16, 15\]"),
+        ("codes", torch.zeros(16, dtype=torch.uint8), "codes must have 2 dimensions"),
+        ("codes", torch.zeros(16, 16), "codes must be Byte, got Float"),
+        ("levels", torch.zeros(16, 2, 4, dtype=torch.int8), r"levels must have shape \[16, 1, 4\]"),
+        ("scales", torch.zeros(16, 1), "scales must be Half, got Float"),
+        ("tensor_scale", torch.tensor(3.0), "positive finite power of two, got 3"),
+        ("tensor_scale", torch.tensor(torch.inf), "positive finite power of two"),
+    ],
+)
+def test_pack_weight_checks_its_tensors(name, value, message):
+    w = random_weight(16, 64, 2, 64)
+    tensors = {"codes": w.codes, "levels": w.levels, "scales": w.scales, "tensor_scale": w.tensor_scale} | {name: value}
+    with pytest.raises(ValueError, match=message):
+        torch.ops.rcp_kernels.pack_weight(**tensors, in_features=64, bits=2, group_size=64)
+
+
+@pytest.mark.parametrize("isa", [*ISAS, "sse9"])
+def test_environment_chooses_the_isa(isa):
+    """RCP_ISA is honoured, or refused with both names: at the first call, not at import."""
+    program = "import torch, rcp_kernels; print('imported'); print(torch.ops.rcp_kernels.cpu_isa())"
+    environment = os.environ | {"RCP_ISA": isa}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    assert "imported" in done.stdout
+    if isa in SUPPORTED:
+        assert done.stdout.split()[-1] == str(ISAS.index(isa))
+    elif isa in ISAS:
+        assert f"RCP_ISA={isa} asks for the {isa} kernels, but this CPU runs at most {SUPPORTED[-1]}" in done.stderr
+    else:
+        assert "RCP_ISA must be scalar, avx2, avx512 or amx, got 'sse9'" in done.stderr

@@ -1,0 +1,170 @@
+"""quantize_model: what is swapped, what is kept, the report, and models it refuses."""
+
+import pytest
+import torch
+from torch import nn
+
+from rcp_kernels import QuantLinear, quantize_model, quantize_weight
+
+
+class Block(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.up = nn.Linear(width, 2 * width)
+        self.down = nn.Linear(2 * width, width, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.down(torch.relu(self.up(x)))
+
+
+class Model(nn.Module):
+    def __init__(self, width: int = 64, vocabulary: int = 32) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(vocabulary, width)
+        self.layers = nn.ModuleList([Block(width), Block(width)])
+        self.lm_head = nn.Linear(width, vocabulary, bias=False)
+        self.lm_head.weight = self.embed.weight
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.embed(ids)
+        for layer in self.layers:
+            x = layer(x)
+        return self.lm_head(x)
+
+
+def test_swaps_all_but_the_head() -> None:
+    torch.manual_seed(0)
+    model = Model().eval()
+    ids = torch.arange(8)[None]
+    before = model(ids).detach()
+    expected = quantize_weight(model.layers[1].down.weight, 4, 32)
+    steps: list[tuple[int, int, str]] = []
+    report = quantize_model(
+        model, bits=4, group_size=32, act_bits=8, progress=lambda *step: steps.append(step), act_clip=0.95
+    )
+    names = ["layers.0.up", "layers.0.down", "layers.1.up", "layers.1.down"]
+    assert [layer.name for layer in report.layers] == names
+    assert steps == [(i + 1, 4, name) for i, name in enumerate(names)]
+    assert report.kept == ["lm_head"]
+    assert model.lm_head.weight is model.embed.weight
+    down = model.layers[1].down
+    assert isinstance(down, QuantLinear)
+    assert (down.bits, down.group_size, down.act_bits, down.act_clip, down.training) == (4, 32, 8, 0.95, False)
+    assert torch.equal(down.dequantize(), expected.dequantize())
+    after = model(ids).detach()
+    assert float((after - before).norm() / before.norm()) < 0.1
+
+
+def test_report_adds_up() -> None:
+    model = Model().to(torch.bfloat16)
+    report = quantize_model(model, bits=2, group_size=64)
+    weights = 4 * 64 * 128
+    assert report.weights == weights
+    assert report.bytes_before == 2 * weights
+    packed = [model.get_submodule(layer.name).packed_weight() for layer in report.layers]
+    assert [layer.bytes_after for layer in report.layers] == [weight.nbytes for weight in packed]
+    assert report.bytes_after == sum(weight.nbytes for weight in packed)
+    assert report.bits_per_weight == pytest.approx(2 + 32 / 64 + 16 / 64 + 4 * 32 / weights)
+    lines = str(report).splitlines()
+    assert lines[0].split() == [
+        "layer",
+        "out",
+        "x",
+        "in",
+        "bits",
+        "group",
+        "bits/weight",
+        "MB",
+        "before",
+        "MB",
+        "after",
+    ]
+    assert lines[2].split() == ["layers.0.up", "128", "x", "64", "2", "64", "2.754", "0.02", "0.00"]
+    assert lines[-2].split() == ["4", "layers", "2.754", "0.07", "0.01"]
+    assert lines[-1] == "kept in floating point: lm_head"
+    assert len({len(line) for line in lines[:-1]}) == 1
+
+
+@pytest.mark.parametrize(
+    ("skip", "kept"),
+    [
+        ((), []),
+        (["up"], ["layers.0.up", "layers.1.up"]),
+        (("layers.1.down", "lm_head"), ["layers.1.down", "lm_head"]),
+        ({"layers.0"}, ["layers.0.up", "layers.0.down"]),
+        (("1", "lm_head"), ["layers.1.up", "layers.1.down", "lm_head"]),
+    ],
+)
+def test_skip(skip, kept: list[str]) -> None:
+    model = Model()
+    report = quantize_model(model, group_size=64, skip=skip)
+    assert report.kept == kept
+    linears = [name for name, module in model.named_modules() if type(module) is nn.Linear]
+    assert linears == kept
+
+
+def test_default_skip_needs_no_head() -> None:
+    model = nn.Sequential(nn.Linear(64, 32))
+    assert len(quantize_model(model, group_size=64).layers) == 1
+
+
+def test_shared_module_is_swapped_once() -> None:
+    shared = nn.Linear(64, 64)
+    model = nn.ModuleDict({"a": shared, "b": nn.Sequential(shared, nn.ReLU()), "c": nn.Linear(64, 64)})
+    report = quantize_model(model, group_size=64)
+    assert [layer.name for layer in report.layers] == ["a", "c"]
+    assert isinstance(model["a"], QuantLinear)
+    assert model["b"][0] is model["a"]
+    # Kept under one name is kept under all.
+    shared = nn.Linear(64, 64)
+    model = nn.ModuleDict({"a": shared, "b": shared, "c": nn.Linear(64, 64)})
+    assert quantize_model(model, group_size=64, skip=("b",)).kept == ["a", "b"]
+    assert model["a"] is shared
+
+
+def test_subclasses_are_kept() -> None:
+    # nn.MultiheadAttention reads out_proj.weight itself; its out_proj is a subclass for that reason.
+    model = nn.ModuleDict({"attention": nn.MultiheadAttention(64, 4), "up": nn.Linear(64, 64)})
+    report = quantize_model(model, group_size=64)
+    assert report.kept == ["attention.out_proj"]
+    model["attention"](*[torch.randn(3, 1, 64)] * 3)
+
+
+def test_state_dict_of_a_swapped_model_loads_into_another() -> None:
+    torch.manual_seed(0)
+    model, fresh = Model(), Model()
+    for each in (model, fresh):
+        quantize_model(each, bits=3, group_size=32)
+    fresh.load_state_dict(model.state_dict())
+    ids = torch.arange(8)[None]
+    with torch.no_grad():
+        assert torch.equal(model(ids), fresh(ids))
+
+
+def test_refuses() -> None:
+    model = Model()
+    with pytest.raises(TypeError, match=r"skip must be a collection of names, got the string 'lm_head'; pass"):
+        quantize_model(model, skip="lm_head")
+    with pytest.raises(ValueError, match=r"every entry of skip.*got \['q_proj'\] without a match; look at"):
+        quantize_model(model, skip=("q_proj", "lm_head"))
+    with pytest.raises(
+        ValueError, match=r"must contain an nn.Linear outside skip, got 0 linear layers.*in a ReLU; check"
+    ):
+        quantize_model(nn.ReLU())
+    with pytest.raises(ValueError, match=r"got 5 linear layers, all of them skipped"):
+        quantize_model(model, skip=("layers", "lm_head"))
+    with pytest.raises(ValueError, match=r"cannot be replaced in place; use QuantLinear.from_linear"):
+        quantize_model(nn.Linear(64, 64))
+    with pytest.raises(ValueError, match=r"layer layers.0.up: group_size must be one of"):
+        quantize_model(model, group_size=48)
+    with pytest.raises(ValueError, match=r"layer layers.0.up: QuantLinear: act_bits must be"):
+        quantize_model(model, group_size=32, act_bits=5)
+
+
+def test_error_leaves_the_model_as_it_was() -> None:
+    model = Model()
+    with torch.no_grad():
+        model.layers[1].up.weight[3, 5] = float("nan")
+    with pytest.raises(ValueError, match=r"layer layers.1.up: .*finite in float32, got nan at row, column \[3, 5\]"):
+        quantize_model(model, group_size=64)
+    assert not any(isinstance(module, QuantLinear) for module in model.modules())
