@@ -1,4 +1,4 @@
-"""The ops in numpy, float64 and exact integers, written from docs/format.md and docs/numerics.md and from nothing in csrc."""
+"""The ops in numpy, float64 and exact integers, written from docs/format.md and docs/numerics.md, not from csrc."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ class Weight:
     def linear(
         self, x: np.ndarray, bias: np.ndarray | None, act_bits: int, clip: float
     ) -> tuple[np.ndarray, np.ndarray]:
-        """(y, magnitude) in float64: magnitude is the same sum over absolute values, what rounding errors scale with."""
+        """(y, magnitude) in float64: magnitude, what rounding errors scale with, is the sum over absolute values."""
         if act_bits == 16:
             q, scale = x.astype(np.float64), np.ones(len(x))
         else:

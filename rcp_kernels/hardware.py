@@ -1,0 +1,116 @@
+"""What this machine is, as far as a number measured on it depends on it: CPU, instruction set, caches, memory, GPU."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import extras
+
+ISA_NAMES = ("scalar", "avx2", "avx512", "amx")
+
+
+def cpu_isa() -> str:
+    """Instruction set that the CPU kernels use now: one of ISA_NAMES."""
+    return ISA_NAMES[torch.ops.rcp_kernels.cpu_isa()]
+
+
+def cpu_isa_supported() -> str:
+    """Best instruction set that this CPU offers and the kernels know: one of ISA_NAMES."""
+    return ISA_NAMES[torch.ops.rcp_kernels.cpu_isa_supported()]
+
+
+def cpu_name() -> str:
+    """Marketing name of the CPU; the architecture where the system does not tell."""
+    try:
+        match = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        match = None
+    return match.group(1).strip() if match else platform.processor() or platform.machine()
+
+
+def cpu_count() -> int:
+    """CPUs that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def last_level_cache_bytes() -> int:
+    """Size of the largest cache of CPU 0 in bytes, as Linux reports it; 0 where it does not."""
+    units = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+    sizes = [0]
+    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        match = re.fullmatch(r"(\d+)([KMG]?)", path.read_text().strip())
+        if match:
+            sizes.append(int(match.group(1)) * units.get(match.group(2), 1))
+    return max(sizes)
+
+
+def memory_available_bytes() -> int | None:
+    """Bytes that can be allocated without swapping, as Linux estimates it; None where it does not."""
+    try:
+        match = re.search(r"^MemAvailable:\s*(\d+) kB$", Path("/proc/meminfo").read_text(), re.MULTILINE)
+    except OSError:
+        return None
+    return int(match.group(1)) << 10 if match else None
+
+
+def conditions() -> dict[str, Any]:
+    """The facts that a measured number needs beside it to mean anything."""
+    return {
+        "cpu": cpu_name(),
+        "isa": cpu_isa(),
+        "cpus": cpu_count(),
+        "last_level_cache_mb": last_level_cache_bytes() / 2**20,
+        "torch": torch.__version__,
+        "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "python": platform.python_version(),
+    }
+
+
+def describe() -> dict[str, Any]:
+    """Everything `rcp-kernels info` prints, as plain JSON types."""
+    cuda = torch.cuda.is_available()
+    return {
+        "cpu": {
+            "name": cpu_name(),
+            "cpus": cpu_count(),
+            "threads": torch.get_num_threads(),
+            "last_level_cache_mb": last_level_cache_bytes() / 2**20,
+            "isa": cpu_isa(),
+            "isa_supported": cpu_isa_supported(),
+            "isa_forced_by_RCP_ISA": os.environ.get("RCP_ISA"),
+        },
+        "python": platform.python_version(),
+        "torch": {
+            "version": torch.__version__,
+            "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+            "cuda": torch.version.cuda,
+        },
+        "extension": {"path": sys.modules["rcp_kernels._C"].__file__, "loaded": True},
+        "gpu": {
+            "cuda_available": cuda,
+            "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if cuda else [],
+            "note": None if cuda else _why_no_cuda(),
+        },
+        "extras": {
+            extra.distribution: {
+                "version": extra.version,
+                "found": extra.found,
+                "purpose": extra.purpose,
+                "install": extra.install,
+            }
+            for extra in extras.EXTRAS.values()
+        },
+    }
+
+
+def _why_no_cuda() -> str:
+    if torch.version.cuda is None:
+        return "torch is a CPU build; a CUDA build of torch is needed to see a GPU"
+    return "torch is a CUDA build but sees no GPU"

@@ -1,0 +1,47 @@
+"""Perplexity of a causal language model on a fixed stretch of text."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+# Logits of this many tokens exist at once: 256 x 49152 float32 is 50 MB, and the model's own output comes on top.
+_CHUNK = 256
+
+
+@torch.inference_mode()
+def perplexity(
+    model: nn.Module, token_ids: Tensor, window: int = 512, progress: Callable[[int], None] | None = None
+) -> float:
+    """exp of the mean negative log-likelihood over non-overlapping windows.
+
+    Args:
+        model: called as ``model(ids)``; its ``.logits`` are [1, window, vocabulary] in any float dtype.
+        token_ids: int64 [tokens]; what is left over after the last full window is dropped.
+        window: tokens a forward pass sees. The first token of each window is context only, so
+            ``(tokens // window) * (window - 1)`` predictions are averaged, in float64, from float32 logits.
+        progress: called after each window with the number of tokens done.
+
+    Raises:
+        ValueError: window is below 2, or token_ids is not 1-D or shorter than one window.
+    """
+    if window < 2:
+        raise ValueError(f"perplexity: window must be at least 2 (one token predicts the next), got {window}")
+    if token_ids.dim() != 1 or token_ids.numel() < window:
+        raise ValueError(
+            f"perplexity: token_ids must be 1-D with at least window = {window} tokens, got shape "
+            f"{tuple(token_ids.shape)}; pass more text or a smaller window"
+        )
+    total = 0.0
+    windows = token_ids[: token_ids.numel() // window * window].view(-1, 1, window)
+    for i, ids in enumerate(windows):
+        logits = model(ids).logits[0, :-1]
+        for part, target in zip(logits.split(_CHUNK), ids[0, 1:].split(_CHUNK), strict=True):
+            total += F.cross_entropy(part.float(), target, reduction="sum").item()
+        if progress is not None:
+            progress((i + 1) * window)
+    return math.exp(total / (len(windows) * (window - 1)))

