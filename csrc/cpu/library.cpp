@@ -9,7 +9,9 @@ STABLE_TORCH_LIBRARY(rcp_kernels, m) {
   m.def("quantize_activation(Tensor x, int bits, float clip=1.0, bool packed=False) -> (Tensor, Tensor)");
   m.def(
       "lut_linear(Tensor x, Tensor weight, Tensor? bias, int out_features, int in_features, int bits, int group_size, "
-      "int act_bits, float clip=1.0) -> Tensor");
+      "int act_bits, float clip=1.0, Tensor? rotation_base=None, Tensor? rotation_permutation=None, int "
+      "rotation_group=0) "
+      "-> Tensor");
   m.def(
       "pack_weight(Tensor codes, Tensor levels, Tensor scales, Tensor tensor_scale, int in_features, int bits, int "
       "group_size) "
@@ -18,6 +20,16 @@ STABLE_TORCH_LIBRARY(rcp_kernels, m) {
       "unpack_weight(Tensor weight, int out_features, int in_features, int bits, int group_size) -> (Tensor codes, "
       "Tensor "
       "levels, Tensor scales, Tensor tensor_scale)");
+  m.def(
+      "walsh_transform(Tensor x, Tensor? base, Tensor? permutation, int group_size, float scale, bool inverse) -> "
+      "Tensor");
+  m.def(
+      "walsh_transform_(Tensor(a!) x, Tensor? base, Tensor? permutation, int group_size, float scale, bool inverse) -> "
+      "()");
+  m.def(
+      "walsh_quantize(Tensor x, Tensor? base, Tensor? permutation, int group_size, float scale, bool inverse, int "
+      "bits, "
+      "float clip=1.0, bool packed=False) -> (Tensor, Tensor)");
   m.def("plain_read(Tensor buffer, int streams) -> int");
   m.def("cpu_isa() -> int");
   m.def("cpu_isa_supported() -> int");

@@ -3,6 +3,7 @@
 #include <cmath>
 
 #include "binding.h"
+#include "walsh_arguments.h"
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
@@ -85,9 +86,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> unpack_weight_cpu(const Tensor& weigh
   return {codes, levels, scales, tensor_scale};
 }
 
+// rotation_group > 0: every run of so many inputs is first transformed as walsh_transform(x, scale=n**-0.5) does.
 Tensor lut_linear_cpu(const Tensor& x_in, const Tensor& weight, const std::optional<Tensor>& bias_in,
                       int64_t out_features, int64_t in_features, int64_t bits, int64_t group_size, int64_t act_bits,
-                      double clip) {
+                      double clip, const std::optional<Tensor>& rotation_base,
+                      const std::optional<Tensor>& rotation_permutation, int64_t rotation_group) {
   const WeightShape shape = checked_shape("lut_linear", out_features, in_features, bits, group_size);
   if (act_bits != 4 && act_bits != 8 && act_bits != 16) {
     fail("lut_linear: act_bits must be 4, 8 or 16, got " + std::to_string(act_bits) + "; 16 leaves x unquantized");
@@ -100,6 +103,12 @@ Tensor lut_linear_cpu(const Tensor& x_in, const Tensor& weight, const std::optio
          shape_text(x_in) + "; pass activations of the layer that this weight belongs to");
   }
   const float tensor_scale = checked_weight("lut_linear", weight, shape);
+  std::optional<WalshArguments> rotation;
+  if (rotation_group != 0) {
+    // The same pow as Python's n ** -0.5, so that the scale is the same to the last bit.
+    rotation.emplace("lut_linear: rotation", x_in, rotation_base, rotation_permutation, rotation_group,
+                     std::pow(static_cast<double>(rotation_group), -0.5), false);
+  }
   std::optional<Tensor> bias;
   if (bias_in.has_value()) {
     float_type(*bias_in, "lut_linear: bias");
@@ -122,6 +131,7 @@ Tensor lut_linear_cpu(const Tensor& x_in, const Tensor& weight, const std::optio
     a.bias_type = float_type(*bias, "lut_linear: bias");
   }
   a.y = y.mutable_data_ptr();
+  a.rotation = rotation ? &rotation->transform : nullptr;
   if (a.tokens > 0) rcp::lut_linear(a, current_isa(), torch_pool());
   return y;
 }

@@ -6,6 +6,7 @@
 
 #include "rcp/lut_linear.h"
 #include "rcp/plain_read.h"
+#include "rcp/walsh_transform.h"
 #if RCP_X86
 #include "soft_tiles.h"
 #endif
@@ -153,6 +154,39 @@ Array<uint8_t> lut_linear(const Array<uint8_t>& x, const std::string& type_name,
   return y;
 }
 
+// x and the result are raw bytes [blocks, n]; the result starts as NaN. base and permutation may be None.
+Array<uint8_t> walsh_transform(const Array<uint8_t>& x, const std::string& type_name, int64_t blocks, int64_t n,
+                               int64_t m, const py::object& base, const py::object& permutation, float scale,
+                               bool inverse, int isa, int threads, bool in_place) {
+  const rcp::FloatType type = float_type(type_name);
+  require(x.size() == blocks * n * static_cast<int64_t>(rcp::float_size(type)), "x must have blocks * n elements");
+  int bits = 0;
+  while ((m << bits) < n) ++bits;
+  require((m << bits) == n && bits <= rcp::max_walsh_bits, "n must be m * 2^k");
+  Array<float> base_array;
+  Array<int32_t> order_array;
+  if (!base.is_none()) base_array = base.cast<Array<float>>();
+  if (!permutation.is_none()) order_array = permutation.cast<Array<int32_t>>();
+  require(base.is_none() || base_array.size() == m * m, "base must be [m, m]");
+  require(permutation.is_none() || order_array.size() == n, "permutation must be [n]");
+  const rcp::WalshTransform t{n,
+                              m,
+                              bits,
+                              base.is_none() ? nullptr : base_array.data(),
+                              permutation.is_none() ? nullptr : order_array.data(),
+                              scale,
+                              inverse};
+  Array<uint8_t> y(x.size());
+  if (in_place) {
+    std::copy_n(x.data(), x.size(), y.mutable_data());
+  } else {
+    std::fill_n(y.mutable_data(), y.size(), uint8_t{0xff});
+  }
+  const rcp::Isa chosen = rcp::checked_isa(static_cast<rcp::Isa>(isa), "isa");
+  rcp::walsh_transform(t, in_place ? y.data() : x.data(), y.mutable_data(), type, blocks, chosen, thread_pool(threads));
+  return y;
+}
+
 int64_t plain_read(const Array<uint8_t>& data, int64_t streams, int isa, int threads) {
   return rcp::plain_read(data.data(), data.size(), streams, static_cast<rcp::Isa>(isa), thread_pool(threads));
 }
@@ -172,5 +206,6 @@ PYBIND11_MODULE(rcp_native, m) {
   m.def("pack_weight", &pack_weight);
   m.def("unpack_weight", &unpack_weight);
   m.def("lut_linear", &lut_linear);
+  m.def("walsh_transform", &walsh_transform);
   m.def("plain_read", &plain_read);
 }

@@ -18,10 +18,10 @@
 #define RCP_AVX2 __attribute__((target("avx2,fma,f16c")))
 #define RCP_AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")))
 #define RCP_AMX __attribute__((target("amx-tile,amx-int8,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")))
-#define RCP_INLINE __attribute__((always_inline)) inline
 #else
 #define RCP_X86 0
 #endif
+#define RCP_INLINE __attribute__((always_inline)) inline
 
 namespace rcp {
 

@@ -1,10 +1,7 @@
 // y = x W^T + bias for a packed weight: prepares the activations, picks the kernel, deals out row blocks.
 #pragma once
 
-#include <cstdlib>
 #include <limits>
-#include <memory>
-#include <new>
 #include <optional>
 
 #include "rcp/isa.h"
@@ -12,6 +9,8 @@
 #include "rcp/lut_linear_scalar.h"
 #include "rcp/parallel.h"
 #include "rcp/quantize_activation.h"
+#include "rcp/scratch.h"
+#include "rcp/walsh_transform.h"
 #if RCP_X86
 #include "rcp/lut_linear_amx.h"
 #include "rcp/lut_linear_avx2.h"
@@ -31,34 +30,35 @@ struct LutLinearArguments {
   float clip;
   const void* bias;  // [rows] or null
   FloatType bias_type;
-  void* y;  // [tokens][rows], contiguous
+  void* y;                         // [tokens][rows], contiguous
+  const WalshTransform* rotation;  // of x, block by block along columns; or null
 };
 
 namespace detail {
 
-// 64-byte aligned working memory of one call.
-class Scratch {
+// A token after the input rotation, rounded to the type of x: bit-equal to a walsh_transform before the call.
+class Rotated {
  public:
-  explicit Scratch(int64_t bytes) : base_(std::aligned_alloc(64, static_cast<std::size_t>((bytes + 63) / 64 * 64))) {
-    if (base_ == nullptr) throw std::bad_alloc();
+  Rotated(const LutLinearArguments& a, Isa isa) : a_(a), isa_(isa) {
+    if (a.rotation == nullptr) return;
+    const int64_t bytes = a.shape.columns * static_cast<int64_t>(float_size(a.type));
+    scratch_.emplace(Scratch::size_of<char>(bytes) + Scratch::size_of<float>(a.rotation->scratch_floats()));
+    row_ = scratch_->take<char>(bytes);
+    work_ = scratch_->take<float>(a.rotation->scratch_floats());
   }
-  template <class T>
-  T* take(int64_t count) {
-    T* part = reinterpret_cast<T*>(static_cast<char*>(base_.get()) + used_);
-    used_ += size_of<T>(count);
-    return part;
-  }
-  template <class T>
-  static int64_t size_of(int64_t count) {
-    return (count * static_cast<int64_t>(sizeof(T)) + 63) / 64 * 64;
+  const void* operator()(const void* row) {
+    if (a_.rotation == nullptr) return row;
+    const FlushSubnormals flush;
+    walsh_blocks(*a_.rotation, row, row_, a_.type, a_.shape.columns / a_.rotation->n, isa_, work_);
+    return row_;
   }
 
  private:
-  struct Free {
-    void operator()(void* p) const { std::free(p); }
-  };
-  std::unique_ptr<void, Free> base_;
-  int64_t used_ = 0;
+  const LutLinearArguments& a_;
+  Isa isa_;
+  std::optional<Scratch> scratch_;
+  char* row_ = nullptr;
+  float* work_ = nullptr;
 };
 
 struct Plan {
@@ -128,7 +128,6 @@ inline void lut_linear(const LutLinearArguments& a, Isa isa, const ThreadPool& p
   const float qmax = quantization_maximum(a.act_bits);
   const int64_t most = std::min(a.tokens, lut_linear_block_tokens);
   const int64_t bias_floats = a.bias == nullptr ? 0 : shape.row_blocks() * 16;
-  using detail::Scratch;
   // AMX pads to 16 tokens, AVX2 splits into two planes.
   const int64_t most_rows = std::max((most + 15) / 16 * 16, 2 * most);
   Scratch scratch(Scratch::size_of<float>(bias_floats) + Scratch::size_of<float>(most) +
@@ -153,9 +152,11 @@ inline void lut_linear(const LutLinearArguments& a, Isa isa, const ThreadPool& p
     const int64_t q_rows = (rows + chosen.row_multiple - 1) / chosen.row_multiple * chosen.row_multiple;
     std::atomic<int64_t> bad_token{std::numeric_limits<int64_t>::max()};
 
+    using detail::Rotated;
     const auto prepare_float = [&](int64_t begin, int64_t end) {
+      Rotated rotated(a, isa);
       for (int64_t m = begin; m < end; ++m) {
-        const void* row = advance(a.x, a.type, (token0 + m) * shape.columns);
+        const void* row = rotated(advance(a.x, a.type, (token0 + m) * shape.columns));
         factor[m] = a.tensor_scale;
         for (int64_t g = 0; g < groups; ++g) {
           float* out = x + (g * tokens + m) * padded;
@@ -166,8 +167,9 @@ inline void lut_linear(const LutLinearArguments& a, Isa isa, const ThreadPool& p
       }
     };
     const auto prepare_integer = [&](int64_t begin, int64_t end) {
+      Rotated rotated(a, isa);
       for (int64_t m = begin; m < end; ++m) {
-        const void* row = advance(a.x, a.type, (token0 + m) * shape.columns);
+        const void* row = rotated(advance(a.x, a.type, (token0 + m) * shape.columns));
         bool finite = true;
         const float scale = token_scale(kernels, row, a.type, shape.columns, qmax, a.clip, finite);
         if (!finite) {

@@ -109,8 +109,17 @@ RCP_AVX2 RCP_INLINE void store_half_block(const LutLinearCall& call, int64_t tok
   const __m256 bias = call.bias ? _mm256_loadu_ps(call.bias + row) : _mm256_setzero_ps();
   const __m256 y = _mm256_fmadd_ps(total, _mm256_set1_ps(call.factor[token]), bias);
   const int64_t at = token * call.shape.rows + row;
-  if (count == 8 && call.type == FloatType::float32) {
-    _mm256_storeu_ps(static_cast<float*>(call.y) + at, y);
+  if (count == 8) {
+    switch (call.type) {
+      case FloatType::float32:
+        store8<FloatType::float32>(call.y, at, y);
+        break;
+      case FloatType::float16:
+        store8<FloatType::float16>(call.y, at, y);
+        break;
+      default:
+        store8<FloatType::bfloat16>(call.y, at, y);
+    }
     return;
   }
   alignas(32) float lanes[8];

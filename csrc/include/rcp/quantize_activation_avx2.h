@@ -17,6 +17,27 @@ RCP_AVX2 RCP_INLINE __m256 load8(const void* x, int64_t i) {
   }
 }
 
+template <FloatType TYPE>
+RCP_AVX2 RCP_INLINE void store8(void* y, int64_t i, __m256 value) {
+  if constexpr (TYPE == FloatType::float32) {
+    _mm256_storeu_ps(static_cast<float*>(y) + i, value);
+  } else {
+    __m128i raw;
+    if constexpr (TYPE == FloatType::float16) {
+      raw = _mm256_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    } else {
+      const __m256i bits = _mm256_castps_si256(value);
+      const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+      __m256i rounded = _mm256_srli_epi32(_mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))), 16);
+      const __m256i quiet = _mm256_or_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(0x40));
+      const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(value, value, _CMP_UNORD_Q));
+      rounded = _mm256_blendv_epi8(rounded, quiet, nan);
+      raw = _mm_packus_epi32(_mm256_castsi256_si128(rounded), _mm256_extracti128_si256(rounded, 1));
+    }
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(static_cast<uint16_t*>(y) + i), raw);
+  }
+}
+
 // The last n < 8 elements, the rest zero. A copy, because AVX2 has no masked 16-bit load.
 template <FloatType TYPE>
 RCP_AVX2 inline __m256 load_tail(const void* x, int64_t i, int64_t n) {

@@ -1,0 +1,65 @@
+#pragma once
+
+#include <cmath>
+#include <optional>
+#include <string>
+
+#include "binding.h"
+#include "rcp/walsh_transform.h"
+
+namespace rcp::binding {
+
+// The arguments of a transform, checked: shared by the walsh ops and by lut_linear's input rotation. Holds the tensors
+// its pointers look into.
+struct WalshArguments {
+  std::optional<Tensor> base, permutation;
+  WalshTransform transform{};
+
+  WalshArguments(const std::string& op, const Tensor& x, const std::optional<Tensor>& base_in,
+                 const std::optional<Tensor>& permutation_in, int64_t n, double scale, bool inverse) {
+    const std::string where = op + ": ";
+    if (x.dim() < 1) fail(where + "x must have at least one dimension, got a scalar; use x[None]");
+    const int64_t columns = x.size(x.dim() - 1);
+    if (n < 1 || columns % n != 0) {
+      fail(where + "group_size must divide the last dimension of x (" + std::to_string(columns) + "), got " +
+           std::to_string(n) + "; pass a divisor of it");
+    }
+    if (!std::isfinite(scale))
+      fail(where + "scale must be finite, got " + std::to_string(scale) + "; pass None for 1/sqrt(n)");
+    int64_t m = 1;
+    if (base_in.has_value()) {
+      if (base_in->dim() != 2)
+        fail(where + "base must be a square matrix, got shape " + shape_text(*base_in) + "; see base_matrix");
+      m = base_in->size(0);
+      check_tensor(*base_in, where + "base", ScalarType::Float, {m, m});
+      base = torch::stable::contiguous(*base_in);
+    }
+    if (permutation_in.has_value()) {
+      check_tensor(*permutation_in, where + "permutation", ScalarType::Int, {n});
+      permutation = torch::stable::contiguous(*permutation_in);
+      const int32_t* p = static_cast<const int32_t*>(permutation->const_data_ptr());
+      // A kernel indexes with it: an entry outside would read memory that is not ours.
+      for (int64_t i = 0; m > 1 && i < n; ++i) {
+        if (p[i] < 0 || p[i] >= n) {
+          fail(where + "permutation must hold 0 .. " + std::to_string(n - 1) + ", got " + std::to_string(p[i]) +
+               "; see sequency_permutation");
+        }
+      }
+    }
+    int bits = 0;
+    while (bits < max_walsh_bits && m << (bits + 1) <= n) ++bits;
+    if (m << bits != n) {
+      fail(where + "group_size must be " + std::to_string(m) + " * 2^k with k <= " + std::to_string(max_walsh_bits) +
+           ", got " + std::to_string(n) + "; pass a size that hadamard_matrix knows");
+    }
+    transform = {n,
+                 m,
+                 bits,
+                 base ? static_cast<const float*>(base->const_data_ptr()) : nullptr,
+                 permutation ? static_cast<const int32_t*>(permutation->const_data_ptr()) : nullptr,
+                 static_cast<float>(scale),
+                 inverse};
+  }
+};
+
+}  // namespace rcp::binding
