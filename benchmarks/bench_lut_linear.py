@@ -15,7 +15,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from rcp_kernels.bench import lut_linear
+from rcp_kernels.bench import common, lut_linear
 from rcp_kernels.bench.lut_linear import BATCHES, OURS, READ, SHAPES, THREADS, TORCH_BF16, TORCH_FP32, TORCH_INT4, Peer
 
 OPTIONS = lut_linear.Options()
@@ -44,15 +44,10 @@ def test_lut_linear(benchmark, peer: tuple[tuple[int, int], Peer], batch: int, t
     (out_features, in_features), competitor = peer
     benchmark.group = f"{out_features} x {in_features}, batch {batch}, threads {threads}"
     benchmark.extra_info["weight_bytes"] = competitor.weight_bytes
-    threads_before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        with torch.inference_mode():
-            call = competitor.bind(batch)
-            numbers = itertools.count()
-            benchmark.pedantic(lambda: call(next(numbers)), rounds=OPTIONS.rounds, warmup_rounds=2)
-    finally:
-        torch.set_num_threads(threads_before)
+    with common.torch_threads(threads), torch.inference_mode():
+        call = competitor.bind(batch)
+        numbers = itertools.count()
+        benchmark.pedantic(lambda: call(next(numbers)), rounds=OPTIONS.rounds, warmup_rounds=2)
 
 
 if __name__ == "__main__":

@@ -2,19 +2,28 @@
 
 from . import ops
 from .formats import PackedWeight
-from .nn import QuantLinear, quantize_model
-from .ops import lut_linear, quantize_activation
+from .nn import OnlineRotation, QuantLinear, quantize_model, rotate_inputs
+from .ops import lut_linear, quantize_activation, walsh_quantize, walsh_transform
 from .quantize import quantize_weight
+from .walsh import gsr_matrix, hadamard_matrix, sequency_permutation, walsh_matrix
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "OnlineRotation",
     "PackedWeight",
     "QuantLinear",
     "__version__",
+    "gsr_matrix",
+    "hadamard_matrix",
     "lut_linear",
     "ops",
     "quantize_activation",
     "quantize_model",
     "quantize_weight",
+    "rotate_inputs",
+    "sequency_permutation",
+    "walsh_matrix",
+    "walsh_quantize",
+    "walsh_transform",
 ]

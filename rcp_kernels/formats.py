@@ -180,16 +180,21 @@ def snap_levels(levels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
     Raises:
         TypeError: levels are not floating point.
-        ValueError: NaN, Inf or values beyond float32 in levels, or levels that descend.
+        ValueError: NaN, Inf or values beyond float32 in levels, levels that descend, or levels on the meta device.
     """
     if not levels.is_floating_point():
         raise TypeError(
             f"levels must be floating point [N, groups, 2**bits], got {levels.dtype}; convert with .float()"
         )
+    if levels.is_meta:
+        raise ValueError("levels must have values, got a tensor on the meta device; load the levels first")
     values = levels.to(torch.float32)
-    if not bool(torch.isfinite(values).all()):
+    finite = torch.isfinite(values)
+    if not bool(finite.all()):
+        index = (~finite).nonzero()[0].tolist()
         raise ValueError(
-            "levels must be finite in float32, got NaN or Inf; check the weight or the method that chose them"
+            f"levels must be finite in float32, got {float(values[tuple(index)])} at row, group, level {index}; check "
+            f"the weight or the method that chose them"
         )
     check_ascending(values)
     largest = values.abs().amax(dim=-1)
@@ -304,6 +309,10 @@ class PackedWeight:
         Raises:
             ValueError: naming the rule, the value found and the remedy.
         """
+        for name in ("version", "in_features", "out_features"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise ValueError(f"PackedWeight: {name} must be an int, got {value!r}; convert with int()")
         if self.version != FORMAT_VERSION:
             hint = (
                 "upgrade rcp-kernels" if self.version > FORMAT_VERSION else "the file is damaged: versions start at 1"
@@ -411,7 +420,8 @@ class PackedWeight:
         """Read what :meth:`state_dict` wrote; other keys are ignored.
 
         Raises:
-            ValueError: a key is missing, the format is from the future, or :meth:`validate` finds a broken rule.
+            ValueError: a key is missing, format is no int64 tensor with values or is from the future, or
+                :meth:`validate` finds a broken rule.
         """
         missing = [prefix + name for name in cls.KEYS if prefix + name not in state_dict]
         if missing:
@@ -420,11 +430,13 @@ class PackedWeight:
                 f"{', '.join(missing)}; the checkpoint is incomplete or was not written in this format"
             )
         header = state_dict[prefix + "format"]
+        rule = "PackedWeight: format must be int64 [version, bits, group_size, in_features, out_features]"
+        if not isinstance(header, Tensor):
+            raise ValueError(f"{rule}, got {type(header).__name__}; store it as the tensor that state_dict gave")
         if header.dtype != torch.int64 or header.dim() != 1 or header.numel() < 1:
-            raise ValueError(
-                f"PackedWeight: format must be int64 [version, bits, group_size, in_features, out_features], got "
-                f"{header.dtype} of shape {tuple(header.shape)}; store it unconverted"
-            )
+            raise ValueError(f"{rule}, got {header.dtype} of shape {tuple(header.shape)}; store it unconverted")
+        if header.is_meta:
+            raise ValueError(f"{rule}, got a tensor on the meta device, which has no values; load it on the CPU")
         version, *fields = (int(value) for value in header.tolist())
         if version > FORMAT_VERSION:  # before its length: a later version may say more
             raise ValueError(

@@ -92,7 +92,7 @@ def describe() -> dict[str, Any]:
             "cpu_capability": torch.backends.cpu.get_cpu_capability(),
             "cuda": torch.version.cuda,
         },
-        "extension": {"path": sys.modules["rcp_kernels._C"].__file__, "loaded": True},
+        "extension": {"path": sys.modules["rcp_kernels._C"].__file__},
         "gpu": {
             "cuda_available": cuda,
             "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if cuda else [],

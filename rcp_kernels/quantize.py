@@ -34,10 +34,16 @@ def quantize_weight(
         The packed weight, on the device of ``weight``.
 
     Raises:
-        TypeError: weight is not floating point, or levels is neither a name nor a tensor.
-        ValueError: wrong shape, bits or group size; NaN or Inf in weight; unknown, descending or misshapen levels.
+        TypeError: weight is not a floating point tensor, or levels is neither a name nor a tensor.
+        ValueError: wrong shape, bits or group size; a sparse weight; a weight or levels on the meta device; NaN or Inf
+            in either; unknown, descending or misshapen levels.
     """
     check_bits(bits)
+    if not isinstance(weight, Tensor):
+        raise TypeError(
+            f"quantize_weight: weight must be a floating point tensor, got {type(weight).__name__}; convert with "
+            f"torch.as_tensor"
+        )
     if not weight.is_floating_point():
         raise TypeError(f"quantize_weight: weight must be floating point, got {weight.dtype}; convert with .float()")
     if weight.dim() != 2 or weight.numel() == 0:
@@ -47,7 +53,10 @@ def quantize_weight(
         )
     if weight.is_meta:
         raise ValueError("quantize_weight: weight is on the meta device and has no values; load the checkpoint first")
-    weight = weight.detach().to(torch.float32)
+    if weight.layout != torch.strided:
+        raise ValueError(f"quantize_weight: weight must be dense, got {weight.layout}; convert with .to_dense()")
+    # Contiguous, so that groups are: searchsorted wants it.
+    weight = weight.detach().to(torch.float32).contiguous()
     rows, in_features = weight.shape
     check_group_size(group_size, in_features)
     finite = torch.isfinite(weight)
@@ -64,7 +73,8 @@ def quantize_weight(
                 f"quantize_weight: levels must be [out_features, groups, 2**bits] = {shape}, got "
                 f"{tuple(levels.shape)}; expand a shared table to every group"
             )
-        values = levels.detach().to(weight.device)
+        # Levels without values are refused by snap_levels; they cannot be moved.
+        values = levels.detach() if levels.is_meta else levels.detach().to(weight.device)
     elif isinstance(levels, str):
         if levels not in _CHOOSERS:
             raise ValueError(

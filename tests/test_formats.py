@@ -140,6 +140,12 @@ def test_validate_names_rule_value_and_remedy() -> None:
         check(version=2)
     with rejects("version must be 1", "got 0", "damaged"):
         check(version=0)
+    with rejects("version must be an int", "got '1'", "convert"):
+        check(version="1")
+    with rejects("in_features must be an int", "got 96.0", "convert"):
+        check(in_features=96.0)
+    with rejects("out_features must be an int", "got True"):
+        check(out_features=True)
     with rejects("bits must be one of", "got 5", "choose"):
         check(bits=5)
     with rejects("bits must be one of", "got True"):
@@ -199,6 +205,9 @@ def test_from_state_dict_refuses_damage() -> None:
         PackedWeight.from_state_dict({**good, "format": torch.tensor([1, 2, 32])})
     with rejects("format must be int64", "got torch.float32", "unconverted"):
         PackedWeight.from_state_dict({**good, "format": good["format"].float()})
+    for bad, found in ((None, "NoneType"), ([1, 2, 32, 96, 4], "list"), (good["format"].to("meta"), "meta device")):
+        with rejects("format must be int64", f"got .*{found}", "; "):
+            PackedWeight.from_state_dict({**good, "format": bad})
     with rejects("codes must have shape", "truncated"):
         PackedWeight.from_state_dict({**good, "codes": good["codes"][:, :-1]})
 
@@ -245,7 +254,7 @@ def test_from_float_levels() -> None:
         PackedWeight.from_float_levels(codes, levels.to(torch.int8), bits=2, group_size=32)
     with rejects("levels must be ascending", "sort the levels"):
         PackedWeight.from_float_levels(codes, levels.flip(-1), bits=2, group_size=32)
-    with rejects("levels must be finite", "got NaN or Inf", "check"):
+    with rejects("levels must be finite", r"got nan at row, group, level \[0, 0, 0\]", "check"):
         PackedWeight.from_float_levels(codes, levels * float("nan"), bits=2, group_size=32)
     with rejects("levels must have shape", r"got \(4, 2, 4\)"):
         PackedWeight.from_float_levels(codes, levels[:, :2], bits=2, group_size=32)

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rcp_kernels import PackedWeight, ops
+from rcp_kernels import OnlineRotation, PackedWeight, QuantLinear, ops
 
 ISAS = ["scalar", "avx2", "avx512", "amx"]
 SUPPORTED = ISAS[: torch.ops.rcp_kernels.cpu_isa_supported() + 1]
@@ -241,3 +241,62 @@ def test_environment_chooses_the_isa(isa):
         assert f"RCP_ISA={isa} asks for the {isa} kernels, but this CPU runs at most {SUPPORTED[-1]}" in done.stderr
     else:
         assert "RCP_ISA must be scalar, avx2, avx512 or amx, got 'sse9'" in done.stderr
+
+
+@pytest.mark.usefixtures("restore_isa")
+@pytest.mark.parametrize("isa", range(len(SUPPORTED)), ids=SUPPORTED)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("order", "group"), [("sequency", 64), ("natural", 64), ("sequency", 192), ("sequency", 12)])
+@pytest.mark.parametrize("act_bits", [4, 8, 16])
+def test_rotation_inside_equals_rotation_before(isa, dtype, order, group, act_bits):
+    """Bit for bit, through the op and through QuantLinear."""
+    torch.ops.rcp_kernels.set_cpu_isa(isa)
+    weight = random_weight(40, 192, 2, 64)
+    layer = QuantLinear.from_packed(
+        weight, act_bits=act_bits, input_rotation=OnlineRotation(192, group_size=group, order=order)
+    )
+    for tokens in (1, 3, 20):
+        x = torch.randn(tokens, 192, generator=torch.Generator().manual_seed(tokens)).to(dtype)
+        expected = run(ops.walsh_transform(x, order=order, group_size=group), weight, act_bits=act_bits)
+        assert torch.equal(layer(x), expected)
+        # With a gradient wanted, the same through autograd.
+        assert torch.equal(layer(x.clone().requires_grad_()), expected)
+
+
+def test_bad_rotation_arguments():
+    blob = ops.pack_weight(random_weight(16, 64, 2, 64))
+    op = torch.ops.rcp_kernels.lut_linear
+    x = torch.ones(1, 64)
+    with pytest.raises(ValueError, match=r"lut_linear: rotation: group_size must divide .* got 48"):
+        op(x, blob, None, 16, 64, 2, 64, 4, rotation_group=48)
+    with pytest.raises(ValueError, match=r"permutation must have shape \[64\], got \[32\]"):
+        op(x, blob, None, 16, 64, 2, 64, 4, rotation_permutation=torch.zeros(32, dtype=torch.int32), rotation_group=64)
+    with pytest.raises(ValueError, match=r"permutation must hold 0 \.\. 11, got 12"):
+        op(
+            torch.ones(1, 12), ops.pack_weight(random_weight(16, 12, 2, 12)), None, 16, 12, 2, 12, 4,
+            rotation_base=torch.ones(12, 12), rotation_permutation=torch.full((12,), 12, dtype=torch.int32),
+            rotation_group=12,
+        )  # fmt: skip
+
+
+def test_mixed_devices_raise():
+    """A meta weight among CPU tensors must not come back as memory nobody wrote."""
+    layer = QuantLinear(64, 48, group_size=32, device="meta", bias=False)
+    with (
+        torch.no_grad(),
+        pytest.raises(ValueError, match=r"weight must be on the device of x \(cpu\), got meta.*assign=True"),
+    ):
+        layer(torch.randn(3, 64))
+    weight = ops.pack_weight(random_weight(16, 64, 2, 64))
+    with pytest.raises(ValueError, match=r"bias must be on the device of x \(cpu\), got meta"):
+        ops.lut_linear(torch.ones(1, 64), weight, torch.ones(16, device="meta"), 16, 64, 2, 64, 4)
+
+
+def test_integers_beyond_32_bits_are_not_wrapped():
+    weight = ops.pack_weight(random_weight(16, 64, 2, 64))
+    with pytest.raises(ValueError, match=f"bits must be 2, 3 or 4, got {2**32 + 2}"):
+        torch.ops.rcp_kernels.lut_linear(torch.ones(1, 64), weight, None, 16, 64, 2**32 + 2, 64, 4)
+    with pytest.raises(ValueError, match="cannot be a layer's sizes"):
+        torch.ops.rcp_kernels.lut_linear(torch.ones(0, 2**53), weight, None, 2**53, 2**53, 2, 128, 4)
+    with pytest.raises(ValueError, match=rf"isa must be 0 .* got {2**32}"):
+        torch.ops.rcp_kernels.set_cpu_isa(2**32)

@@ -1,6 +1,7 @@
 """QuantLinear: construction, forward, gradients, every way of storing and moving it, bad input."""
 
 import copy
+import dataclasses
 import io
 import pickle
 
@@ -87,6 +88,46 @@ def test_new_layer_is_zero() -> None:
     assert torch.equal(layer.dequantize(), torch.zeros(24, 200))
     assert QuantLinear(200, 24, bias=False).bias is None
     assert QuantLinear(200, 24, dtype=torch.bfloat16).bias.dtype == torch.bfloat16
+
+
+def test_float64_bias_becomes_float32() -> None:
+    linear = nn.Linear(64, 48).double()
+    layer = QuantLinear.from_linear(linear, group_size=64)
+    assert layer.bias.dtype == QuantLinear(64, 48, dtype=torch.float64).bias.dtype == torch.float32
+    assert torch.equal(layer.bias, linear.bias.float())
+    assert layer(torch.randn(2, 64)).shape == (2, 48)
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert QuantLinear(64, 48).bias.dtype == torch.float32
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_there_is_no_weight_to_read() -> None:
+    layer = make_layer()
+    assert not hasattr(layer, "weight")
+    with pytest.raises(AttributeError, match=r"no float weight to read.*use .dequantize\(\), or keep this layer"):
+        _ = layer.weight
+    with pytest.raises(AttributeError, match=r"no attribute 'absent'"):
+        _ = layer.absent
+
+
+@pytest.mark.parametrize(("in_features", "group_size"), [(160 * 32, 32), (53248, 32), (100003, 64)])
+def test_error_stays_within_the_documented_bound(in_features: int, group_size: int) -> None:
+    # All of one sign, so that nothing cancels: docs/numerics.md, the linear layer.
+    generator = torch.Generator().manual_seed(0)
+    weight = quantize_weight(torch.rand((2, in_features), generator=generator) + 0.1, 2, group_size)
+    x = torch.rand((1, in_features), generator=generator) + 0.1
+    with torch.no_grad():
+        y = QuantLinear.from_packed(weight)(x)
+    expected = ops.reference.lut_linear(x, weight)
+    bound = (-(-in_features // group_size) + 2) * 2.0**-24
+    assert bool(((y - expected).abs() <= bound * expected).all())
+    with torch.no_grad():
+        y = QuantLinear.from_packed(weight, act_bits=16)(x)
+    expected = ops.reference.lut_linear(x, weight, act_bits=16)
+    bound += (group_size / 4 + 2) * 2.0**-24
+    assert bool(((y - expected).abs() <= bound * expected).all())
 
 
 def test_from_linear_copies_what_a_linear_has() -> None:
@@ -298,6 +339,20 @@ def test_casting_casts_the_bias_only(cast) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:for bias. copying from a non-meta parameter")
+def test_meta_checkpoints() -> None:
+    layer = make_layer()
+    pickled = torch.load(_saved(layer), weights_only=False, map_location="meta")
+    assert pickled.packed.is_meta
+    pickled.load_state_dict(layer.state_dict(), assign=True)
+    assert same_function(pickled, layer)
+    state = {name: tensor.to("meta") for name, tensor in layer.state_dict().items()}
+    with pytest.raises(
+        RuntimeError, match=r"format must be int64.*got a tensor on the meta device.*load it on the CPU"
+    ):
+        make_layer().load_state_dict(state)
+
+
+@pytest.mark.filterwarnings("ignore:for bias. copying from a non-meta parameter")
 def test_meta_device() -> None:
     layer = make_layer()
     with torch.device("meta"):
@@ -338,6 +393,20 @@ def test_bad_arguments() -> None:
         QuantLinear(200, 24, group_size=100)
     with pytest.raises(ValueError, match=r"act_bits must be 4, 8 or 16, got 6; 16 leaves"):
         QuantLinear(200, 24, act_bits=6)
+    for act_bits in (4.0, "4", True):
+        with pytest.raises(ValueError, match=rf"act_bits must be 4, 8 or 16, got {act_bits!r}; 16 leaves"):
+            QuantLinear(200, 24, act_bits=act_bits)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"act_clip must be a number, got '1'; 1.0 keeps"):
+        QuantLinear(200, 24, act_clip="1")  # type: ignore[arg-type]
+    for size in ("64", 48.0, True):
+        with pytest.raises(TypeError, match=rf"in_features must be an int, got {size!r}; convert"):
+            QuantLinear(size, 24)  # type: ignore[arg-type]
+        with pytest.raises(TypeError, match=rf"out_features must be an int, got {size!r}; convert"):
+            QuantLinear(24, size)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"dtype must be float32, float16 or bfloat16, got torch.int8; it is the bias"):
+        QuantLinear(200, 24, dtype=torch.int8)
+    with pytest.raises(TypeError, match=r"dtype must be a torch.dtype, got 'float32'; pass"):
+        QuantLinear(200, 24, dtype="float32")  # type: ignore[arg-type]
     for clip in (0.0, -1.0, 1.5, float("nan")):
         with pytest.raises(ValueError, match=rf"act_clip must be in \(0, 1\], got {clip}; 1.0 keeps"):
             QuantLinear(200, 24, act_clip=clip)
@@ -348,11 +417,30 @@ def test_bad_arguments() -> None:
         QuantLinear.from_packed(weight, bias=torch.zeros(23))
     with pytest.raises(TypeError, match=r"bias must be floating point, got torch.int64; convert"):
         QuantLinear.from_packed(weight, bias=torch.zeros(24, dtype=torch.int64))
+    with pytest.raises(TypeError, match=r"bias must be a floating point tensor or None, got list; convert"):
+        QuantLinear.from_packed(weight, bias=[0.0] * 24)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"bias is on the meta device and has no values; load the checkpoint"):
+        QuantLinear.from_packed(weight, bias=torch.zeros(24, device="meta"))
+    with pytest.raises(TypeError, match=r"weight must be a PackedWeight, got Tensor; make one with quantize_weight"):
+        QuantLinear.from_packed(torch.zeros(24, 200))  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"linear must be an nn.Linear, got Tensor; for a weight by itself"):
+        QuantLinear.from_linear(torch.zeros(24, 200))  # type: ignore[arg-type]
+    with pytest.raises(
+        ValueError, match=r"pack_weight: codes must have 25 rows \(out_features\), got shape \(24, .*trunc"
+    ):
+        ops.pack_weight(dataclasses.replace(weight, out_features=25))
 
 
 def test_bad_input() -> None:
     layer = make_layer()
     x = torch.randn((2, 200))
+    for bad in (None, x.numpy(), [1.0]):
+        for grad in (True, False):
+            with (
+                pytest.raises(TypeError, match=rf"x must be a tensor \[..., 200\], got {type(bad).__name__}; convert"),
+                torch.set_grad_enabled(grad),
+            ):
+                layer(bad)
     for bad in (x[:, :-1], x.T, torch.randn(3, 2, 199), torch.tensor(1.0)):
         with pytest.raises(ValueError, match=r"lut_linear: .*200.*got"), torch.no_grad():
             layer(bad)

@@ -130,6 +130,40 @@ def test_subclasses_are_kept() -> None:
     model["attention"](*[torch.randn(3, 1, 64)] * 3)
 
 
+@pytest.mark.parametrize("kind", [nn.TransformerEncoderLayer, nn.TransformerDecoderLayer])
+def test_transformer_layers_of_torch_are_kept(kind: type[nn.Module]) -> None:
+    layer = kind(64, 4, 128, batch_first=True)
+    model = nn.ModuleDict({"layer": layer, "up": nn.Linear(64, 64)}).eval()
+    x = torch.randn((2, 5, 64))
+    inputs = (x,) if kind is nn.TransformerEncoderLayer else (x, x)
+    with torch.no_grad():
+        before = layer(*inputs)
+        report = quantize_model(model, group_size=64)
+        assert torch.equal(layer(*inputs), before)
+    assert [each.name for each in report.layers] == ["up"]
+    assert {"layer.linear1", "layer.linear2", "layer.self_attn.out_proj"} <= set(report.kept)
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+def test_layers_that_do_more_than_multiply_are_kept() -> None:
+    model = nn.ModuleDict({name: nn.Linear(64, 64) for name in ("plain", "after", "before", "back", "own")})
+    model["after"].register_forward_hook(lambda module, inputs, output: output + 1)
+    model["before"].register_forward_pre_hook(lambda module, inputs: None)
+    model["back"].register_full_backward_hook(lambda module, grad_in, grad_out: None)
+    model["own"].forward = lambda x: x
+    model["old_norm"] = nn.utils.weight_norm(nn.Linear(64, 64))
+    model["new_norm"] = nn.utils.parametrizations.weight_norm(nn.Linear(64, 64))
+    report = quantize_model(model, group_size=64)
+    assert [layer.name for layer in report.layers] == ["plain"]
+    assert report.kept == ["after", "before", "back", "own", "old_norm", "new_norm"]
+
+
+def test_float64_model() -> None:
+    model = nn.Sequential(nn.Linear(64, 48)).double()
+    quantize_model(model, group_size=64)
+    assert model(torch.randn(2, 64)).dtype == torch.float32
+
+
 def test_state_dict_of_a_swapped_model_loads_into_another() -> None:
     torch.manual_seed(0)
     model, fresh = Model(), Model()
@@ -147,11 +181,17 @@ def test_refuses() -> None:
         quantize_model(model, skip="lm_head")
     with pytest.raises(ValueError, match=r"every entry of skip.*got \['q_proj'\] without a match; look at"):
         quantize_model(model, skip=("q_proj", "lm_head"))
+    with pytest.raises(TypeError, match=r"skip must be a collection of names, got None; pass \(\)"):
+        quantize_model(model, skip=None)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"model must be an nn.Module, got dict; for a tensor"):
+        quantize_model({})  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"an nn.Linear to replace, got a Conv1d with none; pass the module"):
+        quantize_model(nn.Conv1d(4, 4, 3))
+    with pytest.raises(ValueError, match=r"with none, but 1 QuantLinear: it is quantized already; start from"):
+        quantize_model(nn.Sequential(QuantLinear(64, 32)))
     with pytest.raises(
-        ValueError, match=r"must contain an nn.Linear outside skip, got 0 linear layers.*in a ReLU; check"
+        ValueError, match=r"with 5 linear layers, all of them to be kept \(layers.0.up, for one\).*check"
     ):
-        quantize_model(nn.ReLU())
-    with pytest.raises(ValueError, match=r"got 5 linear layers, all of them skipped"):
         quantize_model(model, skip=("layers", "lm_head"))
     with pytest.raises(ValueError, match=r"cannot be replaced in place; use QuantLinear.from_linear"):
         quantize_model(nn.Linear(64, 64))

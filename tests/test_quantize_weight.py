@@ -110,9 +110,13 @@ def test_chunks_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(whole.levels, parts.levels)
 
 
-def test_non_contiguous_and_trained_weights() -> None:
+def test_non_contiguous_and_trained_weights(recwarn: pytest.WarningsRecorder) -> None:
     weight = torch.randn((128, 8), generator=torch.Generator().manual_seed(0)).requires_grad_()
+    always = torch.is_warn_always_enabled()
+    torch.set_warn_always(True)
     packed = quantize_weight(weight.t(), 2, 32)
+    torch.set_warn_always(always)
+    assert not list(recwarn)  # searchsorted warns of boundaries that are not contiguous
     assert torch.equal(packed.codes, quantize_weight(weight.detach().t().contiguous(), 2, 32).codes)
 
 
@@ -134,6 +138,16 @@ def test_bad_input() -> None:
             quantize_weight(broken)
     with pytest.raises(ValueError, match=r"finite in float32, got -?inf .*check"):
         quantize_weight(weight.double() * 1e300)
+    with pytest.raises(TypeError, match=r"weight must be a floating point tensor, got ndarray; convert"):
+        quantize_weight(weight.numpy())  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"weight must be dense, got torch.sparse_coo; convert with .to_dense"):
+        quantize_weight(weight.to_sparse())
+    levels = torch.zeros((4, 1, 4))
+    with pytest.raises(ValueError, match=r"levels must have values, got a tensor on the meta device; load"):
+        quantize_weight(weight, levels=levels.to("meta"))
+    levels[2, 0, 1] = float("nan")
+    with pytest.raises(ValueError, match=r"levels must be finite.*got nan at row, group, level \[2, 0, 1\]; check"):
+        quantize_weight(weight, levels=levels)
     with pytest.raises(ValueError, match=r"meta device.*load the checkpoint"):
         quantize_weight(weight.to("meta"))
     with pytest.raises(ValueError, match=r"levels must be one of \('uniform', 'kmeans'\).*got 'k-means'; check"):

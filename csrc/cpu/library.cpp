@@ -45,7 +45,7 @@ int64_t cpu_isa_supported() {
   return static_cast<int64_t>(rcp::supported_isa());
 }
 int64_t set_cpu_isa(int64_t isa) {
-  return static_cast<int64_t>(rcp::set_isa(static_cast<int>(isa)));
+  return static_cast<int64_t>(rcp::set_isa(isa));
 }
 
 }  // namespace

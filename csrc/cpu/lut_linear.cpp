@@ -14,7 +14,16 @@ using namespace rcp;
 using namespace rcp::binding;
 
 WeightShape checked_shape(const char* op, int64_t rows, int64_t columns, int64_t bits, int64_t group_size) {
-  const WeightShape shape{rows, columns, group_size, static_cast<int>(bits)};
+  // 2^40 bounds every product of sizes below; anything else outside int is outside the format's bits too.
+  constexpr int64_t largest = int64_t{1} << 40;
+  if (rows > largest || columns > largest || rows * (columns / 4096 + 1) > largest / 64) {
+    fail(std::string(op) + ": out_features * in_features must stay below 2^46, got " + std::to_string(rows) + " and " +
+         std::to_string(columns) + "; these cannot be a layer's sizes");
+  }
+  const WeightShape shape{rows, columns, group_size, bits < 0 || bits > 4 ? 0 : static_cast<int>(bits)};
+  if (shape.bits != bits)
+    fail(std::string(op) + ": bits must be 2, 3 or 4, got " + std::to_string(bits) +
+         "; quantize the weight to one of them");
   shape.check(op);
   return shape;
 }

@@ -25,7 +25,7 @@ struct WalshArguments {
            std::to_string(n) + "; pass a divisor of it");
     }
     if (!std::isfinite(scale))
-      fail(where + "scale must be finite, got " + std::to_string(scale) + "; pass None for 1/sqrt(n)");
+      fail(where + "scale must be finite, got " + std::to_string(scale) + "; n ** -0.5 makes the transform orthogonal");
     int64_t m = 1;
     if (base_in.has_value()) {
       if (base_in->dim() != 2)
@@ -51,6 +51,15 @@ struct WalshArguments {
     if (m << bits != n) {
       fail(where + "group_size must be " + std::to_string(m) + " * 2^k with k <= " + std::to_string(max_walsh_bits) +
            ", got " + std::to_string(n) + "; pass a size that hadamard_matrix knows");
+    }
+    if (m == 1 && permutation.has_value() && n > 1) {
+      // For powers of two the kernels compute the sequency order themselves: no other is supported. A look at the ends
+      // tells them apart; reading all of it would cost more than the transform.
+      const int32_t* p = static_cast<const int32_t*>(permutation->const_data_ptr());
+      if (p[0] != 0 || p[1] != n / 2 || sequency_of(static_cast<uint32_t>(p[n - 1]), bits) != n - 1) {
+        fail(where + "permutation must be the sequency order of " + std::to_string(n) +
+             " when there is no base, got another; see sequency_permutation");
+      }
     }
     transform = {n,
                  m,

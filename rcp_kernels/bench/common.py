@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import csv
+import datetime
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -22,6 +26,9 @@ _TURN_SECONDS = 2e-3
 
 # Idle threads of another competitor's pool spin for about a millisecond before they sleep: not in our turn.
 _PAUSE_SECONDS = 2e-3
+
+# Of a competitor that has used up its time; a median of fewer would be no better than one sample.
+_LEAST_ROUNDS = 3
 
 READ_STREAMS = 8
 
@@ -73,25 +80,32 @@ def plain_read(buffer: torch.Tensor) -> int:
     return total
 
 
-def median_seconds(calls: Mapping[str, Callable[[int], object]], rounds: int) -> dict[str, float]:
+def calls_per_turn(call: Callable[[int], object]) -> int:
+    """Calls that take about 2 ms, at least one; found with call numbers 0 and 1, of which 0 warms up."""
+    call(0)
+    start = time.perf_counter()
+    call(1)
+    return max(1, math.ceil(_TURN_SECONDS / (time.perf_counter() - start)))
+
+
+def median_seconds(
+    calls: Mapping[str, Callable[[int], object]], rounds: int, budget: float = math.inf
+) -> dict[str, float]:
     """Median seconds per call of each competitor, all taking turns in one run.
 
     Args:
         calls: name -> function of a running call number, which it uses to pick the next copy of its weight.
         rounds: turns of each competitor. A turn is a pause, one call that wakes the thread pool and is not timed, and
             as many calls as take about 2 ms, at least one; its sample is the mean of those.
+        budget: seconds of timed calls after which a competitor takes no further turn, though it gets three at least.
     """
-    per_turn = {}
-    count = dict.fromkeys(calls, 0)
-    for name, call in calls.items():
-        call(0)
-        start = time.perf_counter()
-        call(1)
-        per_turn[name] = max(1, math.ceil(_TURN_SECONDS / (time.perf_counter() - start)))
-        count[name] = 2
+    per_turn = {name: calls_per_turn(call) for name, call in calls.items()}
+    count = dict.fromkeys(calls, 2)
     samples: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(rounds):
+    for done in range(rounds):
         for name, call in calls.items():
+            if done >= _LEAST_ROUNDS and sum(samples[name]) * per_turn[name] > budget:
+                continue
             time.sleep(_PAUSE_SECONDS)
             call(count[name])
             first = count[name] + 1
@@ -101,6 +115,47 @@ def median_seconds(calls: Mapping[str, Callable[[int], object]], rounds: int) ->
                 call(i)
             samples[name].append((time.perf_counter() - start) / per_turn[name])
     return {name: statistics.median(values) for name, values in samples.items()}
+
+
+@contextlib.contextmanager
+def torch_threads(threads: int) -> Iterator[None]:
+    """torch's pool has so many threads inside."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def header(subject: str, data: str, rounds: int) -> str:
+    """What is measured and under which conditions, as comment lines; `data` says where the competitors' data lie."""
+    facts = hardware.conditions()
+    return "\n".join(
+        (
+            f"# {subject}",
+            f"# {facts['cpu']}, {facts['cpus']} CPUs, kernels use {facts['isa']}, "
+            f"last-level cache {facts['last_level_cache_mb']:.0f} MB, {data}",
+            f"# torch {facts['torch']} ({facts['torch_cpu_capability']}), Python {facts['python']}, "
+            f"{datetime.datetime.now().astimezone():%Y-%m-%d %H:%M %Z}, medians of {rounds} rounds",
+        )
+    )
+
+
+def write_csv(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Write one line per row, the date and the conditions before its own columns; a column that a row lacks is empty.
+
+    Floats are rounded to five significant digits.
+    """
+    date = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
+    before = {"date": date} | hardware.conditions()
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(dict.fromkeys([*before, *(name for row in rows for name in row)])))
+        writer.writeheader()
+        for row in rows:
+            writer.writerow(
+                before | {name: f"{value:.5g}" if isinstance(value, float) else value for name, value in row.items()}
+            )
 
 
 def geometric_mean(values: list[float]) -> float:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import csv
-import datetime
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -172,43 +171,32 @@ def peers(out_features: int, in_features: int, options: Options, read: Peer, ggm
 
 def measure(options: Options, ggml: Ggml | None = None) -> Iterator[Row]:
     """Measure every case, shape by shape: the copies of one shape's weights are freed before the next is built."""
-    threads_before = torch.get_num_threads()
     read = read_peer()
-    try:
-        for out_features, in_features in options.shapes:
-            competitors = peers(out_features, in_features, options, read, ggml)
-            for threads in options.threads:
-                torch.set_num_threads(threads)
-                for batch in options.batches:
-                    row = Row(
-                        threads=threads,
-                        batch=batch,
-                        out_features=out_features,
-                        in_features=in_features,
-                        group_size=common.group_size_for(in_features, options.group_size),
-                        weight_bytes=competitors[0].weight_bytes,
-                        read_bytes=read.weight_bytes,
-                    )
-                    with torch.inference_mode():
-                        calls = {peer.name: peer.bind(batch) for peer in competitors}
-                        row.seconds = common.median_seconds(calls, options.rounds)
-                    yield row
-    finally:
-        torch.set_num_threads(threads_before)
+    for out_features, in_features in options.shapes:
+        competitors = peers(out_features, in_features, options, read, ggml)
+        for threads in options.threads:
+            for batch in options.batches:
+                row = Row(
+                    threads=threads,
+                    batch=batch,
+                    out_features=out_features,
+                    in_features=in_features,
+                    group_size=common.group_size_for(in_features, options.group_size),
+                    weight_bytes=competitors[0].weight_bytes,
+                    read_bytes=read.weight_bytes,
+                )
+                with common.torch_threads(threads), torch.inference_mode():
+                    calls = {peer.name: peer.bind(batch) for peer in competitors}
+                    row.seconds = common.median_seconds(calls, options.rounds)
+                yield row
 
 
 def header(options: Options) -> str:
     """The conditions, as comment lines."""
-    facts = hardware.conditions()
-    return "\n".join(
-        (
-            f"# lut_linear W{options.bits}A{options.act_bits}, groups of {options.group_size}, x {options.dtype}",
-            f"# {facts['cpu']}, {facts['cpus']} CPUs, kernels use {facts['isa']}, "
-            f"last-level cache {facts['last_level_cache_mb']:.0f} MB, "
-            f"each competitor rotates through {common.rotated_bytes() >> 20} MB of weights",
-            f"# torch {facts['torch']} ({facts['torch_cpu_capability']}), Python {facts['python']}, "
-            f"{datetime.datetime.now().astimezone():%Y-%m-%d %H:%M %Z}, medians of {options.rounds} rounds",
-        )
+    return common.header(
+        f"lut_linear W{options.bits}A{options.act_bits}, groups of {options.group_size}, x {options.dtype}",
+        f"each competitor rotates through {common.rotated_bytes() >> 20} MB of weights",
+        options.rounds,
     )
 
 
@@ -260,38 +248,26 @@ def summary(rows: Sequence[Row]) -> str:
 
 def write_csv(rows: Sequence[Row], options: Options, path: Path) -> None:
     """Write one line per case: the conditions, all times in microseconds, and the derived columns."""
-    names = list(dict.fromkeys(name for row in rows for name in row.seconds))
-    facts = hardware.conditions()
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(
-            [
-                "date",
-                *facts,
-                "bits",
-                "act_bits",
-                "dtype",
-                "group_size",
-                "threads",
-                "batch",
-                "out_features",
-                "in_features",
-            ]
-            + ["weight_bytes", "gb_per_s", "plain_read_gb_per_s", "x_plain_read"]
-            + [f"us {name}" for name in names if name != READ]
-            + [f"x {name}" for name in names if name not in (OURS, READ)]
-        )
-        date = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
-        for row in rows:
-            speedups = [row.speedup(name) for name in names if name not in (OURS, READ)]
-            writer.writerow(
-                [date, *facts.values(), options.bits, options.act_bits, str(options.dtype).removeprefix("torch.")]
-                + [row.group_size, row.threads, row.batch, row.out_features, row.in_features, row.weight_bytes]
-                + [f"{row.bytes_per_second / 1e9:.4g}", f"{row.read_bytes / row.seconds[READ] / 1e9:.4g}"]
-                + [f"{row.of_plain_read:.4g}"]
-                + [f"{row.seconds[name] * 1e6:.5g}" if name in row.seconds else "" for name in names if name != READ]
-                + ["" if speedup is None else f"{speedup:.4g}" for speedup in speedups]
-            )
+    lines = []
+    for row in rows:
+        line: dict[str, Any] = {
+            "bits": options.bits,
+            "act_bits": options.act_bits,
+            "dtype": str(options.dtype).removeprefix("torch."),
+            "group_size": row.group_size,
+            "threads": row.threads,
+            "batch": row.batch,
+            "out_features": row.out_features,
+            "in_features": row.in_features,
+            "weight_bytes": row.weight_bytes,
+            "gb_per_s": row.bytes_per_second / 1e9,
+            "plain_read_gb_per_s": row.read_bytes / row.seconds[READ] / 1e9,
+            "x_plain_read": row.of_plain_read,
+        }
+        line |= {f"us {name}": seconds * 1e6 for name, seconds in row.seconds.items() if name != READ}
+        line |= {f"x {name}": row.speedup(name) for name in row.seconds if name not in (OURS, READ)}
+        lines.append(line)
+    common.write_csv(lines, path)
 
 
 def write_plot(rows: Sequence[Row], options: Options, path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from numbers import Real
 from typing import Any
 
 import torch
@@ -12,9 +13,13 @@ from torch import Tensor, nn
 from ..formats import PackedWeight, check_bits, check_group_size, num_groups, row_bytes
 from ..ops.lut_linear import lut_linear
 from ..ops.pack_weight import pack_weight, unpack_weight
+from ..ops.walsh_transform import transform_tables
 from ..quantize import quantize_weight
+from .online_rotation import OnlineRotation
 
 __all__ = ["QuantLinear"]
+
+_BIAS_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def _pack(weight: PackedWeight) -> Tensor:
@@ -30,9 +35,15 @@ class QuantLinear(nn.Module):
     A new layer has an all-zero weight; use :meth:`from_linear`, :meth:`from_packed` or ``load_state_dict``. The weight
     is kept in the order of the running backend, in a buffer that ``state_dict`` and pickles never show: they hold the
     canonical tensors ``codes``, ``levels``, ``scales``, ``tensor_scale`` and ``format`` of docs/format.md. Casting the
-    module with ``.to(dtype)`` or ``.half()`` casts the bias only; the output has the dtype of the input.
+    module with ``.to(dtype)`` or ``.half()`` casts the bias only; the output has the dtype of the input. There is no
+    ``weight``: :meth:`dequantize` gives it.
 
     Gradients flow to x and bias, straight through the quantization of x; the packed weight is not trained.
+
+    With an ``input_rotation`` the layer computes ``y = W' R x + bias``: x is rotated before it is quantized, and W' is
+    the weight with the rotation folded in (``W' = W R^T`` for an equivalent layer; :meth:`from_linear` folds it). Then
+    ``state_dict`` has a sixth tensor, ``rotation`` (:meth:`OnlineRotation.state`), and the rotation's signs if it has
+    any, and a checkpoint and a layer whose rotations differ do not load.
 
     Attributes:
         in_features, out_features: K and N.
@@ -41,10 +52,12 @@ class QuantLinear(nn.Module):
         act_bits: 4 or 8 bits an activation, or 16 for none quantized.
         act_clip: the share of a token's largest magnitude that 4 or 8 bits cover, in (0, 1].
         bias: Parameter [out_features] or None.
+        input_rotation: OnlineRotation of in_features entries, or None.
     """
 
     packed: Tensor
     bias: nn.Parameter | None
+    input_rotation: OnlineRotation | None
 
     def __init__(
         self,
@@ -55,6 +68,7 @@ class QuantLinear(nn.Module):
         act_bits: int = 4,
         bias: bool = True,
         act_clip: float = 1.0,
+        input_rotation: OnlineRotation | None = None,
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -69,13 +83,20 @@ class QuantLinear(nn.Module):
             act_bits: 4, 8 or 16.
             bias: whether to have one.
             act_clip: in (0, 1].
+            input_rotation: of in_features entries, applied to x; kept, not copied. None for none.
             device: of the weight and bias.
-            dtype: of the bias.
+            dtype: of the bias: float32, float16 or bfloat16; torch's default without it. float64 gives a float32
+                bias, the widest that the kernels read.
 
         Raises:
-            ValueError: an argument outside its set.
+            ValueError: an argument outside its set, or a rotation of another size.
+            TypeError: a size that is not an int, an act_clip that is not a number, a dtype that is not a torch.dtype,
+                or input_rotation is not an OnlineRotation.
         """
         super().__init__()
+        for name, size in (("in_features", in_features), ("out_features", out_features)):
+            if isinstance(size, bool) or not isinstance(size, int):
+                raise TypeError(f"QuantLinear: {name} must be an int, got {size!r}; convert with int()")
         if in_features < 1 or out_features < 1:
             raise ValueError(
                 f"QuantLinear: in_features and out_features must be at least 1, got {in_features} and {out_features}; "
@@ -85,16 +106,45 @@ class QuantLinear(nn.Module):
         self.out_features = out_features
         self.bits = check_bits(bits)
         self.group_size = check_group_size(group_size, in_features)
-        if act_bits not in (4, 8, 16):
+        if isinstance(act_bits, bool) or not isinstance(act_bits, int) or act_bits not in (4, 8, 16):
             raise ValueError(
-                f"QuantLinear: act_bits must be 4, 8 or 16, got {act_bits}; 16 leaves activations unquantized"
+                f"QuantLinear: act_bits must be 4, 8 or 16, got {act_bits!r}; 16 leaves activations unquantized"
             )
         self.act_bits = act_bits
+        clip: object = act_clip  # mypy does not count float as a Real; numpy's are
+        if isinstance(clip, bool) or not isinstance(clip, Real):
+            raise TypeError(
+                f"QuantLinear: act_clip must be a number, got {act_clip!r}; 1.0 keeps the largest activation"
+            )
         if not 0.0 < act_clip <= 1.0:
             raise ValueError(
-                f"QuantLinear: act_clip must be in (0, 1], got {act_clip}; 1.0 keeps the largest activation"
+                f"QuantLinear: act_clip must be in (0, 1], got {act_clip!r}; 1.0 keeps the largest activation"
             )
         self.act_clip = float(act_clip)
+        if input_rotation is not None:
+            if not isinstance(input_rotation, OnlineRotation):
+                raise TypeError(
+                    f"QuantLinear: input_rotation must be an OnlineRotation or None, got "
+                    f"{type(input_rotation).__name__}; put any other module before the layer"
+                )
+            if input_rotation.size != in_features:
+                raise ValueError(
+                    f"QuantLinear: input_rotation must have size {in_features} (in_features), got "
+                    f"{input_rotation.size}; make the rotation for this layer"
+                )
+        self.input_rotation = input_rotation
+        dtype = torch.get_default_dtype() if dtype is None else dtype
+        if not isinstance(dtype, torch.dtype):
+            raise TypeError(
+                f"QuantLinear: dtype must be a torch.dtype, got {dtype!r}; pass torch.bfloat16, for example"
+            )
+        if dtype == torch.float64:
+            dtype = torch.float32
+        if dtype not in _BIAS_DTYPES:
+            raise ValueError(
+                f"QuantLinear: dtype must be float32, float16 or bfloat16, got {dtype}; it is the bias's, bits is the "
+                f"weight's"
+            )
         zeros = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
         self.register_parameter("bias", zeros)
         groups = num_groups(in_features, group_size)
@@ -107,20 +157,39 @@ class QuantLinear(nn.Module):
 
     @classmethod
     def from_packed(
-        cls, weight: PackedWeight, bias: Tensor | None = None, act_bits: int = 4, act_clip: float = 1.0
+        cls,
+        weight: PackedWeight,
+        bias: Tensor | None = None,
+        act_bits: int = 4,
+        act_clip: float = 1.0,
+        input_rotation: OnlineRotation | None = None,
     ) -> QuantLinear:
         """Make a layer of a packed weight.
 
         Args:
             weight: checked before use.
-            bias: floating point [out_features], copied; a Parameter keeps its requires_grad. None for no bias.
+            bias: floating point [out_features], copied; a Parameter keeps its requires_grad. float64 becomes float32,
+                the widest that the kernels read. None for no bias.
             act_bits: 4, 8 or 16.
             act_clip: in (0, 1].
+            input_rotation: of in_features entries, already folded into weight; kept, not copied. None for none.
 
         Raises:
-            ValueError: the weight breaks a rule of the format, or bias has a wrong shape.
-            TypeError: bias is not floating point.
+            ValueError: the weight breaks a rule of the format, bias has a wrong shape or no values, or the rotation
+                another size.
+            TypeError: weight is not a PackedWeight, bias is not a floating point tensor, or input_rotation is not an
+                OnlineRotation.
         """
+        if not isinstance(weight, PackedWeight):
+            raise TypeError(
+                f"QuantLinear: weight must be a PackedWeight, got {type(weight).__name__}; make one with "
+                f"quantize_weight"
+            )
+        if bias is not None and not isinstance(bias, Tensor):
+            raise TypeError(
+                f"QuantLinear: bias must be a floating point tensor or None, got {type(bias).__name__}; convert with "
+                f"torch.as_tensor"
+            )
         weight.validate()
         module = cls(
             weight.in_features,
@@ -130,6 +199,7 @@ class QuantLinear(nn.Module):
             act_bits=act_bits,
             bias=False,
             act_clip=act_clip,
+            input_rotation=input_rotation,
             device="meta",
         )
         module.packed = _pack(weight)
@@ -141,7 +211,11 @@ class QuantLinear(nn.Module):
                 )
             if not bias.is_floating_point():
                 raise TypeError(f"QuantLinear: bias must be floating point, got {bias.dtype}; convert with .float()")
+            if bias.is_meta and not weight.codes.is_meta:
+                raise ValueError("QuantLinear: bias is on the meta device and has no values; load the checkpoint first")
             copy = bias.detach().clone().to(weight.codes.device)
+            if copy.dtype == torch.float64:
+                copy = copy.to(torch.float32)
             module.bias = nn.Parameter(copy, requires_grad=bias.requires_grad)
         return module
 
@@ -154,6 +228,7 @@ class QuantLinear(nn.Module):
         act_bits: int = 4,
         levels: str | Tensor = "kmeans",
         act_clip: float = 1.0,
+        input_rotation: OnlineRotation | None = None,
     ) -> QuantLinear:
         """Quantize the weight of a linear layer, which is left as it is.
 
@@ -162,28 +237,68 @@ class QuantLinear(nn.Module):
             bits, group_size, levels: as :func:`rcp_kernels.quantize_weight`.
             act_bits: 4, 8 or 16.
             act_clip: in (0, 1].
+            input_rotation: of in_features entries: folded into the weight in float64 before it is quantized, and
+                applied to the input, so that the layer still stands for ``linear``. Kept, not copied. None for none.
 
         Raises:
-            TypeError, ValueError: as :func:`rcp_kernels.quantize_weight` and :meth:`from_packed`.
+            TypeError, ValueError: as :func:`rcp_kernels.quantize_weight` and :meth:`from_packed`; linear is not an
+                nn.Linear.
         """
-        weight = quantize_weight(linear.weight, bits, group_size, levels)
-        module = cls.from_packed(weight, linear.bias, act_bits, act_clip)
+        if not isinstance(linear, nn.Linear):
+            raise TypeError(
+                f"QuantLinear: linear must be an nn.Linear, got {type(linear).__name__}; for a weight by itself use "
+                f"quantize_weight and from_packed"
+            )
+        weight = linear.weight if input_rotation is None else input_rotation.rotate_weight(linear.weight, "input")
+        packed = quantize_weight(weight, bits, group_size, levels)
+        module = cls.from_packed(packed, linear.bias, act_bits, act_clip, input_rotation)
         return module.train(linear.training)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] -> [..., out_features], in the dtype of x (float32, float16 or bfloat16)."""
-        # Straight from the dicts: nn.Module.__getattr__, twice, would double the 2 us that the module adds.
-        return lut_linear(
-            x,
-            self._buffers["packed"],  # type: ignore[arg-type]
-            self._parameters["bias"],
-            self.out_features,
-            self.in_features,
-            self.bits,
-            self.group_size,
-            self.act_bits,
-            self.act_clip,
-        )
+        try:
+            # Straight from the dicts: nn.Module.__getattr__, twice, would double the 2 us that the module adds.
+            rotation: OnlineRotation | None = self._modules.get("input_rotation")  # type: ignore[assignment]
+            base = permutation = None
+            rotation_group = 0
+            if rotation is not None:
+                if rotation.heads is None and rotation.signs is None:
+                    # Inside the operator, where the rotated token stays in cache: bit-equal to rotation(x) before it.
+                    rotation_group = rotation.group_size
+                    base, permutation = transform_tables("QuantLinear", x, rotation_group, rotation.order)
+                else:
+                    x = rotation(x)
+            return lut_linear(
+                x,
+                self._buffers["packed"],  # type: ignore[arg-type]
+                self._parameters["bias"],
+                self.out_features,
+                self.in_features,
+                self.bits,
+                self.group_size,
+                self.act_bits,
+                self.act_clip,
+                base,
+                permutation,
+                rotation_group,
+            )
+        except (AttributeError, RuntimeError):
+            # Looked at only here: a check of every x would be paid by every call.
+            if isinstance(x, Tensor):
+                raise
+            raise TypeError(
+                f"QuantLinear: x must be a tensor [..., {self.in_features}], got {type(x).__name__}; convert with "
+                f"torch.as_tensor"
+            ) from None
+
+    def __getattr__(self, name: str) -> Tensor | nn.Module:
+        # Only called for what is not an ordinary attribute, and not on the way of forward.
+        if name == "weight":
+            raise AttributeError(
+                "QuantLinear: there is no float weight to read, it is packed; use .dequantize(), or keep this layer in "
+                "floating point (skip of quantize_model) where other code reads its weight"
+            )
+        return super().__getattr__(name)
 
     def packed_weight(self) -> PackedWeight:
         """The weight in the canonical format, as new tensors."""
@@ -203,6 +318,8 @@ class QuantLinear(nn.Module):
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         destination.update(self.packed_weight().state_dict(prefix))
+        if self.input_rotation is not None:
+            destination[prefix + "rotation"] = self.input_rotation.state()
 
     def _load_from_state_dict(
         self,
@@ -215,18 +332,22 @@ class QuantLinear(nn.Module):
         error_msgs: list[str],
     ) -> None:
         keys = [prefix + name for name in PackedWeight.KEYS]
-        if any(key in state_dict for key in keys):
-            # A part of a packed weight is an error even where strict=False allows a layer to be left out as a whole.
+        own_keys = keys if self.input_rotation is None else [*keys, prefix + "rotation"]
+        known = {*keys, prefix + "rotation"}
+        if any(key in state_dict for key in known):
+            # A part of a packed weight is an error even where strict=False allows a layer to be left out as a whole;
+            # so is a weight that wants its input rotated in another way than this layer does.
             try:
                 weight = PackedWeight.from_state_dict(state_dict, prefix)
                 self._check_geometry(weight)
+                self._check_rotation(state_dict, prefix)
             except ValueError as error:
                 error_msgs.append(f"{prefix.rstrip('.') or type(self).__name__}: {error}")
             else:
                 self._load_packed(weight, assign=local_metadata.get("assign_to_params_buffers", False))
         elif strict:
-            missing_keys.extend(keys)
-        rest = {key: value for key, value in state_dict.items() if key not in keys}
+            missing_keys.extend(own_keys)
+        rest = {key: value for key, value in state_dict.items() if key not in known}
         super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
 
     def _check_geometry(self, weight: PackedWeight) -> None:
@@ -237,6 +358,25 @@ class QuantLinear(nn.Module):
                     f"{getattr(weight, name)}; construct the layer with {name}={getattr(weight, name)} or load another "
                     f"file"
                 )
+
+    def _check_rotation(self, state_dict: Mapping[str, Any], prefix: str) -> None:
+        state = state_dict.get(prefix + "rotation")
+        stored = "none" if state is None else repr(OnlineRotation.from_state(state))
+        own = "none"
+        if self.input_rotation is not None:
+            own = repr(OnlineRotation.from_state(self.input_rotation.state()))
+        if stored != own:
+            raise ValueError(
+                f"the input_rotation of the stored weight must be the layer's, {own}, got {stored}; construct the "
+                f"layer with the stored one or load another file"
+            )
+        signs = self.input_rotation is not None and self.input_rotation.signs is not None
+        if signs != (prefix + "input_rotation.signs" in state_dict):
+            raise ValueError(
+                f"the input_rotation of the stored weight must have signs if the layer's has, and only then, got "
+                f"{'none' if signs else 'signs'}; construct the layer with{'out' if signs else ''} them or load "
+                f"another file"
+            )
 
     def _load_packed(self, weight: PackedWeight, assign: bool) -> None:
         device = self.packed.device
@@ -271,5 +411,9 @@ class QuantLinear(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         stored = state.pop("packed_weight", None)
         super().__setstate__(state)
-        if stored is not None:
+        if stored is None:
+            return
+        if stored["codes"].is_meta:  # torch.load(..., map_location="meta"): the format has no values either
+            self._buffers["packed"] = torch.empty(0, dtype=torch.uint8, device="meta")
+        else:
             self._buffers["packed"] = pack_weight(PackedWeight.from_state_dict(stored))

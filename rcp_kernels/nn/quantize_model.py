@@ -14,6 +14,8 @@ __all__ = ["LayerReport", "QuantizationReport", "quantize_model"]
 
 # The output head sets the quality of every token and, tied to the embedding, is stored in 16 bits anyway.
 _DEFAULT_SKIP = ("lm_head",)
+# The fast path of the encoder's reads linear1.weight and linear2.weight in eval mode; the decoder's is treated alike.
+_READERS_OF_WEIGHTS = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class QuantizationReport:
 
     Attributes:
         layers: the swapped layers, in the order of the model; one that the model uses under several names is here once.
-        kept: dotted names of the linear layers left in floating point.
+        kept: dotted names of the linear layers left in floating point, by skip or for what would be lost or break.
     """
 
     layers: list[LayerReport]
@@ -110,8 +112,11 @@ def quantize_model(
 ) -> QuantizationReport:
     """Replace every ``nn.Linear`` of a model by a :class:`QuantLinear`, in place.
 
-    Subclasses of ``nn.Linear`` are left alone, because what they add would be lost. Nothing is replaced until every
-    layer has been quantized: an error leaves the model as it was.
+    Left alone, and listed in the report as kept, are the layers that a replacement would break or take something from:
+    subclasses of ``nn.Linear`` (parametrizations make one); layers with forward or backward hooks, the older
+    ``weight_norm`` and pruning among them, or with a ``forward`` of their own; and those directly inside an
+    ``nn.TransformerEncoderLayer``, which reads their weights itself in eval mode, or an ``nn.TransformerDecoderLayer``.
+    Nothing is replaced until every layer has been quantized: an error leaves the model as it was.
 
     Args:
         model: any module that contains linear layers; a module used under several names is replaced once, everywhere.
@@ -126,7 +131,7 @@ def quantize_model(
         What was replaced and what it takes.
 
     Raises:
-        TypeError: skip is a string.
+        TypeError: model is not a module, or skip is a string or no collection.
         ValueError: no layer to replace, a skip entry without a match (the default "lm_head" may be absent), or a layer
             that cannot be quantized, named.
     """
@@ -134,7 +139,15 @@ def quantize_model(
         raise TypeError(
             f"quantize_model: skip must be a collection of names, got the string {skip!r}; pass ({skip!r},)"
         )
+    if not isinstance(skip, Iterable):
+        raise TypeError(
+            f"quantize_model: skip must be a collection of names, got {skip!r}; pass () to leave no layer out"
+        )
     skip = tuple(skip)
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"quantize_model: model must be an nn.Module, got {type(model).__name__}; for a tensor use quantize_weight"
+        )
     if type(model) is nn.Linear:
         raise ValueError(
             "quantize_model: model must contain linear layers, got an nn.Linear, which cannot be replaced in place; "
@@ -151,16 +164,19 @@ def quantize_model(
         )
     linears = [name for name, module in modules.items() if isinstance(module, nn.Linear)]
     # A module that is skipped under one name is kept under all of them.
-    kept = {id(modules[name]) for name in linears if type(modules[name]) is not nn.Linear or _inside(name, skipped)}
+    kept = {
+        id(modules[name])
+        for name in linears
+        if _inside(name, skipped)
+        or _is_more_than_linear(modules[name])
+        or isinstance(modules[name.rpartition(".")[0]], _READERS_OF_WEIGHTS)
+    }
     targets: dict[int, list[str]] = {}
     for name in linears:
         if id(modules[name]) not in kept:
             targets.setdefault(id(modules[name]), []).append(name)
     if not targets:
-        raise ValueError(
-            f"quantize_model: model must contain an nn.Linear outside skip, got {len(linears)} linear layers, all of "
-            f"them skipped or of a subclass, in a {type(model).__name__}; check skip and the model"
-        )
+        raise ValueError(_nothing_to_replace(model, linears))
     replacements: list[QuantLinear] = []
     layers: list[LayerReport] = []
     for done, names in enumerate(targets.values(), start=1):
@@ -191,6 +207,25 @@ def quantize_model(
             parent, _, child = name.rpartition(".")
             setattr(modules[parent], child, module)
     return QuantizationReport(layers, [name for name in linears if id(modules[name]) in kept])
+
+
+def _is_more_than_linear(module: nn.Module) -> bool:
+    """Whether an nn.Linear does something that a QuantLinear made of its weight and bias would not."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return type(module) is not nn.Linear or any(hooks) or "forward" in vars(module)
+
+
+def _nothing_to_replace(model: nn.Module, linears: list[str]) -> str:
+    rule = f"quantize_model: model must contain an nn.Linear to replace, got a {type(model).__name__} with"
+    if linears:
+        return (
+            f"{rule} {len(linears)} linear layers, all of them to be kept ({linears[0]}, for one): named in skip, of a "
+            f"subclass, with hooks, or in a transformer layer of torch's; check skip and the model"
+        )
+    packed = sum(isinstance(module, QuantLinear) for module in model.modules())
+    if packed:
+        return f"{rule} none, but {packed} QuantLinear: it is quantized already; start from the floating point model"
+    return f"{rule} none; pass the module that holds the linear layers (others, such as convolutions, are not replaced)"
 
 
 def _inside(name: str, modules: set[str]) -> bool:

@@ -22,5 +22,14 @@ from . import reference
 from .lut_linear import lut_linear
 from .pack_weight import pack_weight, unpack_weight
 from .quantize_activation import quantize_activation
+from .walsh_transform import walsh_quantize, walsh_transform
 
-__all__ = ["lut_linear", "pack_weight", "quantize_activation", "reference", "unpack_weight"]
+__all__ = [
+    "lut_linear",
+    "pack_weight",
+    "quantize_activation",
+    "reference",
+    "unpack_weight",
+    "walsh_quantize",
+    "walsh_transform",
+]

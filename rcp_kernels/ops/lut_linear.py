@@ -10,6 +10,7 @@ from torch import Tensor
 from ..formats import PackedWeight, num_groups
 from .pack_weight import unpack_weight
 from .quantize_activation import quantize_activation_reference
+from .walsh_transform import transform_blocks
 
 __all__ = ["lut_linear", "lut_linear_group_sums_reference", "lut_linear_reference"]
 
@@ -26,6 +27,9 @@ def lut_linear(
     group_size: int,
     act_bits: int,
     clip: float = 1.0,
+    rotation_base: Tensor | None = None,
+    rotation_permutation: Tensor | None = None,
+    rotation_group: int = 0,
 ) -> Tensor:
     """``x @ dequantize(weight).T + bias`` with x quantized per token inside the operator.
 
@@ -43,6 +47,9 @@ def lut_linear(
         group_size: weights that share a table: 32, 64, 128 or in_features.
         act_bits: 4 or 8 quantize x per token as :func:`rcp_kernels.ops.quantize_activation` does; 16 does not.
         clip: of the activation quantization, in (0, 1].
+        rotation_base, rotation_permutation, rotation_group: with a group above 0, first transform every run of so many
+            inputs by the orthonormal Walsh transform, inside the operator; bit-equal to
+            :func:`rcp_kernels.ops.walsh_transform` before it. Base and permutation as that operator takes them.
 
     Returns:
         x.dtype [..., out_features].
@@ -51,7 +58,16 @@ def lut_linear(
         ValueError: a wrong dtype, shape or argument, a weight packed for others, NaN or Inf in an x to quantize.
     """
     if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
+        if rotation_group:
+            x = transform_blocks(
+                x, rotation_base, rotation_permutation, rotation_group, rotation_group**-0.5, inverse=False
+            )
         return _LutLinear.apply(x, weight, bias, out_features, in_features, bits, group_size, act_bits, clip)
+    if rotation_group:
+        return torch.ops.rcp_kernels.lut_linear.default(
+            x, weight, bias, out_features, in_features, bits, group_size, act_bits, clip,
+            rotation_base, rotation_permutation, rotation_group,
+        )  # fmt: skip
     # The overload, not the packet: it saves the overload resolution of every call.
     return torch.ops.rcp_kernels.lut_linear.default(
         x, weight, bias, out_features, in_features, bits, group_size, act_bits, clip
@@ -124,9 +140,19 @@ def _fake(
     group_size: int,
     act_bits: int,
     clip: float = 1.0,
+    rotation_base: Tensor | None = None,
+    rotation_permutation: Tensor | None = None,
+    rotation_group: int = 0,
 ) -> Tensor:
     _check_x(x, in_features)
     _check_act_bits(act_bits)
+    # A meta tensor among real ones would otherwise bring us here and back with memory nobody wrote.
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(
+                f"lut_linear: {name} must be on the device of x ({x.device}), got {tensor.device}; move them together, "
+                f"or, where it is meta, load the layer's weights with load_state_dict(..., assign=True) first"
+            )
     return x.new_empty((*x.shape[:-1], out_features))
 
 

@@ -13,6 +13,9 @@ __all__ = ["pack_weight", "unpack_weight"]
 def pack_weight(weight: PackedWeight) -> Tensor:
     """Reorder a packed weight for :func:`rcp_kernels.ops.lut_linear`.
 
+    Shapes and dtypes are checked, values are not: descending levels or a NaN scale are packed as they are.
+    :meth:`PackedWeight.validate` looks at the values.
+
     Args:
         weight: canonical format (docs/format.md).
 
@@ -20,8 +23,13 @@ def pack_weight(weight: PackedWeight) -> Tensor:
         uint8, 1-D: a header and the backend's layout, for this process only.
 
     Raises:
-        ValueError: tensors that contradict in_features, bits or group_size.
+        ValueError: tensors that contradict out_features, in_features, bits or group_size.
     """
+    if tuple(weight.codes.shape[:1]) != (weight.out_features,):
+        raise ValueError(
+            f"pack_weight: codes must have {weight.out_features} rows (out_features), got shape "
+            f"{tuple(weight.codes.shape)}; the codes are truncated or the metadata belongs to another weight"
+        )
     return torch.ops.rcp_kernels.pack_weight.default(
         weight.codes,
         weight.levels,

@@ -115,10 +115,18 @@ rcp::detail::Plan soft_amx_plan(rcp::Isa isa, int bits, int64_t tokens, int act_
 }
 #endif
 
+// The usual plan, but walking four row blocks at once as on Intel, whatever this CPU is.
+rcp::detail::Plan four_stream_plan(rcp::Isa isa, int bits, int64_t tokens, int act_bits) {
+  rcp::detail::Plan plan = rcp::detail::plan(isa, bits, tokens, act_bits);
+  plan.streams = 4;
+  return plan;
+}
+
 // Returns raw bytes [tokens, rows] of the type; they start as 0xff, which is NaN in all three types.
 Array<uint8_t> lut_linear(const Array<uint8_t>& x, const std::string& type_name, const Array<uint8_t>& packed,
                           const py::object& bias, int64_t tokens, int64_t rows, int64_t columns, int bits,
-                          int64_t group_size, int act_bits, float clip, int isa, int threads, bool soft_amx) {
+                          int64_t group_size, int act_bits, float clip, int isa, int threads,
+                          const std::string& variant) {
   rcp::LutLinearArguments a{};
   a.shape = checked_shape(rows, columns, bits, group_size);
   a.type = float_type(type_name);
@@ -143,13 +151,17 @@ Array<uint8_t> lut_linear(const Array<uint8_t>& x, const std::string& type_name,
   const rcp::Isa chosen = rcp::checked_isa(static_cast<rcp::Isa>(isa), "isa");
   const rcp::ThreadPool pool = thread_pool(threads);
   py::gil_scoped_release release;
+  if (variant == "four streams") {
+    rcp::lut_linear(a, chosen, pool, four_stream_plan);
+    return y;
+  }
 #if RCP_X86
-  if (soft_amx) {
+  if (variant == "soft amx") {
     rcp::lut_linear(a, chosen, pool, soft_amx_plan);
     return y;
   }
 #endif
-  require(!soft_amx, "the software AMX tiles need x86-64");
+  require(variant.empty(), "variant must be 'four streams', 'soft amx' (x86-64) or empty");
   rcp::lut_linear(a, chosen, pool);
   return y;
 }

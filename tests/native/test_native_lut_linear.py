@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from reference import FLOAT_TYPES, Weight, from_bytes, representable, to_bytes
 
 SOFT_AMX = "soft amx"
+FOUR_STREAMS = "four streams"
 
 
 def random_weight(rng, rows, columns, bits, group_size, unit_scales=False) -> Weight:
@@ -30,15 +31,14 @@ def pack(native, w: Weight, threads=1):
 
 
 def paths(native) -> list[int | str]:
-    """The ISAs of this machine; AMX proper runs from 16 tokens, its software double always."""
+    """The ISAs of this machine; AMX proper runs from 16 tokens, its software double always, as do Intel's four streams."""
     supported = native.isa_supported()
-    return [*range(supported + 1), *([SOFT_AMX] if supported >= 2 else [])]
+    return [*range(supported + 1), *([SOFT_AMX, FOUR_STREAMS] if supported >= 2 else [])]
 
 
 def run(native, x, name, w, packed, bias, act_bits, path, threads=1, clip=1.0):
     rows, columns = w.codes.shape
-    soft = path == SOFT_AMX
-    isa = 2 if soft else path
+    isa, variant = (2, path) if isinstance(path, str) else (path, "")
     raw = native.lut_linear(
         to_bytes(x, name),
         name,
@@ -53,7 +53,7 @@ def run(native, x, name, w, packed, bias, act_bits, path, threads=1, clip=1.0):
         clip,
         isa,
         threads,
-        soft,
+        variant,
     )
     return from_bytes(raw, name).reshape(len(x), rows)
 

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <atomic>
+#include <cstdint>
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
@@ -119,7 +120,7 @@ inline Isa current_isa() {
 }
 
 // For tests and benchmarks: switch the whole process; returns what was in use.
-inline Isa set_isa(int isa) {
+inline Isa set_isa(int64_t isa) {
   if (isa < 0 || isa > 3) {
     throw std::invalid_argument("set_cpu_isa: isa must be 0 (scalar), 1 (avx2), 2 (avx512) or 3 (amx), got " +
                                 std::to_string(isa));

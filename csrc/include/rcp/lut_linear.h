@@ -66,6 +66,7 @@ struct Plan {
   ActivationOrder order = ActivationOrder::rows;
   int64_t tiles = 1;
   int64_t row_multiple = 1;  // q gets zero rows up to a multiple of this
+  int64_t streams = 1;       // see LutLinearCall
 };
 
 template <int BITS>
@@ -79,7 +80,8 @@ Plan plan_for(Isa isa, int64_t tokens, int act_bits) {
   if (isa >= Isa::avx512) {
     if (!integer) return {avx512::lut_linear_float<BITS>};
     const int64_t tiles = (tokens + avx512::tile_tokens - 1) / avx512::tile_tokens;
-    return {avx512::lut_linear<BITS>, ActivationOrder::tiled, tiles};
+    static const int64_t streams = is_intel() ? 4 : 1;
+    return {avx512::lut_linear<BITS>, ActivationOrder::tiled, tiles, 1, streams};
   }
   if (isa == Isa::avx2) {
     const ActivationOrder order = act_bits == 8 ? ActivationOrder::planes : ActivationOrder::rows;
@@ -227,6 +229,7 @@ inline void lut_linear(const LutLinearArguments& a, Isa isa, const ThreadPool& p
                              q,
                              q_rows,
                              chosen.tiles,
+                             chosen.streams,
                              correction,
                              x,
                              factor,
@@ -234,7 +237,8 @@ inline void lut_linear(const LutLinearArguments& a, Isa isa, const ThreadPool& p
                              static_cast<char*>(a.y) + token0 * shape.rows * static_cast<int64_t>(float_size(a.type)),
                              a.type};
     const bool serial = shape.rows * shape.columns * tokens < detail::serial_products(isa);
-    // About eight pieces a thread, of an even number of row blocks (kernels work on pairs).
+    // About eight pieces a thread, of a multiple of 4 row blocks where there are that many: AMX works on pairs, four
+    // streams on fours.
     const int64_t piece = std::max<int64_t>(2, shape.row_blocks() / (8 * std::max(pool.threads, 1)) / 4 * 4);
     parallel_pieces(serial ? one : pool, shape.row_blocks(), piece,
                     [&](int64_t begin, int64_t end) { chosen.kernel(call, begin, end); });

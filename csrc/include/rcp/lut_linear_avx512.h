@@ -229,8 +229,7 @@ inline MultiplyTile tile_kernel(int64_t tokens) {
 template <int BITS>
 RCP_AVX512 void lut_linear(const LutLinearCall& call, int64_t begin, int64_t end) {
   if (call.tiles == 1) {
-    static const bool four_streams = detail::is_intel();
-    const bool four = four_streams && call.tokens == 1;
+    const bool four = call.tokens == 1 && call.streams == 4;
     return (four ? multiply_tile<BITS, 1, 4> : tile_kernel<BITS>(call.tokens))(call, 0, begin, end);
   }
   // A row block at a time: the first tile brings it from memory, the others find it in L1 or L2 and decode it again,

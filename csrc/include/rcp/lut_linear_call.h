@@ -15,6 +15,7 @@ struct LutLinearCall {
   const int8_t* q;            // [groups][q_rows][padded_group]; within a group ordered as the plan says
   int64_t q_rows;             // per group: tokens, twice that for two planes, a multiple of 16 for AMX (zero rows)
   int64_t tiles;              // ActivationOrder::tiled: into how many tiles the tokens are split
+  int64_t streams;            // row blocks that AVX-512 walks at once for one token: 1 or 4
   const int32_t* correction;  // [groups][tokens]: -128 * sum of q, undoes the +128 of the table
   const float* x;             // 16-bit activations: [groups][tokens][padded_group]
   const float* factor;        // [tokens]: token scale * tensor_scale

@@ -80,28 +80,26 @@ inline void scalar_block(const WalshTransform& t, const void* x, void* y, FloatT
   }
 }
 
-// out[i, :] = sum_j H[i, j] x[j, :], or with H transposed. The products are exact, so fusing them changes nothing.
-RCP_INLINE void multiply_base(const WalshTransform& t, const float* x, float* out) {
-  const int64_t columns = int64_t{1} << t.bits;
+// out[i, :] = sum_j H[i, j] x[j, :], or with H transposed, over ascending j.
+inline void multiply_base(const WalshTransform& t, Isa isa, const float* x, float* out) {
+  const int64_t columns = int64_t{1} << t.bits, row_step = t.inverse ? 1 : t.m, sum_step = t.inverse ? t.m : 1;
+#if RCP_X86
+  if (isa >= Isa::avx512 && t.bits >= avx512::walsh::lane_bits) {
+    return avx512::walsh::multiply_base(t.base, row_step, sum_step, t.m, x, out, columns);
+  }
+  if (isa >= Isa::avx2 && t.bits >= avx2::walsh::lane_bits) {
+    return avx2::walsh::multiply_base(t.base, row_step, sum_step, t.m, x, out, columns);
+  }
+#endif
+  (void)isa;
   for (int64_t i = 0; i < t.m; ++i) {
     float* row = out + i * columns;
+    std::fill_n(row, columns, 0.0f);
     for (int64_t j = 0; j < t.m; ++j) {
-      const float sign = t.inverse ? t.base[j * t.m + i] : t.base[i * t.m + j];
-      const float* from = x + j * columns;
-      for (int64_t c = 0; c < columns; ++c) row[c] = (j == 0 ? 0.0f : row[c]) + sign * from[c];
+      const float sign = t.base[i * row_step + j * sum_step];
+      for (int64_t c = 0; c < columns; ++c) row[c] += sign * x[j * columns + c];
     }
   }
-}
-#if RCP_X86
-RCP_AVX512 inline void multiply_base_avx512(const WalshTransform& t, const float* x, float* out) {
-  multiply_base(t, x, out);
-}
-RCP_AVX2 inline void multiply_base_avx2(const WalshTransform& t, const float* x, float* out) {
-  multiply_base(t, x, out);
-}
-#endif
-inline void multiply_base_scalar(const WalshTransform& t, const float* x, float* out) {
-  multiply_base(t, x, out);
 }
 
 inline void power_of_two(Isa isa, const void* x, void* y, FloatType type, int64_t blocks, int bits, float scale,
@@ -114,15 +112,7 @@ inline void general_block(const WalshTransform& t, const void* x, void* y, Float
   const bool gather = t.permutation != nullptr && t.inverse;
   for (int64_t i = 0; i < t.n; ++i) a[gather ? t.permutation[i] : i] = load_float(x, type, i);
   if (t.bits > 0) power_of_two(isa, a, a, FloatType::float32, t.m, t.bits, 1.0f, false, b);
-  void (*multiply)(const WalshTransform&, const float*, float*) = multiply_base_scalar;
-#if RCP_X86
-  if (isa >= Isa::avx512) {
-    multiply = multiply_base_avx512;
-  } else if (isa == Isa::avx2) {
-    multiply = multiply_base_avx2;
-  }
-#endif
-  multiply(t, a, b);
+  multiply_base(t, isa, a, b);
   const bool scatter = t.permutation != nullptr && !t.inverse;
   for (int64_t s = 0; s < t.n; ++s) store_float(y, type, s, b[scatter ? t.permutation[s] : s] * t.scale);
 }

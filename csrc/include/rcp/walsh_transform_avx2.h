@@ -32,6 +32,9 @@ RCP_AVX2 RCP_INLINE Vector mul(Vector a, Vector b) {
 RCP_AVX2 RCP_INLINE Vector set1(float a) {
   return _mm256_set1_ps(a);
 }
+RCP_AVX2 RCP_INLINE Vector multiply_add(Vector a, Vector b, Vector c) {
+  return _mm256_fmadd_ps(a, b, c);
+}
 RCP_AVX2 RCP_INLINE Vector permute_lanes(Vector v, const std::array<int32_t, 16>& order) {
   return _mm256_permutevar8x32_ps(v, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(order.data())));
 }

@@ -32,6 +32,9 @@ RCP_AVX512 RCP_INLINE Vector mul(Vector a, Vector b) {
 RCP_AVX512 RCP_INLINE Vector set1(float a) {
   return _mm512_set1_ps(a);
 }
+RCP_AVX512 RCP_INLINE Vector multiply_add(Vector a, Vector b, Vector c) {
+  return _mm512_fmadd_ps(a, b, c);
+}
 RCP_AVX512 RCP_INLINE Vector permute_lanes(Vector v, const std::array<int32_t, 16>& order) {
   return _mm512_permutexvar_ps(_mm512_loadu_si512(order.data()), v);
 }

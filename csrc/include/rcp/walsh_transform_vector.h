@@ -6,7 +6,7 @@
 //   swap_lanes<B>                   exchanges lanes whose index differs in bit B
 //   merge<B, SET>(keep, other)      keep, but lanes whose bit B is SET from swap_lanes<B>(other)
 //   butterfly_lanes<B>              (a + b, a - b) of lanes that differ in bit B
-//   permute_lanes, add, sub, mul, set1
+//   permute_lanes, add, sub, mul, set1, multiply_add
 //
 // because a target attribute cannot depend on a template parameter. No include guard.
 
@@ -226,6 +226,34 @@ RCP_WALSH_TARGET inline void power_of_two_blocks(const void* x, void* y, int64_t
         one_block<TYPE, lane_bits>(from, to, n, bits, scale, plan, scratch);
     }
   }
+}
+
+// Rows [i, i + ROWS) of out = H x, one register of columns at a time, summed over ascending j. A product with +-1 is
+// exact, so the fused sum rounds as the plain one of the scalar path does.
+template <int ROWS>
+RCP_WALSH_TARGET inline void base_rows(const float* signs, int64_t row_step, int64_t sum_step, int64_t m,
+                                       const float* x, float* out, int64_t columns) {
+  for (int64_t c = 0; c < columns; c += int64_t{1} << lane_bits) {
+    Vector sum[ROWS];
+#pragma GCC unroll 8
+    for (int r = 0; r < ROWS; ++r) sum[r] = set1(0.0f);
+    for (int64_t j = 0; j < m; ++j) {
+      const Vector from = load<FloatType::float32>(x, j * columns + c);
+#pragma GCC unroll 8
+      for (int r = 0; r < ROWS; ++r) sum[r] = multiply_add(set1(signs[r * row_step + j * sum_step]), from, sum[r]);
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < ROWS; ++r) store<FloatType::float32>(out, r * columns + c, sum[r]);
+  }
+}
+
+// out[i, :] = sum_j H[i, j] x[j, :] for i, j < m; entry (i, j) of H lies at i * row_step + j * sum_step. columns is a
+// multiple of the lanes.
+RCP_WALSH_TARGET inline void multiply_base(const float* base, int64_t row_step, int64_t sum_step, int64_t m,
+                                           const float* x, float* out, int64_t columns) {
+  int64_t i = 0;
+  for (; i + 4 <= m; i += 4) base_rows<4>(base + i * row_step, row_step, sum_step, m, x, out + i * columns, columns);
+  for (; i < m; ++i) base_rows<1>(base + i * row_step, row_step, sum_step, m, x, out + i * columns, columns);
 }
 
 // The entry: `blocks` contiguous blocks of 2^bits; y may be x. `scratch` holds one block.

@@ -1,0 +1,289 @@
+"""The orthogonal transform of activations that makes them, and the weights behind them, easier to quantize."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..ops.walsh_transform import walsh_transform, walsh_transform_reference
+from ..walsh import factor_size, hadamard_matrix, walsh_matrix
+
+__all__ = ["OnlineRotation", "rotate_inputs"]
+
+_ORDERS = ("natural", "sequency")
+_VERSION = 1
+
+
+class OnlineRotation(nn.Module):
+    """``y = R x`` for each token x, with R an orthogonal matrix of +-1/sqrt(n), applied by a fast Walsh transform.
+
+    Such a rotation spreads the outliers of a token over all its entries, and those of a weight over its columns. It is
+    applied to activations while the model runs, where no weight is at hand to take it in (QuaRot, Ashkboos et al. 2024,
+    and RCP, arXiv 2502.15779: R3 on queries and keys after RoPE, R4 before down_proj, across heads before o_proj), and
+    :meth:`fuse_into` folds it into the weights on either side. Blocks of the weight's group in sequency order are GSR's
+    rotation (arXiv 2505.03810).
+
+    In terms of a row of activations, ``forward(x) = x @ matrix().T``. The module has no parameters, and no state other
+    than the signs, if it has them. Differentiable.
+
+    Attributes:
+        size: entries of a token.
+        group_size: entries that are mixed with each other, or heads, where heads is given: the effective number, never
+            None.
+        order: ``"sequency"`` or ``"natural"``.
+        heads: None, or the number of heads that are mixed across.
+        signs: int8 [size] of +-1, a buffer, or None.
+    """
+
+    signs: Tensor | None
+
+    def __init__(
+        self,
+        size: int,
+        group_size: int | None = None,
+        order: str = "sequency",
+        heads: int | None = None,
+        signs: Tensor | Sequence[int] | None = None,
+    ) -> None:
+        """Describe a rotation; nothing is computed yet.
+
+        Args:
+            size: entries of a token, the last dimension of the input.
+            group_size: mix only entries of the same run of so many (a block-diagonal R); with heads, only heads of the
+                same run. A divisor of size (of heads) of the form m * 2^k (``rcp_kernels.walsh.BASE_ORDERS``); None
+                mixes them all.
+            order: of the rows of R inside a block: ``"sequency"`` or ``"natural"``.
+            heads: see the token as so many heads of size / heads entries each, and mix entry i of the heads with each
+                other, for each i: R is kron(T, I), where T transforms along the heads.
+            signs: +-1 [size], multiplied into the token before the transform: a randomised Hadamard matrix. Only with
+                natural order: signs scatter the sequency of R's columns, which is all that sequency order is for.
+
+        Raises:
+            ValueError: a number that does not divide another, a size without a matrix, an unknown order, or signs that
+                are not +-1, not one an entry, or given with sequency order.
+        """
+        super().__init__()
+        if order not in _ORDERS:
+            raise ValueError(f"OnlineRotation: order must be one of {_ORDERS}, got {order!r}; check the spelling")
+        if size < 1:
+            raise ValueError(f"OnlineRotation: size must be at least 1, got {size}; pass the features of a token")
+        if heads is not None and (heads < 1 or size % heads):
+            raise ValueError(
+                f"OnlineRotation: heads must divide size, got {heads} heads and size {size}; pass size = heads * "
+                f"head_dim"
+            )
+        mixed = size if heads is None else heads
+        if group_size is not None and (group_size < 1 or mixed % group_size):
+            raise ValueError(
+                f"OnlineRotation: group_size must divide {'size' if heads is None else 'heads'}, got group_size "
+                f"{group_size} and {mixed}; choose a divisor"
+            )
+        self.size = size
+        self.group_size = mixed if group_size is None else group_size
+        self.order = order
+        self.heads = heads
+        factor_size(self.group_size, "OnlineRotation")
+        if signs is not None:
+            signs = torch.as_tensor(signs)
+            if order == "sequency":
+                raise ValueError(
+                    'OnlineRotation: signs need order="natural", got "sequency"; signs scatter the sequency of the '
+                    "columns, so that the order would mean nothing: leave them out or choose natural order"
+                )
+            if tuple(signs.shape) != (size,) or not (signs.is_meta or bool((signs.abs() == 1).all())):
+                raise ValueError(
+                    f"OnlineRotation: signs must be +1 or -1, one for each of {size} entries, got shape "
+                    f"{tuple(signs.shape)}{'' if signs.is_meta else f' with {signs.unique().tolist()[:4]}'}; pass e.g. "
+                    f"torch.randint(2, ({size},)) * 2 - 1"
+                )
+            signs = signs.to(torch.int8)
+        self.register_buffer("signs", signs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``R x``: float32, float16 or bfloat16 [..., size] -> the same shape and dtype."""
+        return self._rotate(x, walsh_transform)
+
+    def inverse(self, y: Tensor) -> Tensor:
+        """``R^T y``, which undoes :meth:`forward`: [..., size] -> the same shape and dtype."""
+        return self._unrotate(y, walsh_transform)
+
+    def matrix(self) -> Tensor:
+        """R as float64 [size, size]: ``forward(x) = x @ matrix().T``. Made of the dense matrices, not the transform."""
+        make = walsh_matrix if self.order == "sequency" else hadamard_matrix
+        block = make(self.group_size).to(torch.float64) / self.group_size**0.5
+        mixed = self.size if self.heads is None else self.heads
+        matrix = torch.block_diag(*[block] * (mixed // self.group_size))
+        if self.heads is not None:
+            matrix = torch.kron(matrix, torch.eye(self.size // self.heads, dtype=torch.float64))
+        if self.signs is not None:
+            matrix = matrix.to(self.signs.device) * self.signs
+        return matrix
+
+    def rotate_weight(self, weight: Tensor, side: str = "input") -> Tensor:
+        """The weight of a linear layer with this rotation folded in, computed in float64.
+
+        Args:
+            weight: floating point [out_features, in_features].
+            side: ``"input"``: W R^T, of the layer that takes *rotated* input and gives what W gives without;
+                ``"output"``: R W, of the layer that takes plain input and gives *rotated* output.
+
+        Returns:
+            float64, as weight in shape.
+
+        Raises:
+            ValueError: another side, or a weight whose features on that side are not ``size``.
+        """
+        if side not in ("input", "output"):
+            raise ValueError(f'OnlineRotation: side must be "input" or "output", got {side!r}; check the spelling')
+        dimension = 1 if side == "input" else 0
+        if weight.dim() != 2 or weight.shape[dimension] != self.size:
+            raise ValueError(
+                f"OnlineRotation: a weight with {self.size} {side} features (size) is needed, got shape "
+                f"{tuple(weight.shape)} ([out_features, in_features]); make the rotation for that layer"
+            )
+        # The rows of W R^T are R times the rows of W, and the columns of R W are R times the columns of W.
+        if side == "input":
+            return self._rotate(weight.detach().to(torch.float64), walsh_transform_reference)
+        return self._rotate(weight.detach().to(torch.float64).T, walsh_transform_reference).T
+
+    def fuse_into(self, linear: nn.Linear, side: str = "input") -> None:
+        """Fold this rotation into a linear layer, in place, in float64.
+
+        ``side="input"`` folds the inverse in: ``linear(rotation(x))`` is then what ``linear(x)`` was.
+        ``side="output"`` folds the rotation in, into the bias too: ``linear(x)`` is then what ``rotation(linear(x))``
+        was. The two cancel: fused into the output of one layer and the input of the next, with nothing between them or
+        only what commutes with the rotation (a sum with another rotated output, a norm without gains), they leave the
+        model as it was.
+
+        The Parameter keeps its identity, dtype and device: a weight that is tied to another module's changes there too.
+        To keep the layer, copy it first, or use :func:`rotate_inputs`.
+
+        Args:
+            linear: floating point, with ``size`` features on that side.
+            side: ``"input"`` or ``"output"``.
+
+        Raises:
+            TypeError: not an ``nn.Linear``; a packed weight cannot be rotated, only quantized after rotation.
+            ValueError: as :meth:`rotate_weight`.
+        """
+        if not isinstance(linear, nn.Linear):
+            raise TypeError(
+                f"OnlineRotation: only an nn.Linear can take a rotation, got {type(linear).__name__}; fuse before "
+                f"quantizing, or pass input_rotation to QuantLinear.from_linear"
+            )
+        weight = self.rotate_weight(linear.weight, side)
+        with torch.no_grad():
+            linear.weight.copy_(weight)
+            if side == "output" and linear.bias is not None:
+                linear.bias.copy_(self._rotate(linear.bias.to(torch.float64), walsh_transform_reference))
+
+    def state(self) -> Tensor:
+        """What R is made of, but for the signs: int64 [version, size, group_size, order, heads], on the CPU.
+
+        The version is 1, the order 0 for natural and 1 for sequency, and heads 0 for None.
+        """
+        entries = [_VERSION, self.size, self.group_size, _ORDERS.index(self.order), self.heads or 0]
+        return torch.tensor(entries, dtype=torch.int64, device="cpu")
+
+    @classmethod
+    def from_state(cls, state: Tensor) -> OnlineRotation:
+        """The rotation, without signs, that :meth:`state` describes.
+
+        Raises:
+            ValueError: another dtype or shape, a version from the future, or a rotation that cannot be.
+        """
+        if state.dtype != torch.int64 or state.dim() != 1 or state.numel() < 1:
+            raise ValueError(
+                f"OnlineRotation: rotation must be int64 [version, size, group_size, order, heads], got {state.dtype} "
+                f"of shape {tuple(state.shape)}; store it unconverted"
+            )
+        version, *fields = (int(entry) for entry in state.tolist())
+        if version > _VERSION:  # before its length: a later version may say more
+            raise ValueError(
+                f"OnlineRotation: version must be {_VERSION}, got {version}; the file was written by a newer "
+                f"rcp-kernels: upgrade it"
+            )
+        if len(fields) != 4 or fields[2] not in range(len(_ORDERS)):
+            raise ValueError(
+                f"OnlineRotation: rotation of version {_VERSION} is [version, size, group_size, order, heads] with "
+                f"order 0 or 1, got {state.tolist()}; the file is damaged"
+            )
+        size, group_size, order, heads = fields
+        return cls(size, group_size, _ORDERS[order], heads or None)
+
+    def extra_repr(self) -> str:
+        heads = "" if self.heads is None else f", heads={self.heads}"
+        signs = "" if self.signs is None else ", signs=True"
+        return f"size={self.size}, group_size={self.group_size}, order={self.order!r}{heads}{signs}"
+
+    def _rotate(self, x: Tensor, transform: Callable[..., Tensor]) -> Tensor:
+        self._check(x)
+        signs = self._buffers["signs"]
+        if signs is not None:
+            x = x * signs
+        if self.heads is None:
+            return transform(x, self.order, self.group_size)
+        return transform(self._split(x), self.order, self.group_size).transpose(-1, -2).flatten(-2)
+
+    def _unrotate(self, y: Tensor, transform: Callable[..., Tensor]) -> Tensor:
+        self._check(y)
+        if self.heads is None:
+            x = transform(y, self.order, self.group_size, inverse=True)
+        else:
+            x = transform(self._split(y), self.order, self.group_size, inverse=True).transpose(-1, -2).flatten(-2)
+        signs = self._buffers["signs"]
+        return x if signs is None else x * signs
+
+    def _split(self, x: Tensor) -> Tensor:
+        """[..., heads * d] -> [..., d, heads], so that the last dimension is the one to transform."""
+        assert self.heads is not None
+        return x.unflatten(-1, (self.heads, self.size // self.heads)).transpose(-1, -2)
+
+    def _check(self, x: Tensor) -> None:
+        if x.dim() < 1 or x.shape[-1] != self.size:
+            raise ValueError(
+                f"OnlineRotation: x must have {self.size} features in its last dimension (size), got shape "
+                f"{tuple(x.shape)}; pass the activations that this rotation was made for"
+            )
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: Mapping[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        signs = state_dict.get(prefix + "signs")
+        if signs is not None and self.signs is not None and not signs.is_meta and not bool((signs.abs() == 1).all()):
+            error_msgs.append(f"{prefix}signs: every sign must be +1 or -1; the checkpoint is damaged")
+            return
+        super()._load_from_state_dict(
+            dict(state_dict), prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
+
+def rotate_inputs(linear: nn.Linear, rotation: OnlineRotation | None = None) -> nn.Sequential:
+    """The same function as a linear layer, computed on rotated inputs: ``nn.Sequential(rotation, linear')``.
+
+    Args:
+        linear: left as it is; the second module is a copy with the rotation folded into its weight in float64.
+        rotation: of ``in_features`` entries; None mixes all of them in sequency order.
+
+    Returns:
+        The rotation, itself, and the copy.
+
+    Raises:
+        TypeError, ValueError: as :meth:`OnlineRotation.fuse_into`; ValueError also for in_features without a matrix.
+    """
+    if rotation is None:
+        rotation = OnlineRotation(linear.in_features)
+    linear = copy.deepcopy(linear)
+    rotation.fuse_into(linear, "input")
+    return nn.Sequential(rotation, linear)

@@ -1,0 +1,312 @@
+"""Walsh and Hadamard matrices: +-1 entries, orthogonal rows, built from number theory rather than read from tables.
+
+A size that works is m * 2^k, where m is one of `BASE_ORDERS`; the matrix is the Kronecker product of a Hadamard matrix
+of order m with Sylvester's of order 2^k. *Natural order* is what that product gives. *Sequency order* sorts the rows by
+their number of sign changes, their sequency, the square wave's counterpart of a frequency (docs/walsh.md). Matrices
+belong to checkpoints that were rotated with them, so they never change between versions.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import operator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+__all__ = [
+    "BASE_ORDERS",
+    "base_matrix",
+    "factor_size",
+    "gsr_matrix",
+    "hadamard_matrix",
+    "sequency",
+    "sequency_permutation",
+    "walsh_matrix",
+]
+
+BASE_ORDERS = (1, 12, 20, 28, 36, 40, 52, 60, 108, 140, 156, 172)
+"""Orders m with a matrix of their own; with m * 2^k they reach the hidden sizes that language models have."""
+
+
+def factor_size(size: int, caller: str = "factor_size") -> tuple[int, int]:
+    """Split a size into m * 2^k, with the smallest m in `BASE_ORDERS` and so the largest power of two.
+
+    Args:
+        size: at least 1.
+        caller: what an error message starts with.
+
+    Returns:
+        m and 2^k.
+
+    Raises:
+        ValueError: there is no such split; the message names the largest size that divides this one and has one.
+    """
+    size = operator.index(size)
+    if size < 1:
+        raise ValueError(f"{caller}: size must be at least 1, got {size}; pass the number of entries to mix")
+    for order in BASE_ORDERS:
+        power = size // order
+        if size % order == 0 and power & (power - 1) == 0:
+            return order, power
+    odd = size
+    while odd % 2 == 0:
+        odd //= 2
+    group = _largest_group(size)
+    if group > 1:
+        remedy = f"the largest group_size that works is {group} ({size} = {size // group} groups of {group})"
+    else:
+        remedy = "no group_size above 1 that works divides it"
+    raise ValueError(
+        f"{caller}: size must be m * 2^k with m one of {BASE_ORDERS}, got {size} = {odd} * {size // odd}, for which no "
+        f"Hadamard matrix is built; {remedy}"
+    )
+
+
+def _largest_group(size: int) -> int:
+    """The largest size with a matrix that divides ``size``; 1 where there is only that."""
+    largest = 1
+    for order in BASE_ORDERS:
+        quotient, rest = divmod(size, order)
+        if rest == 0:
+            largest = max(largest, order * (quotient & -quotient))  # times the power of two in the quotient
+    return largest
+
+
+def base_matrix(order: int) -> Tensor:
+    """A Hadamard matrix of one of `BASE_ORDERS`; its first row and its first column are +1.
+
+    12, 20, 60, 108 and 140 are Paley's first construction (q = order - 1), 28 and 36 his second (q = order / 2 - 1),
+    52, 156 and 172 four circulants in the array of Goethals and Seidel (the last with symmetric ones: Williamson's
+    construction), 40 a Kronecker product. Every one is checked when it is built: H H^T = order * I in integers.
+
+    Args:
+        order: a member of `BASE_ORDERS`.
+
+    Returns:
+        int8 [order, order], a new tensor.
+
+    Raises:
+        ValueError: another order.
+    """
+    if order not in BASE_ORDERS:
+        raise ValueError(
+            f"base_matrix: order must be one of {BASE_ORDERS}, got {order}; hadamard_matrix makes their multiples by "
+            f"powers of two"
+        )
+    return torch.tensor(_base(order))
+
+
+@functools.cache
+def _base(order: int) -> np.ndarray:
+    if order == 1:
+        return np.ones((1, 1), np.int8)
+    if order == 40:
+        matrix = np.kron(_base(20), np.array([[1, 1], [1, -1]]))
+    elif order in _CIRCULANT_MULTIPLIERS:
+        matrix = _goethals_seidel(*_four_sequences(order // 4, _CIRCULANT_MULTIPLIERS[order]))
+    elif order in (28, 36):
+        matrix = _paley_2(order // 2 - 1)
+    else:
+        matrix = _paley_1(order - 1)
+    matrix = matrix * matrix[0]
+    matrix = matrix * matrix[:, :1]
+    if not np.array_equal(matrix @ matrix.T, order * np.eye(order)):
+        raise AssertionError(f"the Hadamard matrix of order {order} is wrong: this is a bug in rcp_kernels")
+    return matrix.astype(np.int8)
+
+
+def _residues(q: int) -> np.ndarray:
+    """Jacobsthal's matrix of a prime q: entry [i, j] is 1, -1 or 0 as i - j is a square, not one, or 0 modulo q."""
+    character = -np.ones(q, np.int64)
+    character[np.arange(q) ** 2 % q] = 1
+    character[0] = 0
+    i = np.arange(q)
+    return character[(i[:, None] - i) % q]
+
+
+def _paley_1(q: int) -> np.ndarray:
+    """Order q + 1 for a prime q of the form 4a + 3 (Paley 1933)."""
+    skew = np.zeros((q + 1, q + 1), np.int64)
+    skew[0, 1:] = 1
+    skew[1:, 0] = -1
+    skew[1:, 1:] = _residues(q)
+    return skew + np.eye(q + 1, dtype=np.int64)
+
+
+def _paley_2(q: int) -> np.ndarray:
+    """Order 2 (q + 1) for a prime q of the form 4a + 1 (Paley 1933)."""
+    conference = np.zeros((q + 1, q + 1), np.int64)
+    conference[0, 1:] = 1
+    conference[1:, 0] = 1
+    conference[1:, 1:] = _residues(q)
+    identity = np.eye(q + 1, dtype=np.int64)
+    return np.kron(conference, [[1, 1], [1, -1]]) + np.kron(identity, [[1, -1], [-1, -1]])
+
+
+# order: a number g such that four sequences of length order / 4 that do not change under i -> g * i exist. It leaves a
+# few hundred sequences to look through, where all of them would be 2^39.
+_CIRCULANT_MULTIPLIERS = {52: 12, 156: 29, 172: 7}
+
+
+def _four_sequences(length: int, multiplier: int) -> list[np.ndarray]:
+    """Four +-1 sequences whose periodic autocorrelations sum to 0 at every shift, the first four in a fixed order.
+
+    Only sequences with a[i] = a[multiplier * i mod length] and a[0] = 1 are tried. The multiplier does not change their
+    autocorrelation either, so that it is compared at one shift of each orbit.
+    """
+    orbits: list[list[int]] = []
+    for start in range(1, length):
+        if not any(start in orbit for orbit in orbits):
+            orbit = [start]
+            while (following := orbit[-1] * multiplier % length) != start:
+                orbit.append(following)
+            orbits.append(orbit)
+    shifts = np.array([orbit[0] for orbit in orbits])
+    places = (np.arange(length) + shifts[:, None]) % length
+    candidates: dict[tuple[int, ...], np.ndarray] = {}
+    for signs in itertools.product((1, -1), repeat=len(orbits)):
+        sequence = np.ones(length, np.int64)
+        for sign, orbit in zip(signs, orbits, strict=True):
+            sequence[orbit] = sign
+        # The four squared sums add up to 4 * length, so none exceeds it.
+        if sequence.sum() ** 2 <= 4 * length:
+            candidates.setdefault(tuple((sequence[places] @ sequence).tolist()), sequence)
+    correlations = np.array(list(candidates))
+    sequences = list(candidates.values())
+    pairs: dict[tuple[int, ...], tuple[int, int]] = {}
+    for i, j in itertools.combinations_with_replacement(range(len(sequences)), 2):
+        total = correlations[i] + correlations[j]
+        pairs.setdefault(tuple(total.tolist()), (i, j))
+        if (other := pairs.get(tuple((-total).tolist()))) is not None:
+            return [sequences[k] for k in (i, j, *other)]
+    raise AssertionError(f"no four sequences of length {length} with multiplier {multiplier}")
+
+
+def _goethals_seidel(*rows: np.ndarray) -> np.ndarray:
+    """Order 4n from four rows of length n whose autocorrelations cancel (Goethals and Seidel 1967)."""
+    index = np.arange(len(rows[0]))
+    a, b, c, d = (row[(index - index[:, None]) % len(index)] for row in rows)
+    # x[:, ::-1] is x R with R the back-diagonal matrix, which turns a circulant into a symmetric matrix.
+    br, cr, dr = b[:, ::-1], c[:, ::-1], d[:, ::-1]
+    bt, ct, dt = b.T[:, ::-1], c.T[:, ::-1], d.T[:, ::-1]
+    return np.block([[a, br, cr, dr], [-br, a, dt, -ct], [-cr, -dt, a, bt], [-dr, ct, -bt, a]])
+
+
+def hadamard_matrix(size: int) -> Tensor:
+    """The Hadamard matrix in natural order, ``base_matrix(m)`` kron Sylvester's matrix of order 2^k; H H^T = size * I.
+
+    For a power of two this is Sylvester's matrix, which is symmetric: H[i, j] = (-1)^popcount(i & j).
+
+    Args:
+        size: m * 2^k with m in `BASE_ORDERS`.
+
+    Returns:
+        int8 [size, size], entries +-1.
+
+    Raises:
+        ValueError: a size without a matrix.
+    """
+    order, power = factor_size(size, "hadamard_matrix")
+    matrix = _base(order)
+    while power > 1:
+        matrix = np.kron(matrix, np.array([[1, 1], [1, -1]], np.int8))
+        power //= 2
+    return torch.tensor(matrix)
+
+
+def sequency(matrix: Tensor) -> Tensor:
+    """The number of sign changes along each row of a matrix without zeros.
+
+    Args:
+        matrix: [..., columns] of nonzero real numbers.
+
+    Returns:
+        int64 [...].
+    """
+    positive = matrix > 0
+    return (positive[..., 1:] ^ positive[..., :-1]).sum(-1)
+
+
+def sequency_permutation(size: int) -> Tensor:
+    """The natural index of each row in sequency order: ``walsh_matrix(n) = hadamard_matrix(n)[permutation]``.
+
+    For a power of two, entry s is the bit reversal of the Gray code s ^ (s >> 1), and row s has exactly s sign changes.
+    For other sizes rows of natural order may tie in sign changes (and some numbers may be missing): they are sorted by
+    sign changes, ties by their natural index. Takes O(size) steps; no matrix is made.
+
+    Args:
+        size: m * 2^k with m in `BASE_ORDERS`.
+
+    Returns:
+        int64 [size], a permutation of 0 .. size - 1.
+
+    Raises:
+        ValueError: a size without a matrix.
+    """
+    return torch.tensor(_sequency_permutation(size, "sequency_permutation"))
+
+
+def _sequency_permutation(size: int, caller: str) -> np.ndarray:
+    order, power = factor_size(size, caller)
+    gray = np.arange(power) ^ (np.arange(power) >> 1)
+    reversed_gray = np.zeros(power, np.int64)
+    for _ in range(power.bit_length() - 1):
+        reversed_gray = (reversed_gray << 1) | (gray & 1)
+        gray >>= 1
+    if order == 1:
+        return reversed_gray
+    # Row i * power + a of the product is m copies of Sylvester's row a, each times an entry of base row i. Inside the
+    # copies it has m times the changes of row a. A row with an even number of changes ends as it began, so where two
+    # copies meet there is a change wherever base row i has one; with an odd number, wherever it has none.
+    within = np.empty(power, np.int64)
+    within[reversed_gray] = np.arange(power)
+    base = _base(order)
+    between = (base[:, 1:] != base[:, :-1]).sum(1)[:, None]
+    changes = order * within + np.where(within % 2 == 0, between, order - 1 - between)
+    return np.argsort(changes.ravel(), kind="stable")
+
+
+def walsh_matrix(size: int) -> Tensor:
+    """The Walsh matrix: the rows of :func:`hadamard_matrix` in sequency order.
+
+    For a power of two it is symmetric and row s has s sign changes (Walsh 1923). For others see
+    :func:`sequency_permutation` for the order of ties, and it is not symmetric: its inverse is its transpose / size.
+
+    Args:
+        size: m * 2^k with m in `BASE_ORDERS`.
+
+    Returns:
+        int8 [size, size], entries +-1.
+
+    Raises:
+        ValueError: a size without a matrix.
+    """
+    return hadamard_matrix(size)[sequency_permutation(size)]
+
+
+def gsr_matrix(size: int, group_size: int = 128, dtype: torch.dtype = torch.float64) -> Tensor:
+    """The grouped sequency-arranged rotation: a block diagonal of ``walsh_matrix(group_size) / sqrt(group_size)``.
+
+    Orthogonal. With the group of the weight's quantization as block, the rows that share a group are of adjacent
+    sequency and the rotation stays inside the group (GSR, arXiv 2505.03810).
+
+    Args:
+        size: a multiple of group_size.
+        group_size: m * 2^k with m in `BASE_ORDERS`.
+        dtype: floating point, of the result.
+
+    Returns:
+        dtype [size, size].
+
+    Raises:
+        ValueError: group_size does not divide size, or has no matrix.
+    """
+    if size < 1 or group_size < 1 or size % group_size:
+        raise ValueError(
+            f"gsr_matrix: group_size must divide size, got size {size} and group_size {group_size}; choose a divisor"
+        )
+    block = walsh_matrix(group_size).to(torch.float64) / group_size**0.5
+    return torch.block_diag(*[block.to(dtype)] * (size // group_size))
