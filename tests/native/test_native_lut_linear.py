@@ -31,7 +31,7 @@ def pack(native, w: Weight, threads=1):
 
 
 def paths(native) -> list[int | str]:
-    """The ISAs of this machine; AMX proper runs from 16 tokens, its software double always, as do Intel's four streams."""
+    """The ISAs of this machine; AMX proper runs from 16 tokens, its software double always, as do the four streams."""
     supported = native.isa_supported()
     return [*range(supported + 1), *([SOFT_AMX, FOUR_STREAMS] if supported >= 2 else [])]
 
