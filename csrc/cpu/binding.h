@@ -13,6 +13,9 @@
 
 #include "rcp/float_types.h"
 #include "rcp/parallel.h"
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 namespace rcp::binding {
 
@@ -66,6 +69,20 @@ inline void check_tensor(const Tensor& t, const std::string& what, ScalarType dt
   }
   if (!same)
     fail(what + " must have shape " + wanted + "], got " + shape_text(t) + "; pass the one of the same layer, whole");
+}
+
+// Asks for 2 MB pages where the memory holds some, which saves page faults and TLB misses. Advice only: it changes
+// nothing where the kernel does not follow it.
+inline void advise_huge_pages(void* data, int64_t bytes) {
+#if defined(__linux__)
+  constexpr uintptr_t huge = uintptr_t{2} << 20;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + huge - 1) / huge * huge;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + static_cast<uintptr_t>(bytes)) / huge * huge;
+  if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#else
+  (void)data;
+  (void)bytes;
+#endif
 }
 
 inline Tensor empty(const std::vector<int64_t>& shape, ScalarType dtype) {
