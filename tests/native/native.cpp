@@ -107,8 +107,8 @@ rcp::detail::Plan soft_plan_for() {
 }
 
 // The AMX plan with its instructions computed in software, at any number of tokens.
-rcp::detail::Plan soft_amx_plan(rcp::Isa isa, int bits, int64_t tokens, int act_bits) {
-  if (act_bits == 16) return rcp::detail::plan(isa, bits, tokens, act_bits);
+rcp::detail::Plan soft_amx_plan(rcp::Isa isa, int bits, int64_t tokens, int act_bits, rcp::FloatType type) {
+  if (act_bits == 16) return rcp::detail::plan(isa, bits, tokens, act_bits, type);
   if (bits == 2) return soft_plan_for<2>();
   if (bits == 3) return soft_plan_for<3>();
   return soft_plan_for<4>();
@@ -116,10 +116,15 @@ rcp::detail::Plan soft_amx_plan(rcp::Isa isa, int bits, int64_t tokens, int act_
 #endif
 
 // The usual plan, but walking four row blocks at once as on Intel, whatever this CPU is.
-rcp::detail::Plan four_stream_plan(rcp::Isa isa, int bits, int64_t tokens, int act_bits) {
-  rcp::detail::Plan plan = rcp::detail::plan(isa, bits, tokens, act_bits);
+rcp::detail::Plan four_stream_plan(rcp::Isa isa, int bits, int64_t tokens, int act_bits, rcp::FloatType type) {
+  rcp::detail::Plan plan = rcp::detail::plan(isa, bits, tokens, act_bits, type);
   plan.streams = 4;
   return plan;
+}
+
+// The usual plan of float32 activations: bfloat16 ones are widened, as on a CPU without AVX512-BF16.
+rcp::detail::Plan widened_plan(rcp::Isa isa, int bits, int64_t tokens, int act_bits, rcp::FloatType) {
+  return rcp::detail::plan(isa, bits, tokens, act_bits, rcp::FloatType::float32);
 }
 
 // Returns raw bytes [tokens, rows] of the type; they start as 0xff, which is NaN in all three types.
@@ -155,13 +160,17 @@ Array<uint8_t> lut_linear(const Array<uint8_t>& x, const std::string& type_name,
     rcp::lut_linear(a, chosen, pool, four_stream_plan);
     return y;
   }
+  if (variant == "widened") {
+    rcp::lut_linear(a, chosen, pool, widened_plan);
+    return y;
+  }
 #if RCP_X86
   if (variant == "soft amx") {
     rcp::lut_linear(a, chosen, pool, soft_amx_plan);
     return y;
   }
 #endif
-  require(variant.empty(), "variant must be 'four streams', 'soft amx' (x86-64) or empty");
+  require(variant.empty(), "variant must be 'four streams', 'widened', 'soft amx' (x86-64) or empty");
   rcp::lut_linear(a, chosen, pool);
   return y;
 }

@@ -12,6 +12,7 @@ from reference import FLOAT_TYPES, Weight, from_bytes, representable, to_bytes
 
 SOFT_AMX = "soft amx"
 FOUR_STREAMS = "four streams"
+WIDENED = "widened"
 
 
 def random_weight(rng, rows, columns, bits, group_size, unit_scales=False) -> Weight:
@@ -31,9 +32,9 @@ def pack(native, w: Weight, threads=1):
 
 
 def paths(native) -> list[int | str]:
-    """The ISAs of this machine; AMX proper runs from 16 tokens, its software double always, as do the four streams."""
+    """The ISAs of this machine; AMX proper runs from 16 tokens, its software double always, as do the other variants."""
     supported = native.isa_supported()
-    return [*range(supported + 1), *([SOFT_AMX, FOUR_STREAMS] if supported >= 2 else [])]
+    return [*range(supported + 1), *([SOFT_AMX, FOUR_STREAMS, WIDENED] if supported >= 2 else [])]
 
 
 def run(native, x, name, w, packed, bias, act_bits, path, threads=1, clip=1.0):
@@ -228,3 +229,20 @@ def test_plain_read_sums_the_words(native, size, streams):
     expected = int(data[: size // 8 * 8].view(np.int64).sum(dtype=np.int64))
     for isa in (0, min(2, native.isa_supported())):
         assert native.plain_read(data, streams, isa, 1) == expected
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_every_level_and_extreme_bfloat16_activations(native, bits):
+    """-128..127 each meet activations from subnormal (counted as zero) to 1e+30, alike on every path."""
+    rng = np.random.default_rng(bits)
+    w = random_weight(rng, 128, 64, bits, 32, unit_scales=True)
+    w.levels[:] = np.sort(np.resize(np.arange(-128, 128), w.levels.shape), axis=-1)
+    x = rng.standard_normal((5, 64)) * 10.0 ** np.array([-42, -39, -30, 0, 30])[:, None]
+    x = representable(x.astype(np.float32), "bfloat16")
+    packed = pack(native, w)
+    results = {path: run(native, x, "bfloat16", w, packed, None, 16, path) for path in paths(native)}
+    flushed = np.where(np.abs(x) < 2.0**-126, 0, x).astype(np.float32)
+    expected, magnitude = w.linear(flushed, None, 16, np.float32(1))
+    for path, y in results.items():
+        np.testing.assert_array_equal(y, results[0], err_msg=f"{path} differs from the plain C++ path")
+        assert (np.abs(y - expected) <= (2.0**-8 + 1e-5) * magnitude + 2.0**-126).all()

@@ -54,6 +54,12 @@ inline bool amx_usable() {
 #endif
 }
 
+// What lut_linear_avx512_bf16.h needs beside avx512: Zen 4, Sapphire Rapids and later.
+inline bool bf16_usable() {
+  __builtin_cpu_init();
+  return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi");
+}
+
 inline bool is_intel() {
   unsigned a = 0, b = 0, c = 0, d = 0;
   return __get_cpuid(0, &a, &b, &c, &d) && b == 0x756e6547u;  // "Genu"

@@ -15,6 +15,7 @@
 #include "rcp/lut_linear_amx.h"
 #include "rcp/lut_linear_avx2.h"
 #include "rcp/lut_linear_avx512.h"
+#include "rcp/lut_linear_avx512_bf16.h"
 #endif
 
 namespace rcp {
@@ -70,7 +71,7 @@ struct Plan {
 };
 
 template <int BITS>
-Plan plan_for(Isa isa, int64_t tokens, int act_bits) {
+Plan plan_for(Isa isa, int64_t tokens, int act_bits, FloatType type) {
   const bool integer = act_bits != 16;
 #if RCP_X86
   // AMX from 16 tokens, a full tile; below that its tiles run partly empty and VNNI is as fast.
@@ -78,7 +79,11 @@ Plan plan_for(Isa isa, int64_t tokens, int act_bits) {
     return {amx::lut_linear_many<BITS, amx::AmxTiles>, ActivationOrder::rows, 1, 16};
   }
   if (isa >= Isa::avx512) {
-    if (!integer) return {avx512::lut_linear_float<BITS>};
+    if (!integer) {
+      static const bool bf16 = bf16_usable();
+      if (bf16 && type == FloatType::bfloat16) return {avx512::lut_linear_bf16<BITS>, ActivationOrder::bf16};
+      return {avx512::lut_linear_float<BITS>};
+    }
     const int64_t tiles = (tokens + avx512::tile_tokens - 1) / avx512::tile_tokens;
     static const int64_t streams = is_intel() ? 4 : 1;
     return {avx512::lut_linear<BITS>, ActivationOrder::tiled, tiles, 1, streams};
@@ -90,13 +95,14 @@ Plan plan_for(Isa isa, int64_t tokens, int act_bits) {
 #endif
   (void)isa;
   (void)tokens;
+  (void)type;
   return {integer ? scalar::lut_linear<true> : scalar::lut_linear<false>};
 }
 
-inline Plan plan(Isa isa, int bits, int64_t tokens, int act_bits) {
-  if (bits == 2) return plan_for<2>(isa, tokens, act_bits);
-  if (bits == 3) return plan_for<3>(isa, tokens, act_bits);
-  return plan_for<4>(isa, tokens, act_bits);
+inline Plan plan(Isa isa, int bits, int64_t tokens, int act_bits, FloatType type) {
+  if (bits == 2) return plan_for<2>(isa, tokens, act_bits, type);
+  if (bits == 3) return plan_for<3>(isa, tokens, act_bits, type);
+  return plan_for<4>(isa, tokens, act_bits, type);
 }
 
 // q = 16 * high + low with low in [0, 15], high in [-8, 7].
@@ -122,7 +128,7 @@ inline constexpr int64_t lut_linear_block_tokens = 128;
 // Throws std::invalid_argument for an x with NaN or Inf (integer activations only: 16-bit ones let them through, as
 // nn.Linear does).
 inline void lut_linear(const LutLinearArguments& a, Isa isa, const ThreadPool& pool,
-                       detail::Plan (*plan)(Isa, int, int64_t, int) = detail::plan) {
+                       detail::Plan (*plan)(Isa, int, int64_t, int, FloatType) = detail::plan) {
   const WeightShape& shape = a.shape;
   const int64_t groups = shape.groups(), padded = shape.padded_group(), width = groups * padded;
   const bool integer = a.act_bits != 16;
@@ -149,7 +155,7 @@ inline void lut_linear(const LutLinearArguments& a, Isa isa, const ThreadPool& p
 
   for (int64_t token0 = 0; token0 < a.tokens; token0 += most) {
     const int64_t tokens = std::min(most, a.tokens - token0);
-    const detail::Plan chosen = plan(isa, shape.bits, tokens, a.act_bits);
+    const detail::Plan chosen = plan(isa, shape.bits, tokens, a.act_bits, a.type);
     const int64_t rows = chosen.order == ActivationOrder::planes ? 2 * tokens : tokens;
     const int64_t q_rows = (rows + chosen.row_multiple - 1) / chosen.row_multiple * chosen.row_multiple;
     std::atomic<int64_t> bad_token{std::numeric_limits<int64_t>::max()};
@@ -161,10 +167,16 @@ inline void lut_linear(const LutLinearArguments& a, Isa isa, const ThreadPool& p
         const void* row = rotated(advance(a.x, a.type, (token0 + m) * shape.columns));
         factor[m] = a.tensor_scale;
         for (int64_t g = 0; g < groups; ++g) {
-          float* out = x + (g * tokens + m) * padded;
-          const int64_t n = std::min(shape.group_size, shape.columns - g * shape.group_size);
-          for (int64_t k = 0; k < n; ++k) out[k] = load_float(row, a.type, g * shape.group_size + k);
-          std::fill(out + n, out + padded, 0.0f);
+          const int64_t at = (g * tokens + m) * padded, first = g * shape.group_size;
+          const int64_t n = std::min(shape.group_size, shape.columns - first);
+          if (chosen.order == ActivationOrder::bf16) {
+            uint16_t* out = reinterpret_cast<uint16_t*>(x) + at;
+            std::memcpy(out, advance(row, a.type, first), 2 * static_cast<std::size_t>(n));
+            std::fill(out + n, out + padded, uint16_t{0});
+          } else {
+            for (int64_t k = 0; k < n; ++k) x[at + k] = load_float(row, a.type, first + k);
+            std::fill(x + at + n, x + at + padded, 0.0f);
+          }
         }
       }
     };
@@ -231,7 +243,8 @@ inline void lut_linear(const LutLinearArguments& a, Isa isa, const ThreadPool& p
                              chosen.tiles,
                              chosen.streams,
                              correction,
-                             x,
+                             chosen.order == ActivationOrder::bf16 ? nullptr : x,
+                             chosen.order == ActivationOrder::bf16 ? reinterpret_cast<const uint16_t*>(x) : nullptr,
                              factor,
                              bias,
                              static_cast<char*>(a.y) + token0 * shape.rows * static_cast<int64_t>(float_size(a.type)),
@@ -240,8 +253,12 @@ inline void lut_linear(const LutLinearArguments& a, Isa isa, const ThreadPool& p
     // About eight pieces a thread, of a multiple of 4 row blocks where there are that many: AMX works on pairs, four
     // streams on fours.
     const int64_t piece = std::max<int64_t>(2, shape.row_blocks() / (8 * std::max(pool.threads, 1)) / 4 * 4);
-    parallel_pieces(serial ? one : pool, shape.row_blocks(), piece,
-                    [&](int64_t begin, int64_t end) { chosen.kernel(call, begin, end); });
+    parallel_pieces(serial ? one : pool, shape.row_blocks(), piece, [&](int64_t begin, int64_t end) {
+      // vdpbf16ps takes subnormals for zero whatever the mode says: the other paths follow it.
+      std::optional<FlushSubnormals> flush;
+      if (!integer && a.type == FloatType::bfloat16) flush.emplace();
+      chosen.kernel(call, begin, end);
+    });
   }
 }
 

@@ -241,11 +241,12 @@ RCP_AVX2 void lut_linear_float_tile(const LutLinearCall& call, int64_t token, in
         for (int i = 0; i < 8; ++i) {
           const __m256i level = _mm256_xor_si256(w[i], _mm256_set1_epi8(-128));
 #pragma GCC unroll 4
-          for (int j = 0; j < 4; ++j) {
+          for (const int j : {1, 0, 3, 2}) {
             const __m256 weight = _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(level, 24 - 8 * j), 24));
+            const int p = (2 * i + j / 2) % 4;
 #pragma GCC unroll 2
             for (int m = 0; m < TOKENS; ++m) {
-              parts[m][j] = _mm256_fmadd_ps(_mm256_set1_ps(x[m * padded + k + 4 * i + j]), weight, parts[m][j]);
+              parts[m][p] = _mm256_fmadd_ps(_mm256_set1_ps(x[m * padded + k + 4 * i + j]), weight, parts[m][p]);
             }
           }
         }

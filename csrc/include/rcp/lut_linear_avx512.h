@@ -243,8 +243,8 @@ RCP_AVX512 void lut_linear(const LutLinearCall& call, int64_t begin, int64_t end
   }
 }
 
-// 16-bit activations: the level as a float, one fused multiply-add per weight. The four columns of a dword keep an
-// accumulator each and are added in a fixed order.
+// 16-bit activations: the level as a float, one fused multiply-add per weight. Pairs of columns take turns at four
+// accumulators, the odd column of a pair first: the order in which vdpbf16ps adds (lut_linear_avx512_bf16.h).
 template <int BITS, int TOKENS>
 RCP_AVX512 void lut_linear_float_tile(const LutLinearCall& call, int64_t token, int64_t begin, int64_t end) {
   const WeightShape& shape = call.shape;
@@ -270,11 +270,12 @@ RCP_AVX512 void lut_linear_float_tile(const LutLinearCall& call, int64_t token, 
         for (int i = 0; i < 8; ++i) {
           const __m512i level = _mm512_xor_si512(w[i], _mm512_set1_epi8(-128));
 #pragma GCC unroll 4
-          for (int j = 0; j < 4; ++j) {
+          for (const int j : {1, 0, 3, 2}) {
             const __m512 weight = _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(level, 24 - 8 * j), 24));
+            const int p = (2 * i + j / 2) % 4;
 #pragma GCC unroll 4
             for (int m = 0; m < TOKENS; ++m) {
-              parts[m][j] = _mm512_fmadd_ps(_mm512_set1_ps(x[m * padded + k + 4 * i + j]), weight, parts[m][j]);
+              parts[m][p] = _mm512_fmadd_ps(_mm512_set1_ps(x[m * padded + k + 4 * i + j]), weight, parts[m][p]);
             }
           }
         }

@@ -18,6 +18,7 @@ struct LutLinearCall {
   int64_t streams;            // row blocks that AVX-512 walks at once for one token: 1 or 4
   const int32_t* correction;  // [groups][tokens]: -128 * sum of q, undoes the +128 of the table
   const float* x;             // 16-bit activations: [groups][tokens][padded_group]
+  const uint16_t* x_bf16;     // the same, where the plan's order is bf16; x is null then
   const float* factor;        // [tokens]: token scale * tensor_scale
   const float* bias;          // [row_blocks * 16] or null
   void* y;                    // [tokens][shape.rows]
@@ -28,6 +29,7 @@ struct LutLinearCall {
 enum class ActivationOrder {
   rows,    // [tokens][padded_group]
   planes,  // [tokens][2][padded_group]: low and high nibbles, q = 16 * high + low
+  bf16,    // [tokens][padded_group] as bfloat16: 16-bit activations whose type is that
   tiled,   // tile after tile of nearly equal size, each [padded_group / 4][tokens of the tile][4]: one pointer walks a
            // tile
 };

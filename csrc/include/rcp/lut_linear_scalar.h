@@ -32,8 +32,10 @@ void lut_linear(const LutLinearCall& call, int64_t begin, int64_t end) {
         } else {
           const float* x = call.x + (g * call.tokens + m) * padded;
           float parts[4] = {};
-          for (int64_t k = 0; k < padded; ++k) {
-            parts[k % 4] = std::fma(x[k], static_cast<float>(table[code_at(codes, shape.bits, r, k)]), parts[k % 4]);
+          for (int64_t at = 0; at < padded; ++at) {
+            const int64_t k = at ^ 1;
+            float& part = parts[k / 2 % 4];
+            part = std::fma(x[k], static_cast<float>(table[code_at(codes, shape.bits, r, k)]), part);
           }
           sum = (parts[0] + parts[1]) + (parts[2] + parts[3]);
         }
