@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from rcp_kernels import QuantLinear, quantize_model, quantize_weight
+from rcp_kernels import OnlineRotation, QuantLinear, quantize_model, quantize_weight
+from rcp_kernels.nn import RotatedLinear
 
 
 class Block(nn.Module):
@@ -120,6 +121,17 @@ def test_shared_module_is_swapped_once() -> None:
     model = nn.ModuleDict({"a": shared, "b": shared, "c": nn.Linear(64, 64)})
     assert quantize_model(model, group_size=64, skip=("b",)).kept == ["a", "b"]
     assert model["a"] is shared
+
+
+def test_rotated_linear_hands_its_rotation_on() -> None:
+    torch.manual_seed(0)
+    linear, rotation = nn.Linear(96, 40), OnlineRotation(96, 32)
+    model = nn.Sequential(RotatedLinear.from_linear(linear, rotation))
+    expected = quantize_weight(linear.weight, 4, 32)
+    assert quantize_model(model, bits=4, group_size=32, act_bits=16).kept == []
+    assert isinstance(model[0], QuantLinear)
+    assert model[0].input_rotation is rotation
+    assert torch.equal(model[0].dequantize(), expected.dequantize())
 
 
 def test_subclasses_are_kept() -> None:

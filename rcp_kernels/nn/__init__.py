@@ -1,7 +1,30 @@
-"""Modules on packed weights, and the rotation of what goes into them."""
+"""Modules on packed weights, the rotation of what goes into them, and the quantized key-value cache."""
+
+from typing import TYPE_CHECKING, Any
 
 from .online_rotation import OnlineRotation, rotate_inputs
 from .quant_linear import QuantLinear
 from .quantize_model import LayerReport, QuantizationReport, quantize_model
+from .rotated_linear import RotatedLinear
 
-__all__ = ["LayerReport", "OnlineRotation", "QuantLinear", "QuantizationReport", "quantize_model", "rotate_inputs"]
+if TYPE_CHECKING:
+    from .kv_cache import QuantizedKVCache as QuantizedKVCache
+
+__all__ = [
+    "LayerReport",
+    "OnlineRotation",
+    "QuantLinear",
+    "QuantizationReport",
+    "RotatedLinear",
+    "quantize_model",
+    "rotate_inputs",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """QuantizedKVCache is a class of transformers', which is optional and takes a second to import."""
+    if name == "QuantizedKVCache":
+        from .kv_cache import QuantizedKVCache
+
+        return QuantizedKVCache
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

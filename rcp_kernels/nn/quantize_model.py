@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..quantize import quantize_weight
 from .quant_linear import QuantLinear
+from .rotated_linear import RotatedLinear
 
 __all__ = ["LayerReport", "QuantizationReport", "quantize_model"]
 
@@ -112,9 +113,10 @@ def quantize_model(
 ) -> QuantizationReport:
     """Replace every ``nn.Linear`` of a model by a :class:`QuantLinear`, in place.
 
-    Left alone, and listed in the report as kept, are the layers that a replacement would break or take something from:
-    subclasses of ``nn.Linear`` (parametrizations make one); layers with forward or backward hooks, the older
-    ``weight_norm`` and pruning among them, or with a ``forward`` of their own; and those directly inside an
+    A :class:`RotatedLinear` hands its ``input_rotation`` on: its weight has the rotation in it, and is quantized as it
+    is. Left alone, and listed in the report as kept, are the layers that a replacement would break or take something
+    from: other subclasses of ``nn.Linear`` (parametrizations make one); layers with forward or backward hooks, the
+    older ``weight_norm`` and pruning among them, or with a ``forward`` of their own; and those directly inside an
     ``nn.TransformerEncoderLayer``, which reads their weights itself in eval mode, or an ``nn.TransformerDecoderLayer``.
     Nothing is replaced until every layer has been quantized: an error leaves the model as it was.
 
@@ -184,7 +186,8 @@ def quantize_model(
         assert isinstance(linear, nn.Linear)
         try:
             weight = quantize_weight(linear.weight, bits, group_size, levels)
-            module = QuantLinear.from_packed(weight, linear.bias, act_bits, act_clip).train(linear.training)
+            rotation = linear.input_rotation if isinstance(linear, RotatedLinear) else None
+            module = QuantLinear.from_packed(weight, linear.bias, act_bits, act_clip, rotation).train(linear.training)
         except (TypeError, ValueError) as error:
             raise type(error)(f"quantize_model: layer {names[0]}: {error}") from error
         replacements.append(module)
@@ -212,7 +215,7 @@ def quantize_model(
 def _is_more_than_linear(module: nn.Module) -> bool:
     """Whether an nn.Linear does something that a QuantLinear made of its weight and bias would not."""
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return type(module) is not nn.Linear or any(hooks) or "forward" in vars(module)
+    return type(module) not in (nn.Linear, RotatedLinear) or any(hooks) or "forward" in vars(module)
 
 
 def _nothing_to_replace(model: nn.Module, linears: list[str]) -> str:

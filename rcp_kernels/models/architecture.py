@@ -1,0 +1,138 @@
+"""A family's names put to a model at hand: full module names and sizes, checked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from .families import FAMILIES, Family
+
+__all__ = ["Architecture", "Layer", "describe"]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """The full dotted names of one decoder layer and its modules; see :class:`Family` for what each is.
+
+    ``model.get_submodule(layer.q)`` is the module.
+    """
+
+    name: str
+    attention: str
+    q: str
+    k: str
+    v: str
+    o: str
+    gate: str
+    up: str
+    down: str
+    attention_norm: str
+    mlp_norm: str
+    attention_output_norm: str | None
+    mlp_output_norm: str | None
+    q_norm: str | None
+    k_norm: str | None
+
+    @property
+    def linears(self) -> tuple[str, ...]:
+        """The names of the seven linear layers, in the order in which their inputs are known: q k v o gate up down."""
+        return (self.q, self.k, self.v, self.o, self.gate, self.up, self.down)
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A decoder-only language model by the names and sizes of its parts.
+
+    Attributes:
+        model_type: the config's.
+        embed, final_norm, head: full dotted names.
+        layers: of the decoder, in order.
+        hidden_size: entries of the residual stream.
+        intermediate_size: features into down.
+        num_heads, num_kv_heads, head_dim: of attention; q gives num_heads * head_dim features, k and v num_kv_heads *
+            head_dim.
+        gain_offset: a norm multiplies by ``gain_offset + weight``.
+    """
+
+    model_type: str
+    embed: str
+    final_norm: str
+    head: str
+    layers: tuple[Layer, ...]
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    gain_offset: float
+
+
+def describe(model: nn.Module) -> Architecture:
+    """Name the parts of a model, by its ``config.model_type``.
+
+    Args:
+        model: with a ``config`` as in ``transformers``; on any device, meta too, with float or packed linear layers.
+
+    Raises:
+        ValueError: there is no config, its model_type is not one of `FAMILIES`, or the model lacks a module that the
+            family has, named.
+    """
+    config = getattr(model, "config", None)
+    model_type = getattr(config, "model_type", None)
+    family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
+    if config is None or model_type is None or family is None:
+        found = f"a {type(model).__name__} without config.model_type" if model_type is None else repr(model_type)
+        raise ValueError(
+            f"describe: config.model_type must be one of {', '.join(sorted(FAMILIES))}, got {found}; pass the language "
+            f"model itself, or add an entry to rcp_kernels/models/families.py"
+        )
+    heads = int(config.num_attention_heads)
+    architecture = Architecture(
+        model_type=model_type,
+        embed=family.embed,
+        final_norm=family.final_norm,
+        head=family.head,
+        layers=tuple(_layer(family, f"{family.layers}.{index}") for index in range(int(config.num_hidden_layers))),
+        hidden_size=int(config.hidden_size),
+        intermediate_size=int(config.intermediate_size),
+        num_heads=heads,
+        num_kv_heads=int(getattr(config, "num_key_value_heads", None) or heads),
+        head_dim=int(getattr(config, "head_dim", None) or config.hidden_size // heads),
+        gain_offset=family.gain_offset,
+    )
+    names = dict(model.named_modules(remove_duplicate=False))
+    needed = [architecture.embed, architecture.final_norm, architecture.head]
+    for layer in architecture.layers:
+        needed += [name for name in vars(layer).values() if name is not None]
+    missing = [name for name in needed if name not in names]
+    if missing:
+        raise ValueError(
+            f"describe: a model of type {model_type!r} must have the module {missing[0]}, got a "
+            f"{type(model).__name__} without it ({len(missing)} missing in all); pass the model with its output head, "
+            f"unchanged in structure"
+        )
+    return architecture
+
+
+def _layer(family: Family, name: str) -> Layer:
+    def full(part: str | None) -> str | None:
+        return None if part is None else f"{name}.{part}"
+
+    return Layer(
+        name=name,
+        attention=f"{name}.{family.attention}",
+        q=f"{name}.{family.q}",
+        k=f"{name}.{family.k}",
+        v=f"{name}.{family.v}",
+        o=f"{name}.{family.o}",
+        gate=f"{name}.{family.gate}",
+        up=f"{name}.{family.up}",
+        down=f"{name}.{family.down}",
+        attention_norm=f"{name}.{family.attention_norm}",
+        mlp_norm=f"{name}.{family.mlp_norm}",
+        attention_output_norm=full(family.attention_output_norm),
+        mlp_output_norm=full(family.mlp_output_norm),
+        q_norm=full(family.q_norm),
+        k_norm=full(family.k_norm),
+    )

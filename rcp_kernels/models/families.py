@@ -1,0 +1,66 @@
+"""The families of decoder-only language models that the methods know, one entry each.
+
+Names are those of ``transformers``; a model of another library works if it uses them too. To add a family, add an entry
+to `FAMILIES` (docs/rotate.md says what has to hold for it).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+__all__ = ["FAMILIES", "Family"]
+
+
+@dataclass(frozen=True)
+class Family:
+    """The names of a family's modules; those of a layer are relative to the layer.
+
+    Attributes:
+        embed, layers, final_norm, head: in the model: the token embedding, the list of layers, the norm before the
+            output head, and that head.
+        attention: the attention module, whose forward calls ``apply_rotary_pos_emb``.
+        q, k, v, o, gate, up, down: the linear layers of a layer.
+        attention_norm, mlp_norm: the norms whose output q, k, v and gate, up take.
+        attention_output_norm, mlp_output_norm: norms between o or down and the residual stream, None without.
+        q_norm, k_norm: norms of the entries of a head before RoPE, None without.
+        gain_offset: a norm multiplies by ``gain_offset + weight``: 0, or 1 where the weight is kept around zero.
+    """
+
+    embed: str = "model.embed_tokens"
+    layers: str = "model.layers"
+    final_norm: str = "model.norm"
+    head: str = "lm_head"
+    attention: str = "self_attn"
+    q: str = "self_attn.q_proj"
+    k: str = "self_attn.k_proj"
+    v: str = "self_attn.v_proj"
+    o: str = "self_attn.o_proj"
+    gate: str = "mlp.gate_proj"
+    up: str = "mlp.up_proj"
+    down: str = "mlp.down_proj"
+    attention_norm: str = "input_layernorm"
+    mlp_norm: str = "post_attention_layernorm"
+    attention_output_norm: str | None = None
+    mlp_output_norm: str | None = None
+    q_norm: str | None = None
+    k_norm: str | None = None
+    gain_offset: float = 0.0
+
+
+_GEMMA2 = Family(
+    attention_output_norm="post_attention_layernorm",
+    mlp_norm="pre_feedforward_layernorm",
+    mlp_output_norm="post_feedforward_layernorm",
+    gain_offset=1.0,
+)
+
+FAMILIES: dict[str, Family] = {
+    "llama": Family(),
+    "mistral": Family(),
+    "qwen2": Family(),
+    "qwen3": Family(q_norm="self_attn.q_norm", k_norm="self_attn.k_norm"),
+    "gemma": Family(gain_offset=1.0),
+    "gemma2": _GEMMA2,
+    "gemma3_text": replace(_GEMMA2, q_norm="self_attn.q_norm", k_norm="self_attn.k_norm"),
+}
+"""Families by ``config.model_type``."""

@@ -1,0 +1,503 @@
+"""rotate_model: the same function in every family, with every rotation, and what it refuses."""
+
+import copy
+import dataclasses
+import json
+import pickle
+
+import pytest
+import torch
+from rotated_models import IDS, NAMES, difference, logits, make_config, make_model, transformers
+from torch import nn
+
+from rcp_kernels import OnlineRotation, QuantLinear, quantize_model, sequency_permutation
+from rcp_kernels.methods.rotate import ROTATIONS, Rotated, apply_structure, rotate_model
+from rcp_kernels.models import FAMILIES, describe
+from rcp_kernels.nn import RotatedLinear
+
+WITHIN = 1e-4  # of float32 logits; 1e-5 is what comes out, and a forgotten bias or gain makes 1e-1
+R1 = tuple(name for name in ROTATIONS if name != "none")
+
+
+@pytest.fixture(scope="module")
+def models() -> dict[str, nn.Module]:
+    return {name: make_model(name) for name in NAMES}
+
+
+@pytest.fixture(scope="module")
+def expected(models: dict[str, nn.Module]) -> dict[str, torch.Tensor]:
+    return {name: logits(model) for name, model in models.items()}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    # Models this small only wait for each other's threads.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def random_rotation(size: int) -> torch.Tensor:
+    return torch.linalg.qr(torch.randn(size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(1)))[0]
+
+
+@pytest.mark.parametrize("rotation", R1)
+@pytest.mark.parametrize("name", NAMES)
+def test_logits_stay(name: str, rotation: str, models, expected) -> None:
+    model = copy.deepcopy(models[name])
+    record = rotate_model(model, rotation, group_size=32)
+    assert (record.rotation, record.r2, record.r3, record.r4) == (rotation, True, True, True)
+    assert difference(expected[name], logits(model)) <= WITHIN
+    # It is another model inside, with a head of its own and gains of one.
+    architecture = describe(model)
+    assert model.lm_head.weight is not model.model.embed_tokens.weight
+    assert not model.config.tie_word_embeddings
+    for norm in (architecture.layers[1].attention_norm, architecture.layers[0].mlp_norm, architecture.final_norm):
+        assert torch.all(model.get_submodule(norm).weight + architecture.gain_offset == 1)
+    was = models[name].get_submodule(architecture.layers[0].gate).weight
+    assert difference(was, model.get_submodule(architecture.layers[0].gate).weight) > 0.1
+
+
+@pytest.mark.parametrize("part", ["r2", "r3", "r4"])
+@pytest.mark.parametrize("rotation", ["none", "hadamard", "gsr"])
+@pytest.mark.parametrize("name", NAMES)
+def test_each_part_alone(name: str, rotation: str, part: str, models, expected) -> None:
+    model = copy.deepcopy(models[name])
+    rotate_model(model, rotation, group_size=32, **({"r2": False, "r3": False, "r4": False} | {part: True}))
+    assert difference(expected[name], logits(model)) <= WITHIN
+    layer = describe(model).layers[1]
+    assert isinstance(model.get_submodule(layer.down), RotatedLinear) == (part == "r4")
+    assert hasattr(model.get_submodule(layer.attention), "qk_rotation") == (part == "r3")
+    if rotation == "none":
+        changed = {
+            key.split(".", 3)[-1].rpartition(".")[0]
+            for key, value in model.state_dict().items()
+            if not torch.equal(value, models[name].state_dict()[key])
+        }
+        assert (
+            changed
+            == {
+                "r2": {"self_attn.v_proj", "self_attn.o_proj"},
+                "r3": set(),
+                "r4": {"mlp.down_proj"},
+            }[part]
+        )
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if not name.startswith(("gemma2", "gemma3"))])
+def test_given_matrix(name: str, models, expected) -> None:
+    model = copy.deepcopy(models[name])
+    size = model.config.hidden_size
+    record = rotate_model(model, random_rotation(size), r4=False)
+    assert (record.rotation, record.group_size, record.r4_group_size) == ("matrix", None, None)
+    assert difference(expected[name], logits(model)) <= WITHIN
+
+
+def test_matrix_is_that_of_online_rotation(models) -> None:
+    one, two = copy.deepcopy(models["llama"]), copy.deepcopy(models["llama"])
+    rotate_model(one, "walsh", r2=False, r3=False, r4=False)
+    rotate_model(two, OnlineRotation(96).matrix(), r2=False, r3=False, r4=False)
+    # 96 is no power of two, so that R is not symmetric and its transpose would show.
+    for key, value in one.state_dict().items():
+        torch.testing.assert_close(value, two.state_dict()[key], rtol=1e-5, atol=1e-6, msg=key)
+
+
+def test_none_leaves_the_model_alone(models) -> None:
+    model = copy.deepcopy(models["gemma"])
+    record = rotate_model(model, "none")
+    assert record == Rotated("gemma", "none", None, False, False, False, None, 0, False)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert all(torch.equal(value, models["gemma"].state_dict()[key]) for key, value in model.state_dict().items())
+
+
+def test_biases_rotate(models) -> None:
+    model = copy.deepcopy(models["llama"])
+    rotate_model(model, "hadamard", r3=False, r4=False, seed=3)
+    signs = torch.randint(2, (96,), generator=torch.Generator().manual_seed(3)) * 2 - 1
+    r1 = OnlineRotation(96, order="natural", signs=signs).matrix()
+    before, after = models["llama"].model.layers[1], model.model.layers[1]
+    for module in ("self_attn.o_proj", "mlp.down_proj"):
+        was = before.get_submodule(module).bias.double()
+        torch.testing.assert_close(after.get_submodule(module).bias.double(), r1 @ was, rtol=0, atol=1e-6)
+    r2 = OnlineRotation(32, order="natural").matrix()
+    was = before.self_attn.v_proj.bias.double()
+    torch.testing.assert_close(after.self_attn.v_proj.bias.double(), r2 @ was, rtol=0, atol=1e-6)
+    for module in ("self_attn.q_proj", "mlp.up_proj"):
+        assert torch.equal(after.get_submodule(module).bias, before.get_submodule(module).bias)
+
+
+def test_seed_draws_the_signs(models) -> None:
+    weights = []
+    for seed in (0, 0, 1):
+        model = copy.deepcopy(models["llama"])
+        rotate_model(model, "hadamard", seed=seed)
+        weights.append(model.model.embed_tokens.weight)
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+
+
+def test_weights_round_once(models) -> None:
+    model = copy.deepcopy(models["llama"]).to(torch.bfloat16)
+    layer = copy.deepcopy(model.model.layers[0])
+    rotate_model(model, "gsr", group_size=32)
+    r1, r2 = OnlineRotation(96, 32).matrix(), OnlineRotation(32).matrix()
+    exact = r2 @ (layer.self_attn.v_proj.weight.double() * layer.input_layernorm.weight.double()) @ r1.T
+    error = (model.model.layers[0].self_attn.v_proj.weight.double() - exact).abs()
+    assert model.model.layers[0].self_attn.v_proj.weight.dtype == torch.bfloat16
+    assert torch.all(error <= exact.abs() * 2.0**-8 + 1e-12)  # half a unit in bfloat16's last place
+
+
+class Spy(transformers.DynamicCache):
+    """A cache that keeps what was given to it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.keys: list[torch.Tensor] = []
+        self.values: list[torch.Tensor] = []
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        self.keys.append(key_states)
+        self.values.append(value_states)
+        return super().update(key_states, value_states, *args, **kwargs)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("name", ["llama", "qwen3", "mistral"])
+def test_cache_gets_rotated_keys_and_values(name: str, attention: str, models, expected) -> None:
+    plain, model = models[name], copy.deepcopy(models[name])
+    rotate_model(model, "gsr", group_size=32)
+    model.set_attn_implementation(attention)
+    caches = Spy(), Spy()
+    with torch.no_grad():
+        plain(input_ids=IDS, past_key_values=caches[0], use_cache=True)
+        first = model(input_ids=IDS[:, :5], past_key_values=caches[1], use_cache=True).logits
+        rest = [
+            model(input_ids=IDS[:, i : i + 1], past_key_values=caches[1], use_cache=True).logits for i in range(5, 12)
+        ]
+    assert difference(expected[name], torch.cat([first, *rest], 1)) <= WITHIN
+    rotation = OnlineRotation(model.config.head_dim)
+    for kind in ("keys", "values"):
+        was, steps = getattr(caches[0], kind), getattr(caches[1], kind)
+        for index in range(2):
+            now = torch.cat(steps[index::2], dim=2)
+            torch.testing.assert_close(now, rotation(was[index]), rtol=0, atol=1e-4)
+            assert float((now - was[index]).abs().max()) > 0.1
+
+
+def test_other_models_of_the_source_are_untouched(models, expected) -> None:
+    other = copy.deepcopy(models["qwen2"])
+    rotate_model(copy.deepcopy(models["qwen2"]), "gsr", group_size=32)
+    assert torch.equal(logits(other), expected["qwen2"])
+
+
+def test_copies_and_pickles_stay_rotated(models, expected) -> None:
+    model = copy.deepcopy(models["gemma3_text"])
+    rotate_model(model, "hadamard")
+    rotated = logits(model)
+    for clone in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(logits(clone), rotated)
+        # Its hooks are its own.
+        clone.model.layers[0].self_attn.qk_rotation = OnlineRotation(32, 8)
+        clone.model.layers[0].post_attention_layernorm.output_rotation = OnlineRotation(96)
+        assert not torch.equal(logits(clone), rotated)
+        assert torch.equal(logits(model), rotated)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # newer versions of transformers have another name for it
+def test_gradients_flow(models) -> None:
+    model = copy.deepcopy(models["llama"]).train()
+    rotate_model(model, "gsr", group_size=32)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    assert all(gradient is not None and float(gradient.abs().sum()) > 0 for gradient in gradients.values()), gradients
+
+
+def test_compiles_in_one_graph(models, expected) -> None:
+    model = copy.deepcopy(models["llama"])
+    rotate_model(model, "gsr", group_size=32)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        after = compiled(input_ids=IDS, use_cache=False).logits
+    assert difference(expected["llama"], after) <= WITHIN
+
+
+# ---- quantized
+
+
+def rounding_errors(model: nn.Module, rotation: str, levels: str) -> dict[str, float]:
+    """The error of two-bit rounding of each layer, squared and summed."""
+    model = copy.deepcopy(model)
+    rotate_model(model, rotation, group_size=32)
+    weights = {key: m.weight.detach().double() for key, m in model.named_modules() if isinstance(m, nn.Linear)}
+    quantize_model(model, bits=2, group_size=32, levels=levels)
+    packed = {key: m.dequantize().double() for key, m in model.named_modules() if isinstance(m, QuantLinear)}
+    assert len(packed) == 14
+    return {key: float((weight - weights[key]).square().sum()) for key, weight in packed.items()}
+
+
+def test_local_hadamard_rounds_as_gsr(models) -> None:
+    # Two bits in groups of 32, as the rotation's blocks and as head_dim, so that R2 stays inside the groups too.
+    errors = {rotation: rounding_errors(models["qwen2"], rotation, "uniform") for rotation in R1}
+    for key, error in errors["gsr"].items():
+        assert errors["local_hadamard"][key] == pytest.approx(error, rel=1e-9), key
+        assert errors["walsh"][key] != pytest.approx(errors["hadamard"][key], rel=1e-6), key
+        assert errors["gsr"][key] != pytest.approx(errors["walsh"][key], rel=1e-6), key
+
+
+def test_local_hadamard_weights_are_gsr_weights_permuted(models) -> None:
+    local, gsr = copy.deepcopy(models["llama"]), copy.deepcopy(models["llama"])
+    rotate_model(local, "local_hadamard", group_size=32)
+    rotate_model(gsr, "gsr", group_size=32)
+    quantize_model(local, bits=2, group_size=32, levels="uniform")
+    quantize_model(gsr, bits=2, group_size=32, levels="uniform")
+    order = sequency_permutation(32)
+    for layer in describe(gsr).layers:
+        for key in layer.linears:
+            one, two = local.get_submodule(key).dequantize(), gsr.get_submodule(key).dequantize()
+            columns = (torch.arange(one.shape[1]).view(-1, 32)[:, order]).flatten()
+            rows = torch.arange(one.shape[0])
+            if key in (layer.v, layer.o, layer.down):
+                rows = rows.view(-1, 32)[:, order].flatten()
+            assert torch.equal(one[rows][:, columns], two), key
+
+
+def test_quantized_model_runs_the_rotation(models) -> None:
+    model = copy.deepcopy(models["llama"])
+    rotate_model(model, "gsr", group_size=32)
+    rotated = copy.deepcopy(model)
+    report = quantize_model(model, bits=4, group_size=32, act_bits=16, levels="uniform")
+    assert len(report.layers) == 14
+    down = model.model.layers[0].mlp.down_proj
+    assert isinstance(down, QuantLinear)
+    assert down.input_rotation is not None
+    # The float model with the same weights: only the rounding of activations inside the kernel is left.
+    for key, module in model.named_modules():
+        if isinstance(module, QuantLinear):
+            with torch.no_grad():
+                rotated.get_submodule(key).weight.copy_(module.dequantize())
+    assert difference(logits(rotated), logits(model)) <= 1e-4
+
+
+# ---- the record
+
+
+@pytest.mark.parametrize(
+    ("name", "rotation"),
+    [
+        ("llama_tied", "none"),
+        ("llama_tied", "gsr"),
+        ("mistral", "matrix"),
+        ("qwen3", "walsh"),
+        ("gemma2", "hadamard"),
+        ("gemma3_text", "local_hadamard"),
+    ],
+)
+def test_structure_comes_back(name: str, rotation: str, models) -> None:
+    model = copy.deepcopy(models[name])
+    given = random_rotation(model.config.hidden_size) if rotation == "matrix" else rotation
+    record = rotate_model(model, given, group_size=32, r2=True, r3=True, r4=True, seed=5)
+    record = Rotated.from_dict(json.loads(json.dumps(record.to_dict())))
+    expected = logits(model)
+    if record.untied:  # safetensors takes no two tensors in one memory
+        addresses = [value.data_ptr() for value in model.state_dict().values()]
+        assert len(set(addresses)) == len(addresses)
+
+    fresh = make_model(name, seed=9)
+    apply_structure(fresh, record)
+    fresh.load_state_dict(model.state_dict())
+    assert torch.equal(logits(fresh), expected)
+
+    with torch.device("meta"):
+        skeleton = transformers.AutoModelForCausalLM.from_config(make_config(name)).eval()
+        apply_structure(skeleton, record)
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    assert set(skeleton.state_dict()) == set(state)
+    skeleton.load_state_dict(state, assign=True)
+    if not record.untied:
+        skeleton.tie_weights()
+    rotary = {key: buffer for key, buffer in model.named_buffers() if key not in state}
+    for key, buffer in rotary.items():  # those that no state_dict holds: RoPE's frequencies, gemma's scale
+        parent, _, child = key.rpartition(".")
+        setattr(skeleton.get_submodule(parent), child, buffer)
+    assert torch.equal(logits(skeleton), expected)
+
+
+def test_untied_head_stays_untied(models) -> None:
+    model = copy.deepcopy(models["llama_tied"])
+    rotate_model(model, "walsh")
+    model.tie_weights()
+    assert model.lm_head.weight is not model.model.embed_tokens.weight
+    # What transformers 5 and accelerate go by to place, save and tie weights.
+    assert "lm_head.weight" not in getattr(model, "all_tied_weights_keys", {})
+
+
+def test_saved_by_transformers(tmp_path, models) -> None:
+    model = copy.deepcopy(models["llama_tied"])
+    record = rotate_model(model, "gsr", group_size=32)
+    model.save_pretrained(tmp_path)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    apply_structure(loaded, record)
+    assert torch.equal(logits(loaded), logits(model))
+
+
+def test_record_refuses_what_it_is_not(models) -> None:
+    model = copy.deepcopy(models["llama"])
+    record = rotate_model(model, "gsr", group_size=32)
+    fields = record.to_dict()
+    for broken, what in (
+        ({key: value for key, value in fields.items() if key != "r3"}, "fields must be"),
+        (fields | {"more": 1}, "fields must be"),
+        (fields | {"r4": 1}, "r4 must be bool"),
+        (fields | {"group_size": "32"}, "group_size must be int"),
+        (fields | {"rotation": "haar"}, "rotation must be one of"),
+    ):
+        with pytest.raises(ValueError, match=what):
+            Rotated.from_dict(broken)
+    with pytest.raises(ValueError, match="'mistral', got 'llama'"):
+        apply_structure(copy.deepcopy(models["llama"]), dataclasses.replace(record, model_type="mistral"))
+    with pytest.raises(ValueError, match="must not be rotated yet"):
+        apply_structure(model, record)
+
+
+# ---- models and errors
+
+
+def test_describe_names_every_module(models) -> None:
+    assert {make_config(name).model_type for name in NAMES} == set(FAMILIES)
+    for name in NAMES:
+        model, architecture = models[name], describe(models[name])
+        assert model.get_submodule(architecture.embed) is model.get_input_embeddings()
+        assert model.get_submodule(architecture.head) is model.get_output_embeddings()
+        assert len(architecture.layers) == 2
+        found = {key for layer in architecture.layers for key in layer.linears} | {"lm_head"}
+        assert found == {key for key, module in model.named_modules() if isinstance(module, nn.Linear)}
+        norms = {
+            value for layer in architecture.layers for key, value in vars(layer).items() if "norm" in key and value
+        }
+        norms.add(architecture.final_norm)
+        assert norms == {key for key, module in model.named_modules() if type(module).__name__.endswith("RMSNorm")}
+        assert (architecture.num_heads, architecture.num_kv_heads, architecture.head_dim) == (
+            model.config.num_attention_heads,
+            model.config.num_key_value_heads,
+            model.config.head_dim,
+        )
+
+
+def test_unsupported_models() -> None:
+    config = transformers.GPT2Config(n_layer=1, n_embd=32, n_head=2, vocab_size=31)
+    model = transformers.GPT2LMHeadModel(config)
+    with pytest.raises(ValueError, match=r"gemma, gemma2, gemma3_text, llama, mistral, qwen2, qwen3, got 'gpt2'"):
+        rotate_model(model)
+    with pytest.raises(ValueError, match="got a Sequential without config"):
+        rotate_model(nn.Sequential(nn.Linear(32, 32)))
+    broken = make_model("llama")
+    with pytest.raises(ValueError, match=r"the module model\.embed_tokens, got a LlamaModel without it"):
+        describe(broken.model)
+    del broken.model.layers[1].mlp.up_proj
+    with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.up_proj"):
+        rotate_model(broken, "gsr", group_size=32)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"rotation": "haar"}, r"rotation must be one of \('none', 'hadamard', .* got 'haar'"),
+        ({"rotation": "matrix"}, r"rotation must be one of"),
+        ({"group_size": 128}, r"hidden_size and intermediate_size .* got 128 and 96 and 160; the nearest .* is 32"),
+        ({"group_size": 16, "r4_group_size": 64}, r"r4_group_size must divide intermediate_size .* 64 and 160; .* 32"),
+        ({"group_size": 0}, r"must divide .* the nearest that works is 2"),
+        ({"group_size": 128, "r4": False}, r"group_size must divide hidden_size for .* 128 and 96; .* is 32"),
+        ({"rotation": torch.eye(95)}, r"floating point \[96, 96\]"),
+        ({"rotation": torch.eye(96) * 1.001}, r"orthogonal, R R\^T = I within 1e-05, got 0.002"),
+        ({"rotation": torch.full((96, 96), float("nan"))}, r"orthogonal"),
+    ],
+)
+def test_refused_and_left_alone(arguments: dict, message: str, models) -> None:
+    model = copy.deepcopy(models["llama"])
+    with pytest.raises(ValueError, match=message):
+        rotate_model(model, **arguments)
+    assert all(torch.equal(value, models["llama"].state_dict()[key]) for key, value in model.state_dict().items())
+
+
+def test_sizes_without_a_matrix() -> None:
+    config = make_config("llama")
+    config.intermediate_size = 19 * 32  # as the 4864 = 19 * 256 of Qwen2-0.5B
+    model = transformers.LlamaForCausalLM(config).eval()
+    before = logits(model)
+    with pytest.raises(ValueError, match=r"R4 of intermediate_size.* 608 .* 32 .*r4_group_size, or r4=False"):
+        rotate_model(model, "walsh")
+    rotate_model(model, "walsh", r4_group_size=32)
+    assert difference(before, logits(model)) <= WITHIN
+    config = make_config("llama")
+    config.hidden_size = 19 * 8
+    model = transformers.LlamaForCausalLM(config).eval()
+    with pytest.raises(ValueError, match=r"R1 of hidden_size: .* 152 .* 8 "):
+        rotate_model(model, "hadamard")
+    with pytest.raises(ValueError, match=r"hidden_size .* got 32 and 152.*; the nearest that works is 8"):
+        rotate_model(model, "gsr", group_size=32, r4=False)
+    config = make_config("llama")
+    config.head_dim = 18
+    model = transformers.LlamaForCausalLM(config).eval()
+    with pytest.raises(ValueError, match=r"R2 and R3 of head_dim: .* 18 "):
+        rotate_model(model, "gsr", group_size=32)
+
+
+def test_refuses_what_is_no_plain_float_model(models) -> None:
+    model = copy.deepcopy(models["llama"])
+    quantize_model(model, bits=4, group_size=32)
+    with pytest.raises(TypeError, match=r"q_proj must be a floating point nn.Linear, got QuantLinear"):
+        rotate_model(model, "gsr", group_size=32)
+    with torch.device("meta"):
+        model = transformers.LlamaForCausalLM(make_config("llama"))
+    with pytest.raises(ValueError, match="meta device"):
+        rotate_model(model, "gsr", group_size=32)
+    for part in ({"r3": True}, {"r4": True}):
+        model = copy.deepcopy(models["llama"])
+        rotate_model(model, "none", **part)
+        with pytest.raises(ValueError, match="must not be rotated yet"):
+            rotate_model(model, "gsr", group_size=32)
+    model = copy.deepcopy(models["gemma2"])
+    rotate_model(model, "gsr", group_size=32, r2=False, r3=False, r4=False)
+    with pytest.raises(ValueError, match="must not be rotated yet"):
+        rotate_model(model, "none", r2=True)
+    with pytest.raises(ValueError, match=r"'gemma2', got a tensor"):
+        rotate_model(copy.deepcopy(models["gemma2"]), torch.eye(96))
+    model = copy.deepcopy(models["llama"])
+    model.config.num_key_value_heads = 3
+    with pytest.raises(ValueError, match=r"k_proj must have 96 input and 96 output features by the config, got 96 and"):
+        rotate_model(model, "gsr", group_size=32)
+
+
+def test_rotated_linear() -> None:
+    torch.manual_seed(0)
+    linear = nn.Linear(96, 40).eval()
+    rotation = OnlineRotation(96, 32)
+    x = torch.randn(3, 5, 96)
+    before = linear(x)
+    rotation.fuse_into(linear)
+    layer = RotatedLinear.from_linear(linear, rotation)
+    assert layer.weight is linear.weight
+    assert layer.bias is linear.bias
+    assert not layer.training
+    assert set(layer.state_dict()) == {"weight", "bias"}
+    torch.testing.assert_close(layer(x), before, rtol=0, atol=1e-5)
+    assert RotatedLinear(96, 8, rotation, bias=False, dtype=torch.bfloat16)(x.bfloat16()).shape == (3, 5, 8)
+    with pytest.raises(ValueError, match=r"size 96 .in_features., got 64"):
+        RotatedLinear(96, 8, OnlineRotation(64))
+    with pytest.raises(TypeError, match="OnlineRotation, got Identity"):
+        RotatedLinear(96, 8, nn.Identity())
+
+
+def test_attention_that_cannot_be_rotated() -> None:
+    from rcp_kernels.nn.rotated_linear import rotate_queries_and_keys
+
+    with pytest.raises(ValueError, match="forward of Identity must call apply_rotary_pos_emb"):
+        rotate_queries_and_keys(nn.Identity(), OnlineRotation(32))
+    attention = make_model("llama").model.layers[0].self_attn
+    rotate_queries_and_keys(attention, OnlineRotation(32))
+    with pytest.raises(RuntimeError, match=r"position_embeddings=\.\.\., got"):
+        attention(torch.zeros(1, 2, 96))
+    with pytest.raises(ValueError, match="no qk_rotation yet"):
+        rotate_queries_and_keys(attention, OnlineRotation(32))
