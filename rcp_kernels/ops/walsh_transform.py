@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from ..walsh import _base, _sequency_permutation, factor_size
+from ..walsh import _base, _sequency_permutation, factor_size, hadamard_matrix
 from .quantize_activation import _check_arguments as _check_quantize
 from .quantize_activation import quantize_activation_reference
 
@@ -254,15 +254,26 @@ def walsh_transform_reference(
     values = x.detach().to(dtype).unflatten(-1, (x.shape[-1] // size, size))
     if inverse and permutation is not None:
         values = values[..., torch.argsort(permutation)]
+    if dtype == torch.float64:
+        # No order of the sum to keep: products with the dense factors are 2 to 6 times faster than butterflies.
+        inner = min(size // m, 256)
+        values = values.unflatten(-1, (m, size // m // inner, inner)) @ hadamard_matrix(inner).to(values)
+        if inner < size // m:
+            values = hadamard_matrix(size // m // inner).to(values) @ values
+        values = values.flatten(-2)
+        if base is not None:
+            values = (base.T if inverse else base).to(values) @ values
+        values = values.flatten(-2)
+        if not inverse and permutation is not None:
+            values = values[..., permutation]
+        return values.flatten(-2) * values.new_tensor(scale)
     values = values.unflatten(-1, (m, size // m))
     stride = 1
     while stride < size // m:
         first, second = values.unflatten(-1, (-1, 2, stride)).unbind(-2)
         values = torch.stack((first + second, first - second), dim=-2).flatten(-3)
         stride *= 2
-    if base is not None and dtype == torch.float64:
-        values = (base.T if inverse else base).to(dtype) @ values  # no order of the sum to keep, and 50 times faster
-    elif base is not None:
+    if base is not None:
         columns = (base.T if inverse else base).to(dtype).unbind(1)
         total = values[..., :1, :] * columns[0][:, None]
         for j in range(1, m):
