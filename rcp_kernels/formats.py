@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -390,6 +390,10 @@ class PackedWeight:
             index = _unpack_bits(self.codes[chunk], self.in_features, self.bits).to(torch.int32) + first_entry
             weight[chunk] = torch.gather(table[chunk].flatten(1), 1, index.to(torch.int64))
         return weight
+
+    def to(self, device: torch.device | str) -> PackedWeight:
+        """The same weight with its tensors on ``device``, not copied where they are there."""
+        return replace(self, **{name: getattr(self, name).to(device) for name in self.TENSORS})
 
     @property
     def nbytes(self) -> int:

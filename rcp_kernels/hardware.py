@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from . import extras
+from .ops import cuda_library
 
 ISA_NAMES = ("scalar", "avx2", "avx512", "amx")
 
@@ -93,6 +94,10 @@ def describe() -> dict[str, Any]:
             "cuda": torch.version.cuda,
         },
         "extension": {"path": sys.modules["rcp_kernels._C"].__file__},
+        "cuda_extension": {
+            "path": None if cuda_library.MISSING else sys.modules["rcp_kernels._C_cuda"].__file__,
+            "missing": cuda_library.MISSING,
+        },
         "gpu": {
             "cuda_available": cuda,
             "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if cuda else [],

@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from rcp_kernels import PackedWeight, QuantLinear, ops, quantize_weight
+from rcp_kernels import OnlineRotation, PackedWeight, QuantLinear, ops, quantize_weight
+from rcp_kernels.nn import RotatedLinear
 
 KEYS = ["bias", "codes", "format", "levels", "scales", "tensor_scale"]
 
@@ -458,3 +459,15 @@ def test_bad_input() -> None:
         ops.reference.lut_linear(x[:, :-1], layer.packed_weight())
     with pytest.raises(ValueError, match=r"act_bits must be 4, 8 or 16, got 2"):
         ops.reference.lut_linear(x, layer.packed_weight(), act_bits=2)
+
+
+def test_from_linear_takes_the_rotation_of_a_rotated_linear():
+    torch.manual_seed(0)
+    rotation = OnlineRotation(64, group_size=32)
+    rotated = RotatedLinear.from_linear(nn.Linear(64, 48), rotation)
+    layer = QuantLinear.from_linear(rotated, bits=4, group_size=32, act_bits=8)
+    assert layer.input_rotation is rotated.input_rotation
+    x = torch.randn(5, 64)
+    assert (layer(x) - rotated(x)).norm() < 0.1 * rotated(x).norm()
+    with pytest.raises(ValueError, match=r"input_rotation must be left out for a RotatedLinear"):
+        QuantLinear.from_linear(rotated, input_rotation=rotation)

@@ -21,6 +21,9 @@ STABLE_TORCH_LIBRARY(rcp_kernels, m) {
       "Tensor "
       "levels, Tensor scales, Tensor tensor_scale)");
   m.def(
+      "dequantize(Tensor weight, int out_features, int in_features, int bits, int group_size, ScalarType dtype=float) "
+      "-> Tensor");
+  m.def(
       "walsh_transform(Tensor x, Tensor? base, Tensor? permutation, int group_size, float scale, bool inverse) -> "
       "Tensor");
   m.def(
@@ -30,6 +33,11 @@ STABLE_TORCH_LIBRARY(rcp_kernels, m) {
       "walsh_quantize(Tensor x, Tensor? base, Tensor? permutation, int group_size, float scale, bool inverse, int "
       "bits, "
       "float clip=1.0, bool packed=False) -> (Tensor, Tensor)");
+  m.def("kv_cache_append(Tensor x, Tensor(a!) codes, Tensor(b!) scales, int position, float clip=1.0) -> ()");
+  m.def("kv_cache_dequantize(Tensor codes, Tensor scales, Tensor(a!) out) -> ()");
+  m.def(
+      "kv_cache_attention(Tensor query, Tensor key_codes, Tensor key_scales, Tensor value_codes, Tensor value_scales, "
+      "int length, float scale, bool causal=True, int window=0, Tensor? mask=None) -> Tensor");
   m.def("plain_read(Tensor buffer, int streams) -> int");
   m.def("cpu_isa() -> int");
   m.def("cpu_isa_supported() -> int");

@@ -7,14 +7,7 @@ namespace {
 using namespace rcp::binding;
 
 std::tuple<Tensor, Tensor> quantize_activation_cpu(const Tensor& x, int64_t bits, double clip, bool packed) {
-  check_quantization("quantize_activation", bits, clip, packed);
-  if (x.dim() < 1) {
-    fail(
-        "quantize_activation: x must have at least one dimension, the last being the features of a token, got a "
-        "scalar; "
-        "use x[None]");
-  }
-  const rcp::FloatType type = float_type(x, "quantize_activation: x");
+  const rcp::FloatType type = check_quantize_activation(x, bits, clip, packed);
   return quantize_tokens("quantize_activation", torch::stable::contiguous(x), type, static_cast<int>(bits),
                          static_cast<float>(clip), packed, nullptr);
 }

@@ -7,17 +7,10 @@
 #include <vector>
 
 #include "binding.h"
+#include "binding/quantize_activation.h"
 #include "rcp/walsh_transform.h"
 
 namespace rcp::binding {
-
-inline void check_quantization(const std::string& op, int64_t bits, double clip, bool packed) {
-  if (bits != 4 && bits != 8) fail(op + ": bits must be 4 or 8, got " + std::to_string(bits) + "; choose one of them");
-  if (!(clip > 0.0 && clip <= 1.0)) {
-    fail(op + ": clip must be in (0, 1], got " + std::to_string(clip) + "; 1.0 keeps the largest value");
-  }
-  if (packed && bits != 4) fail(op + ": packed storage holds two 4-bit values a byte, got bits=8; use packed=False");
-}
 
 // Quantizes every token of the contiguous x, after transforming it where `walsh` is given. The transformed token is
 // rounded to the type of x, as if the two ops had run one after the other, but never leaves the cache.

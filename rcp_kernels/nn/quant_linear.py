@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from numbers import Real
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from ..formats import PackedWeight, check_bits, check_group_size, num_groups, row_bytes
+from ..ops import cuda_library
 from ..ops.lut_linear import lut_linear
-from ..ops.pack_weight import pack_weight, unpack_weight
+from ..ops.pack_weight import dequantize, pack_weight, unpack_weight
 from ..ops.walsh_transform import transform_tables
 from ..quantize import quantize_weight
 from .online_rotation import OnlineRotation
+from .rotated_linear import RotatedLinear
 
 __all__ = ["QuantLinear"]
+
+_Layer = TypeVar("_Layer", bound="QuantLinear")
 
 _BIAS_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -238,7 +243,8 @@ class QuantLinear(nn.Module):
             act_bits: 4, 8 or 16.
             act_clip: in (0, 1].
             input_rotation: of in_features entries: folded into the weight in float64 before it is quantized, and
-                applied to the input, so that the layer still stands for ``linear``. Kept, not copied. None for none.
+                applied to the input, so that the layer still stands for ``linear``. Kept, not copied. None for none,
+                or for that of a :class:`RotatedLinear`.
 
         Raises:
             TypeError, ValueError: as :func:`rcp_kernels.quantize_weight` and :meth:`from_packed`; linear is not an
@@ -249,7 +255,16 @@ class QuantLinear(nn.Module):
                 f"QuantLinear: linear must be an nn.Linear, got {type(linear).__name__}; for a weight by itself use "
                 f"quantize_weight and from_packed"
             )
-        weight = linear.weight if input_rotation is None else input_rotation.rotate_weight(linear.weight, "input")
+        weight = linear.weight
+        if isinstance(linear, RotatedLinear):
+            if input_rotation is not None:
+                raise ValueError(
+                    "QuantLinear: input_rotation must be left out for a RotatedLinear, which has one, got another; "
+                    "fold it into the layer first"
+                )
+            input_rotation = linear.input_rotation
+        elif input_rotation is not None:
+            weight = input_rotation.rotate_weight(weight, "input")
         packed = quantize_weight(weight, bits, group_size, levels)
         module = cls.from_packed(packed, linear.bias, act_bits, act_clip, input_rotation)
         return module.train(linear.training)
@@ -300,13 +315,31 @@ class QuantLinear(nn.Module):
             )
         return super().__getattr__(name)
 
+    def _apply(self: _Layer, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Layer:
+        """What .to(), .cuda(), .cpu() and to_empty() call. Each device has an order of its own, so that a weight that
+        changes devices travels in the canonical format."""
+        before = self.packed.device
+        try:
+            after = fn(self.packed.new_empty(0)).device
+        except (AssertionError, RuntimeError) as error:
+            # torch's own errors for a GPU that is not there: which kind depends on what is missing.
+            if re.search("cuda|nvidia", str(error), re.IGNORECASE):
+                cuda_library.require("QuantLinear")
+            raise
+        if before != after:
+            if after.type == "cuda":
+                cuda_library.require("QuantLinear")
+            if "meta" not in (before.type, after.type):
+                self._buffers["packed"] = pack_weight(self.packed_weight().to(after))
+        return super()._apply(fn, recurse)
+
     def packed_weight(self) -> PackedWeight:
         """The weight in the canonical format, as new tensors."""
         return unpack_weight(self.packed, self.out_features, self.in_features, self.bits, self.group_size)
 
     def dequantize(self) -> Tensor:
         """The weight as float32 [out_features, in_features]."""
-        return self.packed_weight().dequantize()
+        return dequantize(self.packed, self.out_features, self.in_features, self.bits, self.group_size)
 
     def extra_repr(self) -> str:
         return (

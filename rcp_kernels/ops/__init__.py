@@ -1,6 +1,7 @@
 """The operators: typed functions over ``torch.ops.rcp_kernels``, one file an op, with fake kernel and reference.
 
-Importing this package loads ``rcp_kernels._C``, the compiled library that registers the operators.
+Importing this package loads ``rcp_kernels._C``, the compiled library that registers the operators, and where torch is a
+CUDA build and the library is there, ``rcp_kernels._C_cuda``, their kernels for NVIDIA GPUs.
 """
 
 from importlib import import_module
@@ -18,14 +19,22 @@ except ImportError as error:
         f"the torch that is installed)."
     ) from error
 
-from .. import triton as _triton_kernels  # noqa: F401  (registers the CUDA kernels)
-from . import reference
+from .. import triton as _triton_kernels  # noqa: F401  (registers its CUDA kernels)
+from . import cuda_library, reference
+from .kv_cache import empty_kv_cache, fake_quantize_kv, kv_cache_append, kv_cache_attention, kv_cache_dequantize
 from .lut_linear import lut_linear
-from .pack_weight import pack_weight, unpack_weight
+from .pack_weight import dequantize, pack_weight, unpack_weight
 from .quantize_activation import quantize_activation
 from .walsh_transform import walsh_quantize, walsh_transform
 
 __all__ = [
+    "cuda_library",
+    "dequantize",
+    "empty_kv_cache",
+    "fake_quantize_kv",
+    "kv_cache_append",
+    "kv_cache_attention",
+    "kv_cache_dequantize",
     "lut_linear",
     "pack_weight",
     "quantize_activation",

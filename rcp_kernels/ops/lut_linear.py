@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..formats import PackedWeight, num_groups
-from .pack_weight import unpack_weight
+from .pack_weight import dequantize
 from .quantize_activation import quantize_activation_reference
 from .walsh_transform import transform_blocks
 
@@ -55,7 +55,10 @@ def lut_linear(
         x.dtype [..., out_features].
 
     Raises:
-        ValueError: a wrong dtype, shape or argument, a weight packed for others, NaN or Inf in an x to quantize.
+        ValueError: a wrong dtype, shape or argument, a weight packed for others, NaN or Inf in an x to quantize. CUDA
+            cannot look into x or the weight without waiting for the device: there a token with NaN or Inf gives NaN in
+            all its outputs, and a weight of another layout, version or shape whose size betrays nothing, NaN in all.
+        RuntimeError: on CUDA, the CUDA kernels are missing.
     """
     if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
         if rotation_group:
@@ -107,7 +110,7 @@ class _LutLinear(torch.autograd.Function):
         grad = grad_y.to(torch.float32)
         if ctx.needs_input_grad[0]:
             (weight,) = ctx.saved_tensors
-            grad_x = (grad @ unpack_weight(weight, *ctx.geometry).dequantize()).to(ctx.x_dtype)
+            grad_x = (grad @ dequantize(weight, *ctx.geometry)).to(ctx.x_dtype)
         if ctx.bias_dtype is not None and ctx.needs_input_grad[2]:
             grad_bias = grad.flatten(0, -2).sum(0) if grad.dim() > 1 else grad
             grad_bias = grad_bias.to(ctx.bias_dtype)

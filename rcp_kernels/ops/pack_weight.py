@@ -7,7 +7,9 @@ from torch import Tensor
 
 from ..formats import PackedWeight, num_groups, row_bytes
 
-__all__ = ["pack_weight", "unpack_weight"]
+__all__ = ["dequantize", "pack_weight", "unpack_weight"]
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def pack_weight(weight: PackedWeight) -> Tensor:
@@ -24,6 +26,7 @@ def pack_weight(weight: PackedWeight) -> Tensor:
 
     Raises:
         ValueError: tensors that contradict out_features, in_features, bits or group_size.
+        RuntimeError: on CUDA, the CUDA kernels are missing.
     """
     if tuple(weight.codes.shape[:1]) != (weight.out_features,):
         raise ValueError(
@@ -60,6 +63,33 @@ def unpack_weight(blob: Tensor, out_features: int, in_features: int, bits: int, 
     return PackedWeight(codes, levels, scales, tensor_scale, bits, group_size, in_features, out_features)
 
 
+def dequantize(
+    blob: Tensor,
+    out_features: int,
+    in_features: int,
+    bits: int,
+    group_size: int,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """The weight of a blob as a matrix: ``level * scale * tensor_scale`` in float32, then rounded to ``dtype``.
+
+    Args:
+        blob: what :func:`pack_weight` returned.
+        out_features: N.
+        in_features: K.
+        bits: 2, 3 or 4.
+        group_size: 32, 64, 128 or K.
+        dtype: float32, which is exact (docs/format.md), float16 or bfloat16.
+
+    Returns:
+        dtype [out_features, in_features], on the device of blob.
+
+    Raises:
+        ValueError: another dtype, or a blob that is damaged or was packed for other arguments.
+    """
+    return torch.ops.rcp_kernels.dequantize.default(blob, out_features, in_features, bits, group_size, dtype)
+
+
 @torch.library.register_fake("rcp_kernels::pack_weight")
 def _fake_pack(
     codes: Tensor, levels: Tensor, scales: Tensor, tensor_scale: Tensor, in_features: int, bits: int, group_size: int
@@ -79,3 +109,19 @@ def _fake_unpack(
         weight.new_empty((out_features, groups), dtype=torch.float16),
         weight.new_empty((), dtype=torch.float32),
     )
+
+
+@torch.library.register_fake("rcp_kernels::dequantize")
+def _fake_dequantize(
+    weight: Tensor,
+    out_features: int,
+    in_features: int,
+    bits: int,
+    group_size: int,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    if dtype not in _DTYPES:
+        raise ValueError(
+            f"dequantize: dtype must be float32, float16 or bfloat16, got {dtype}; convert the result with .to()"
+        )
+    return weight.new_empty((out_features, in_features), dtype=dtype)

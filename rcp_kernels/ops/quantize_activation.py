@@ -30,7 +30,9 @@ def quantize_activation(x: Tensor, bits: int = 4, clip: float = 1.0, packed: boo
         q, int8 [..., K] or, packed, uint8 [..., ceil(K / 2)]; and scale, float32 [...].
 
     Raises:
-        ValueError: another dtype, bits, clip or packed, or NaN or Inf in x (checked on the CPU).
+        ValueError: another dtype, bits, clip or packed, or NaN or Inf in x. CUDA cannot look at x without waiting for
+            the device: there such a token gets scale NaN and q = 0.
+        RuntimeError: on CUDA, the CUDA kernels are missing.
     """
     return torch.ops.rcp_kernels.quantize_activation.default(x, bits, clip, packed)
 

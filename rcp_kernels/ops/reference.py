@@ -3,10 +3,22 @@
 Integers are exact and the outer sum is float64; slow, and clear.
 """
 
+from .kv_cache import kv_cache_append_reference as kv_cache_append
+from .kv_cache import kv_cache_attention_reference as kv_cache_attention
+from .kv_cache import kv_cache_dequantize_reference as kv_cache_dequantize
 from .lut_linear import lut_linear_group_sums_reference as lut_linear_group_sums
 from .lut_linear import lut_linear_reference as lut_linear
 from .quantize_activation import quantize_activation_reference as quantize_activation
 from .walsh_transform import walsh_quantize_reference as walsh_quantize
 from .walsh_transform import walsh_transform_reference as walsh_transform
 
-__all__ = ["lut_linear", "lut_linear_group_sums", "quantize_activation", "walsh_quantize", "walsh_transform"]
+__all__ = [
+    "kv_cache_append",
+    "kv_cache_attention",
+    "kv_cache_dequantize",
+    "lut_linear",
+    "lut_linear_group_sums",
+    "quantize_activation",
+    "walsh_quantize",
+    "walsh_transform",
+]

@@ -11,13 +11,17 @@ from typing import Any
 import torch
 
 
-def _kernel(op: str) -> Callable[..., Any]:
+def _kernel(module: str, op: str) -> Callable[..., Any]:
     def launch(*arguments: Any) -> Any:
-        return getattr(import_module(f"{__name__}.walsh_transform"), op)(*arguments)
+        return getattr(import_module(f"{__name__}.{module}"), op)(*arguments)
 
     return launch
 
 
 if find_spec("triton") is not None:
-    for _op in ("walsh_transform", "walsh_transform_", "walsh_quantize"):
-        torch.library.impl(f"rcp_kernels::{_op}", "CUDA", _kernel(_op))
+    for _module, _ops in (
+        ("kv_cache", ("kv_cache_append", "kv_cache_dequantize", "kv_cache_attention")),
+        ("walsh_transform", ("walsh_transform", "walsh_transform_", "walsh_quantize")),
+    ):
+        for _op in _ops:
+            torch.library.impl(f"rcp_kernels::{_op}", "CUDA", _kernel(_module, _op))

@@ -189,6 +189,20 @@ inline void unpack_weight(const WeightShape& shape, const uint8_t* packed, uint8
   });
 }
 
+// Throws unless a blob's header names the shape that the arguments do.
+inline void check_packed_with(const std::string& op, const WeightShape& shape, const WeightShape& header) {
+  if (header.rows == shape.rows && header.columns == shape.columns && header.group_size == shape.group_size &&
+      header.bits == shape.bits) {
+    return;
+  }
+  const auto text = [](const WeightShape& s) {
+    return "out_features " + std::to_string(s.rows) + ", in_features " + std::to_string(s.columns) + ", bits " +
+           std::to_string(s.bits) + ", group_size " + std::to_string(s.group_size);
+  };
+  throw std::invalid_argument(op + ": the arguments say " + text(shape) + ", but the weight was packed with " +
+                              text(header) + "; pass those");
+}
+
 // Refuses a blob that is not a CPU-packed weight of exactly this shape; returns its tensor_scale.
 inline float check_packed(const char* op, const WeightShape& shape, const uint8_t* packed, int64_t bytes) {
   const std::string where = std::string(op) + ": ";
@@ -208,17 +222,7 @@ inline float check_packed(const char* op, const WeightShape& shape, const uint8_
                                 ", this build reads version " + std::to_string(cpu_layout_version) +
                                 "; repack it from the canonical format");
   }
-  if (header.rows != shape.rows || header.columns != shape.columns || header.group_size != shape.group_size ||
-      header.bits != static_cast<uint32_t>(shape.bits)) {
-    const auto text = [](int64_t rows, int64_t columns, int64_t group, int64_t bits) {
-      return "out_features " + std::to_string(rows) + ", in_features " + std::to_string(columns) + ", bits " +
-             std::to_string(bits) + ", group_size " + std::to_string(group);
-    };
-    throw std::invalid_argument(where + "the arguments say " +
-                                text(shape.rows, shape.columns, shape.group_size, shape.bits) +
-                                ", but the weight was packed with " +
-                                text(header.rows, header.columns, header.group_size, header.bits) + "; pass those");
-  }
+  check_packed_with(op, shape, {header.rows, header.columns, header.group_size, static_cast<int>(header.bits)});
   if (bytes != shape.packed_bytes()) {
     throw std::invalid_argument(where + "weight must have " + std::to_string(shape.packed_bytes()) +
                                 " bytes for this shape, got " + std::to_string(bytes) + "; it is truncated or padded");

@@ -1,0 +1,81 @@
+// The arguments of pack_weight, unpack_weight and dequantize, checked for every device; what a weight is to all ops.
+#pragma once
+
+#include <cmath>
+
+#include "binding/tensors.h"
+#include "rcp/lut_linear_layout.h"
+
+namespace rcp::binding {
+
+inline WeightShape checked_shape(const char* op, int64_t rows, int64_t columns, int64_t bits, int64_t group_size) {
+  // 2^40 bounds every product of sizes below; anything else outside int is outside the format's bits too.
+  constexpr int64_t largest = int64_t{1} << 40;
+  if (rows > largest || columns > largest || rows * (columns / 4096 + 1) > largest / 64) {
+    fail(std::string(op) + ": out_features * in_features must stay below 2^46, got " + std::to_string(rows) + " and " +
+         std::to_string(columns) + "; these cannot be a layer's sizes");
+  }
+  const WeightShape shape{rows, columns, group_size, bits < 0 || bits > 4 ? 0 : static_cast<int>(bits)};
+  if (shape.bits != bits)
+    fail(std::string(op) + ": bits must be 2, 3 or 4, got " + std::to_string(bits) +
+         "; quantize the weight to one of them");
+  shape.check(op);
+  return shape;
+}
+
+// The canonical tensors of a weight, checked and contiguous, and the value of tensor_scale (for which a weight on
+// another device waits).
+struct CanonicalWeight {
+  WeightShape shape;
+  Tensor codes, levels, scales;
+  float tensor_scale;
+
+  CanonicalWeight(const Tensor& codes_in, const Tensor& levels_in, const Tensor& scales_in,
+                  const Tensor& tensor_scale_in, int64_t in_features, int64_t bits, int64_t group_size) {
+    if (codes_in.dim() != 2) {
+      fail("pack_weight: codes must have 2 dimensions, got shape " + shape_text(codes_in) +
+           "; pass those of a PackedWeight");
+    }
+    shape = checked_shape("pack_weight", codes_in.size(0), in_features, bits, group_size);
+    const Device device = codes_in.device();
+    check_tensor(codes_in, "pack_weight: codes", ScalarType::Byte, {shape.rows, shape.canonical_row_bytes()}, device);
+    check_tensor(levels_in, "pack_weight: levels", ScalarType::Char, {shape.rows, shape.groups(), shape.levels()},
+                 device);
+    check_tensor(scales_in, "pack_weight: scales", ScalarType::Half, {shape.rows, shape.groups()}, device);
+    check_tensor(tensor_scale_in, "pack_weight: tensor_scale", ScalarType::Float, {}, device);
+    const Tensor whole = torch::stable::to(tensor_scale_in, Device(torch::headeronly::DeviceType::CPU));
+    tensor_scale = *static_cast<const float*>(whole.const_data_ptr());
+    int exponent = 0;
+    if (!(std::isfinite(tensor_scale) && tensor_scale > 0.0f && std::frexp(tensor_scale, &exponent) == 0.5f)) {
+      fail("pack_weight: tensor_scale must be a positive finite power of two, got " + std::to_string(tensor_scale) +
+           "; put the rest into scales");
+    }
+    codes = torch::stable::contiguous(codes_in);
+    levels = torch::stable::contiguous(levels_in);
+    scales = torch::stable::contiguous(scales_in);
+  }
+};
+
+// A blob of pack_weight as far as every device can tell without reading it.
+inline void check_blob(const std::string& op, const Tensor& weight, const Device& device) {
+  const std::string what = op + ": weight";
+  if (!is_on(weight, device)) {
+    fail(what + " must be on " + device_text(device) + " like x, got " + device_text(weight.device()) +
+         "; move the layer with .to(), which packs its weight again, or pack the canonical weight there");
+  }
+  if (weight.scalar_type() != ScalarType::Byte || weight.dim() != 1 || !weight.is_contiguous()) {
+    fail(what + " must be the contiguous 1-D uint8 tensor that pack_weight made, got " +
+         torch::headeronly::toString(weight.scalar_type()) + " of shape " + shape_text(weight));
+  }
+}
+
+inline FloatType checked_dequantize_type(ScalarType dtype) {
+  const std::optional<FloatType> type = float_type_of(dtype);
+  if (!type) {
+    fail(std::string("dequantize: dtype must be float32, float16 or bfloat16, got ") +
+         torch::headeronly::toString(dtype) + "; convert the result with .to()");
+  }
+  return *type;
+}
+
+}  // namespace rcp::binding

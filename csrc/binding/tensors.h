@@ -1,0 +1,98 @@
+// What the bindings of all devices and ops share: checks of tensors whose errors read the same everywhere.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "rcp/float_types.h"
+
+namespace rcp::binding {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Device;
+using torch::stable::Tensor;
+
+[[noreturn]] inline void fail(const std::string& message) {
+  throw std::invalid_argument(message);
+}
+
+inline std::optional<FloatType> float_type_of(ScalarType type) {
+  switch (type) {
+    case ScalarType::Float:
+      return FloatType::float32;
+    case ScalarType::Half:
+      return FloatType::float16;
+    case ScalarType::BFloat16:
+      return FloatType::bfloat16;
+    default:
+      return std::nullopt;
+  }
+}
+
+inline FloatType float_type(const Tensor& t, const std::string& what) {
+  const std::optional<FloatType> type = float_type_of(t.scalar_type());
+  if (!type) {
+    fail(what + " must be float32, float16 or bfloat16, got " + torch::headeronly::toString(t.scalar_type()) +
+         "; convert it with .to()");
+  }
+  return *type;
+}
+
+inline std::string shape_text(const Tensor& t) {
+  std::string text = "[";
+  for (int64_t d = 0; d < t.dim(); ++d) text += (d ? ", " : "") + std::to_string(t.size(d));
+  return text + "]";
+}
+
+// As in "must be on the CPU", "must be on cuda:0".
+inline std::string device_text(const Device& device) {
+  if (device.type() == torch::headeronly::DeviceType::CPU) return "the CPU";
+  if (device.type() == torch::headeronly::DeviceType::CUDA) return "cuda:" + std::to_string(device.index());
+  return "a device that is neither CPU nor CUDA";
+}
+
+inline bool is_on(const Tensor& t, const Device& device) {
+  if (device.type() == torch::headeronly::DeviceType::CPU) return t.is_cpu();
+  return t.is_cuda() && t.get_device_index() == device.index();
+}
+
+inline void check_tensor(const Tensor& t, const std::string& what, ScalarType dtype, const std::vector<int64_t>& shape,
+                         const Device& device) {
+  if (!is_on(t, device)) {
+    fail(what + " must be on " + device_text(device) + " like the other arguments, got " + device_text(t.device()) +
+         "; move it with .to()");
+  }
+  if (t.scalar_type() != dtype) {
+    fail(what + " must be " + torch::headeronly::toString(dtype) + ", got " +
+         torch::headeronly::toString(t.scalar_type()) + "; store it unconverted");
+  }
+  bool same = t.dim() == static_cast<int64_t>(shape.size());
+  std::string wanted = "[";
+  for (std::size_t d = 0; d < shape.size(); ++d) {
+    same = same && t.size(static_cast<int64_t>(d)) == shape[d];
+    wanted += (d ? ", " : "") + std::to_string(shape[d]);
+  }
+  if (!same)
+    fail(what + " must have shape " + wanted + "], got " + shape_text(t) + "; pass the one of the same layer, whole");
+}
+
+inline Tensor empty(const std::vector<int64_t>& shape, ScalarType dtype, const Device& device) {
+  return torch::stable::empty(shape, dtype, std::nullopt, device);
+}
+
+// The shape of x with its last dimension replaced.
+inline std::vector<int64_t> with_last(const Tensor& x, int64_t last) {
+  std::vector<int64_t> shape;
+  for (int64_t d = 0; d + 1 < x.dim(); ++d) shape.push_back(x.size(d));
+  shape.push_back(last);
+  return shape;
+}
+
+}  // namespace rcp::binding

@@ -1,0 +1,47 @@
+// The blob that pack_weight makes for CUDA, as far as the host can tell it from others without reading it.
+#pragma once
+
+#include <cstring>
+
+#include "binding/pack_weight.h"
+#include "rcp/lut_linear_cuda_layout.h"
+
+namespace rcp::binding {
+
+inline cuda::CudaLayout cuda_layout(const WeightShape& shape) {
+  return {shape.rows, shape.columns, shape.group_size, shape.bits};
+}
+
+// A CPU blob has a multiple of 32 bytes, and the CUDA layout a multiple of 128: the tail tells them apart by size.
+inline int64_t blob_bytes(const WeightShape& shape) {
+  constexpr int64_t tail = 16;
+  return cuda_layout(shape).total_bytes() + tail;
+}
+
+inline void check_blob_size(const std::string& op, const Tensor& weight, const WeightShape& shape) {
+  if (weight.numel() == blob_bytes(shape)) return;
+  const std::string got = std::to_string(weight.numel());
+  fail(op + ": weight must have " + std::to_string(blob_bytes(shape)) + " bytes, packed for CUDA in this shape, got " +
+       got + (weight.numel() == shape.packed_bytes() ? ", which is packed for the CPU" : "") +
+       "; move the layer with .to(), which packs its weight again, or pack the canonical weight there");
+}
+
+// As check_packed of the CPU. Waits for the device.
+inline void check_header(const std::string& op, const Tensor& weight, const WeightShape& shape) {
+  Tensor blob = weight;
+  const Tensor copy = torch::stable::to(torch::stable::narrow(blob, 0, 0, sizeof(cuda::WeightHeader)),
+                                        Device(torch::headeronly::DeviceType::CPU));
+  cuda::WeightHeader header;
+  std::memcpy(&header, copy.const_data_ptr(), sizeof header);
+  if (std::memcmp(header.magic, cuda::weight_magic, sizeof header.magic) != 0) {
+    fail(op + ": weight is not packed for CUDA (wrong magic in its header); make it with pack_weight on this device");
+  }
+  if (header.layout_version != cuda::weight_layout_version) {
+    fail(op + ": weight has CUDA layout version " + std::to_string(header.layout_version) +
+         ", this build reads version " + std::to_string(cuda::weight_layout_version) +
+         "; repack it from the canonical format");
+  }
+  check_packed_with(op, shape, {header.rows, header.columns, header.group_size, static_cast<int>(header.bits)});
+}
+
+}  // namespace rcp::binding

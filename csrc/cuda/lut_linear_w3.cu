@@ -1,0 +1,4 @@
+#include "lut_linear_kernels.h"
+
+template cudaError_t rcp::cuda::integer::launch_bits<3>(const rcp::cuda::LutLinearArguments&, int);
+template cudaError_t rcp::cuda::lut_linear_a16<3>(const rcp::cuda::LutLinearArguments&, int, int);

@@ -1,0 +1,327 @@
+"""A quantized language model on disk: an ordinary ``transformers`` directory with packed weights in it.
+
+``config.json`` has a ``quantization_config`` (:class:`QuantizationConfig`), ``model.safetensors`` the model's own
+``state_dict``: for a :class:`QuantLinear` the tensors of docs/format.md.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import extras
+from .formats import FORMAT_VERSION, check_bits
+from .methods.rotate import Rotated, apply_structure
+from .models import describe
+from .nn import OnlineRotation, QuantLinear
+
+__all__ = [
+    "QuantizationConfig",
+    "check_output",
+    "file_sha256",
+    "load_quantized",
+    "read_quantization_config",
+    "save_quantized",
+]
+
+QUANT_METHOD = "rcp"
+_WEIGHTS = "model.safetensors"
+_CONFIG = "config.json"
+
+
+@dataclass(frozen=True)
+class QuantizationConfig:
+    """What ``quantization_config`` in config.json says; every tool that reads these models reads this.
+
+    Attributes:
+        bits, group_size: of the packed layers.
+        act_bits, act_clip: of their inputs; 16 bits for none quantized.
+        kv_bits, kv_clip: of the key/value cache that the model is meant to run with; 16 bits for none quantized.
+        rotation: what :func:`rcp_kernels.methods.rotate.rotate_model` did, or None.
+        modules_to_not_convert: full names of the linear layers that stay in floating point.
+        sha256: of model.safetensors, hexadecimal; None where whoever wrote the file did not say.
+        quant_method, format_version: always "rcp" and docs/format.md's version.
+    """
+
+    bits: int
+    group_size: int
+    act_bits: int = 16
+    act_clip: float = 1.0
+    kv_bits: int = 16
+    kv_clip: float = 1.0
+    rotation: Rotated | None = None
+    modules_to_not_convert: tuple[str, ...] = field(default=("lm_head",))
+    sha256: str | None = None
+    quant_method: str = QUANT_METHOD
+    format_version: int = FORMAT_VERSION
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as plain JSON types."""
+        fields = dataclasses.asdict(self)
+        fields["rotation"] = None if self.rotation is None else self.rotation.to_dict()
+        fields["modules_to_not_convert"] = list(self.modules_to_not_convert)
+        return fields
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> QuantizationConfig:
+        """The inverse of :meth:`to_dict`.
+
+        Raises:
+            ValueError: another method, a later version, or a field that is missing, unknown or out of its set.
+        """
+        where = "quantization_config"
+        if fields.get("quant_method") != QUANT_METHOD:
+            raise ValueError(
+                f"{where}: quant_method must be {QUANT_METHOD!r}, got {fields.get('quant_method')!r}; load the model "
+                f"with the library that quantized it"
+            )
+        version = fields.get("format_version")
+        if version != FORMAT_VERSION:
+            raise ValueError(
+                f"{where}: format_version must be {FORMAT_VERSION}, got {version!r}; a later one was written by a "
+                f"newer rcp-kernels: upgrade it"
+            )
+        known = {entry.name for entry in dataclasses.fields(cls)}
+        unknown = sorted(set(fields) - known)
+        missing = sorted({"bits", "group_size"} - set(fields))
+        if unknown or missing:
+            raise ValueError(
+                f"{where}: fields must be among {sorted(known)} with bits and group_size, got unknown {unknown} and "
+                f"missing {missing}; the file is damaged"
+            )
+        values = dict(fields)
+        check_bits(values["bits"])
+        for name, allowed in (("act_bits", (4, 8, 16)), ("kv_bits", (4, 16))):
+            if values.get(name, 16) not in allowed:
+                raise ValueError(f"{where}: {name} must be one of {allowed}, got {values[name]!r}; the file is damaged")
+        if values.get("rotation") is not None:
+            values["rotation"] = Rotated.from_dict(values["rotation"])
+        values["modules_to_not_convert"] = tuple(values.get("modules_to_not_convert") or ())
+        return cls(**values)
+
+
+def check_output(directory: Path) -> None:
+    """Refuse a directory that :func:`save_quantized` could not replace, before hours of work and not after.
+
+    Raises:
+        ValueError: it exists and is something else than a model that was written there before.
+        OSError: it cannot be created.
+    """
+    if directory.exists() and not directory.is_dir():
+        raise ValueError(f"save_quantized: {directory} must be a directory, got a file; choose another name")
+    if directory.is_dir() and any(directory.iterdir()) and not (directory / _CONFIG).exists():
+        raise ValueError(
+            f"save_quantized: {directory} must be empty or hold a model, got other files; choose another directory"
+        )
+    directory.parent.mkdir(parents=True, exist_ok=True)
+
+
+def save_quantized(
+    model: nn.Module,
+    directory: Path,
+    config: QuantizationConfig,
+    *,
+    tokenizer: Any = None,
+    files: Mapping[str, str] | None = None,
+) -> None:
+    """Write a model so that the directory is there whole or as it was before, whatever happens on the way.
+
+    Everything goes into a new directory beside it, is flushed to the disk, and takes its name in the end.
+
+    Args:
+        model: a causal language model of ``transformers`` with packed layers.
+        directory: to make, or to replace if it holds a model.
+        config: sha256 and modules_to_not_convert are filled in here.
+        tokenizer: its files are written too; None for none.
+        files: more text files by name (a recipe, a report).
+
+    Raises:
+        MissingExtra: transformers or safetensors is missing.
+        ValueError: as :func:`check_output`, or the model has no packed layer.
+        OSError: as writing does, a full disk say; what was there before is untouched.
+    """
+    extras.require("transformers", "safetensors")
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    check_output(directory)
+    if not any(isinstance(module, QuantLinear) for module in model.modules()):
+        raise ValueError("save_quantized: the model must have packed layers, got none; quantize it first")
+    kept = tuple(name for name, module in model.named_modules() if isinstance(module, nn.Linear))
+    temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
+    try:
+        weights = temporary / _WEIGHTS
+        try:
+            save_file(_tensors(model), weights, metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise OSError(f"save_quantized: cannot write {directory}: {error}; free space on the disk") from error
+        config = dataclasses.replace(config, modules_to_not_convert=kept, sha256=file_sha256(weights))
+        fields = model.config.to_dict()  # type: ignore[operator, union-attr]
+        fields.update(architectures=[type(model).__name__], quantization_config=config.to_dict())
+        (temporary / _CONFIG).write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")
+        generation = getattr(model, "generation_config", None)
+        if generation is not None:
+            generation.save_pretrained(temporary)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(temporary)
+        for name, text in (files or {}).items():
+            (temporary / name).write_text(text)
+        for path in temporary.iterdir():
+            if path.is_file():
+                path.chmod(0o644)
+                _flush(path)
+        temporary.chmod(0o755)
+        _flush(temporary)
+        _take_name(temporary, directory)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def read_quantization_config(directory: Path) -> tuple[dict[str, Any], QuantizationConfig]:
+    """The fields of config.json less ``quantization_config``, and that.
+
+    Raises:
+        ValueError: no such file, damaged, or as :meth:`QuantizationConfig.from_dict`.
+    """
+    path = directory / _CONFIG
+    try:
+        fields = json.loads(path.read_text())
+        quantization = fields.pop("quantization_config")
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise ValueError(
+            f"load_quantized: {path} must be the config of a quantized model, got {type(error).__name__}: {error}; "
+            f"pass a directory that rcp-kernels quantize wrote"
+        ) from None
+    return fields, QuantizationConfig.from_dict(quantization)
+
+
+def load_quantized(directory: Path, device: torch.device | str = "cpu") -> tuple[nn.Module, QuantizationConfig]:
+    """Load what :func:`save_quantized` wrote; the model's logits are those of the saved one, bit for bit.
+
+    Args:
+        directory: of the model.
+        device: to load it to.
+
+    Returns:
+        The model in eval mode, and its quantization. Keys and values are quantized by the cache that the caller passes
+        (:class:`rcp_kernels.nn.QuantizedKVCache`), not by the model.
+
+    Raises:
+        MissingExtra: transformers or safetensors is missing.
+        ValueError: a file is missing, damaged, altered since it was written, or from a later version.
+    """
+    extras.require("transformers", "safetensors")
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
+
+    fields, config = read_quantization_config(directory)
+    path = directory / _WEIGHTS
+    if not path.is_file():
+        raise ValueError(f"load_quantized: {path} must be there, got no such file; quantize the model again")
+    if config.sha256 is not None and file_sha256(path) != config.sha256:
+        raise ValueError(
+            f"load_quantized: the sha256 of {path} must be the one in {_CONFIG}, got another: the file was truncated "
+            f"or altered since; copy it again"
+        )
+    try:
+        tensors = load_file(path, device=str(device))
+    except SafetensorError as error:
+        raise ValueError(f"load_quantized: {path} must be a safetensors file, got {error}; copy it again") from None
+    model_config = AutoConfig.for_model(**fields)
+    with no_init_weights():
+        model = AutoModelForCausalLM.from_config(model_config).to(device)
+    if config.rotation is not None:
+        apply_structure(model, config.rotation)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear) and name not in config.modules_to_not_convert:
+            rotation: OnlineRotation | None = getattr(module, "input_rotation", None)
+            parent, _, child = name.rpartition(".")
+            packed = QuantLinear(
+                module.in_features,
+                module.out_features,
+                config.bits,
+                config.group_size,
+                config.act_bits,
+                module.bias is not None,
+                config.act_clip,
+                rotation,
+                device="meta",
+            )
+            setattr(model.get_submodule(parent), child, packed)
+    tied = _tied_head(model)
+    try:
+        missing, unexpected = model.load_state_dict(tensors, strict=False, assign=True)
+    except RuntimeError as error:
+        raise ValueError(f"load_quantized: {path} must fit {_CONFIG}, got {error}; copy both again") from None
+    missing = [name for name in missing if name != tied]
+    if missing or unexpected:
+        raise ValueError(
+            f"load_quantized: {path} must have the tensors of the model, got {missing[:3]} missing and "
+            f"{unexpected[:3]} unknown; the files do not belong together"
+        )
+    if tied is not None:
+        model.tie_weights()
+    if (directory / "generation_config.json").exists():
+        model.generation_config = type(model.generation_config).from_pretrained(directory)
+    return model.eval(), config
+
+
+def _tied_head(model: nn.Module) -> str | None:
+    """Full name of the head's weight if it is the embedding's."""
+    architecture = describe(model)
+    if not getattr(model.config, "tie_word_embeddings", False):
+        return None
+    return f"{architecture.head}.weight"
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The state of a model, without the second name of a tied tensor."""
+    tied = _tied_head(model)
+    return {name: tensor.contiguous() for name, tensor in model.state_dict().items() if name != tied}
+
+
+def file_sha256(path: Path) -> str:
+    """The sha256 of a file, hexadecimal, read in pieces."""
+    with path.open("rb") as file:
+        digest = hashlib.sha256()
+        while part := file.read(1 << 22):
+            digest.update(part)
+        return digest.hexdigest()
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _take_name(temporary: Path, directory: Path) -> None:
+    """Rename a directory onto another: a directory with content cannot be replaced in one step, so it steps aside."""
+    if not directory.exists():
+        os.rename(temporary, directory)
+        return
+    aside = Path(tempfile.mkdtemp(prefix=f".{directory.name}.old.", dir=directory.parent))
+    os.rename(directory, aside / "model")
+    try:
+        os.rename(temporary, directory)
+    except BaseException:
+        os.rename(aside / "model", directory)
+        raise
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)

@@ -1,0 +1,1 @@
+"""The commands ``quantize``, ``eval`` and ``generate``, and what they share: recipes, models by name, text by name."""

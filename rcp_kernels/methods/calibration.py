@@ -1,0 +1,102 @@
+"""Running a language model one decoder layer at a time, for methods that go through it layer by layer."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..models import describe
+
+__all__ = ["check_calibration_ids", "first_layer_inputs", "run_layer"]
+
+
+class _Stop(Exception):
+    """Raised by a hook to leave a forward pass whose rest is not needed."""
+
+
+def check_calibration_ids(ids: Tensor, where: str) -> Tensor:
+    """Return ``ids`` if they are sequences of tokens, else raise.
+
+    Args:
+        ids: int64 [sequences, tokens].
+        where: the function to name in errors.
+
+    Raises:
+        TypeError: not an integer tensor.
+        ValueError: not 2-D, no sequence, or sequences of less than 2 tokens.
+    """
+    if not isinstance(ids, Tensor) or ids.is_floating_point() or ids.dtype == torch.bool:
+        found = ids.dtype if isinstance(ids, Tensor) else type(ids).__name__
+        raise TypeError(
+            f"{where}: calibration_ids must be an int64 tensor of token ids, got {found}; tokenize the text"
+        )
+    if ids.dim() != 2 or ids.shape[0] < 1 or ids.shape[1] < 2:
+        raise ValueError(
+            f"{where}: calibration_ids must be [sequences, tokens] with at least one sequence of at least 2 tokens, "
+            f"got shape {tuple(ids.shape)}; the calibration text is shorter than one sequence: pass more text or "
+            f"make the sequences shorter"
+        )
+    return ids
+
+
+@torch.no_grad()
+def first_layer_inputs(model: nn.Module, ids: Tensor) -> tuple[Tensor, list[dict[str, Any]]]:
+    """What enters the first decoder layer, and what else each layer is called with.
+
+    The keyword arguments (attention mask, position embeddings, ...) depend on the length of the sequences only, so they
+    are taken from one pass of the first sequence through all layers, and serve any batch: their batch dimension is 1.
+
+    Args:
+        model: a causal language model that :func:`rcp_kernels.models.describe` knows, in eval mode.
+        ids: int64 [n, seq], full sequences without padding.
+
+    Returns:
+        hidden [n, seq, hidden_size], in the dtype and on the device of the model; and one dictionary of keyword
+        arguments for each layer, for :func:`run_layer`.
+
+    Raises:
+        ValueError: as describe.
+    """
+    architecture = describe(model)
+    layers = [model.get_submodule(layer.name) for layer in architecture.layers]
+    hidden: list[Tensor] = []
+    keywords: list[dict[str, Any]] = []
+
+    def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        names = list(inspect.signature(module.forward).parameters)
+        call = {**dict(zip(names, args, strict=False)), **kwargs}
+        x = call.pop(names[0])
+        if module is layers[0]:
+            hidden.append(x)
+        if len(keywords) < len(layers):
+            keywords.append(call)
+        if len(keywords) == len(layers):
+            raise _Stop
+
+    handles = [layer.register_forward_pre_hook(keep, with_kwargs=True) for layer in layers]
+    try:
+        for row in ids.split(1):
+            try:
+                model(input_ids=row, use_cache=False)
+            except _Stop:
+                pass
+    finally:
+        for handle in handles:
+            handle.remove()
+    return torch.cat(hidden), keywords
+
+
+def run_layer(layer: Callable[..., Any], hidden: Tensor, keywords: dict[str, Any]) -> Tensor:
+    """One decoder layer on hidden states: [n, seq, hidden_size] -> the same shape. Differentiable.
+
+    Args:
+        layer: a decoder layer, or a function that is called as one.
+        hidden: [n, seq, hidden_size], any n.
+        keywords: of this layer, from :func:`first_layer_inputs` with sequences of the same length.
+    """
+    output = layer(hidden, **keywords)
+    return output[0] if isinstance(output, tuple) else output

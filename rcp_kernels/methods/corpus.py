@@ -1,0 +1,220 @@
+"""Text to calibrate and train on, without a download: the docstrings of installed Python sources, in a fixed order.
+
+The demo's held-out text, ``pydoc_data.topics``, is about the same subject, so every paragraph that shares a run of
+thirteen words with it is dropped (13-grams are the usual unit of contamination checks, Brown et al. 2020, appendix C).
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import importlib.util
+import re
+import sys
+import sysconfig
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import extras
+
+__all__ = ["PACKAGES", "Corpus", "dataset_text", "docstring_corpus", "file_text", "overlap", "split_windows"]
+
+PACKAGES = ("stdlib", "numpy", "torch")
+"""What the demo corpus reads: the standard library, and packages that whoever trains has installed."""
+
+# Not documentation: the held-out text itself, tests, and what other projects' text was copied into.
+_SKIPPED_FOLDERS = {"pydoc_data", "test", "tests", "testing", "idlelib", "site-packages", "_vendor", "__pycache__"}
+_NGRAM = 13
+# A docstring of one short line says little and there are tens of thousands of them ("See base class.").
+_SHORTEST = 200
+_WORDS = re.compile(r"[a-z0-9]+")
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Text with what is needed to say which text it was.
+
+    Attributes:
+        text: the documents, an empty line between two.
+        documents: their number.
+        dropped: paragraphs left out because they share 13 words in a row with the excluded text.
+        sha256: of the text, hexadecimal.
+    """
+
+    text: str
+    documents: int
+    dropped: int
+    sha256: str
+
+
+def _sources(package: str) -> Iterator[Path]:
+    if package == "stdlib":
+        root = Path(sysconfig.get_paths()["stdlib"])
+    else:
+        spec = importlib.util.find_spec(package)
+        if spec is None or not spec.submodule_search_locations:
+            raise ValueError(
+                f"docstring_corpus: {package!r} must be an installed package, got none of that name; install it or "
+                f"leave it out of packages"
+            )
+        root = Path(next(iter(spec.submodule_search_locations)))
+    for path in sorted(root.rglob("*.py")):
+        if not _SKIPPED_FOLDERS & set(path.relative_to(root).parts):
+            yield path
+
+
+def _docstrings(path: Path) -> Iterator[str]:
+    try:
+        # Parsed, not imported: importing every module would run antigravity and take minutes for torch.
+        tree = ast.parse(path.read_bytes())
+    except (SyntaxError, ValueError, OSError):
+        return
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            docstring = ast.get_docstring(node)
+            if docstring and len(docstring) >= _SHORTEST:
+                yield docstring.strip()
+
+
+def _ngrams(text: str) -> set[int]:
+    words = _WORDS.findall(text.lower())
+    return {hash(tuple(words[i : i + _NGRAM])) for i in range(len(words) - _NGRAM + 1)}
+
+
+def overlap(text: str, other: str) -> float:
+    """Share of the 13-word runs of ``text`` (letters and digits, case ignored) that also occur in ``other``: 0 to 1."""
+    runs = _ngrams(text)
+    return len(runs & _ngrams(other)) / len(runs) if runs else 0.0
+
+
+def docstring_corpus(packages: Sequence[str] = PACKAGES, exclude: str | None = None) -> Corpus:
+    """The docstrings of at least 200 characters of whole packages, each once, in an order that does not change.
+
+    Packages in the order given, files sorted by path, docstrings as they stand in the file. The files are parsed, not
+    imported. The result depends on the versions installed: :attr:`Corpus.sha256` tells two of them apart.
+
+    Args:
+        packages: names of installed packages; "stdlib" is the running Python's library without its tests.
+        exclude: paragraphs that share a run of 13 words with this text are dropped; None for pydoc's topics, the
+            demo's held-out text.
+
+    Raises:
+        ValueError: a package is not installed.
+    """
+    if exclude is None:
+        import pydoc_data.topics
+
+        exclude = "\n".join(pydoc_data.topics.topics.values())
+    forbidden = _ngrams(exclude)
+    seen: set[bytes] = set()
+    documents: list[str] = []
+    dropped = 0
+    for package in packages:
+        for path in _sources(package):
+            for docstring in _docstrings(path):
+                paragraphs = []
+                for paragraph in docstring.split("\n\n"):
+                    # Arguments are documented in the same words in every model file of transformers.
+                    key = hashlib.sha256(" ".join(paragraph.split()).encode()).digest()
+                    if key in seen:
+                        continue
+                    seen.add(key)
+                    paragraphs.append(paragraph)
+                text = "\n\n".join(paragraphs)
+                # Over the whole docstring, so that a run across two paragraphs counts.
+                if forbidden & _ngrams(text):
+                    kept = [paragraph for paragraph in paragraphs if not forbidden & _ngrams(paragraph)]
+                    dropped += len(paragraphs) - len(kept)
+                    text = "\n\n".join(kept)
+                    if forbidden & _ngrams(text):
+                        dropped += len(kept)
+                        continue
+                if len(text) >= _SHORTEST:
+                    documents.append(text)
+    text = "\n\n".join(documents)
+    return Corpus(text, len(documents), dropped, hashlib.sha256(text.encode()).hexdigest())
+
+
+def file_text(path: Path) -> str:
+    """The text of a UTF-8 file.
+
+    Raises:
+        ValueError: the file is not UTF-8, or holds nothing but white space.
+        OSError: it cannot be read.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"text: {path} must be UTF-8, got byte {error.start} that is not; convert the file") from None
+    if not text.strip():
+        raise ValueError(f"text: {path} must hold text, got {len(text)} characters of white space; pass another file")
+    return text
+
+
+def dataset_text(name: str, split: str, characters: int) -> str:
+    """The first ``characters`` characters of a dataset's column ``text``; "wikitext" is wikitext-2-raw-v1.
+
+    Args:
+        name: of a dataset on the hub or a local one, ``name:configuration`` for one of several.
+        split: "train", "validation" or "test".
+        characters: enough of them; the rest is not read.
+
+    Raises:
+        MissingExtra: the package ``datasets`` is not installed.
+        ValueError: the dataset has no column ``text``, or no text.
+    """
+    extras.require("datasets")
+    from datasets import load_dataset
+
+    if name == "wikitext":
+        name = "Salesforce/wikitext:wikitext-2-raw-v1"
+    name, _, configuration = name.partition(":")
+    rows: Iterable[dict[str, Any]] = load_dataset(name, configuration or None, split=split, streaming=True)
+    parts: list[str] = []
+    length = 0
+    for row in rows:
+        if "text" not in row:
+            raise ValueError(f"dataset {name}: a column named text is needed, got {sorted(row)}; export it to a file")
+        parts.append(row["text"])
+        length += len(row["text"])
+        if length >= characters:
+            break
+    text = "".join(parts)
+    if not text.strip():
+        raise ValueError(f"dataset {name}: split {split} must hold text, got none; choose another split")
+    return text
+
+
+def split_windows(ids: Tensor, length: int, *, validation: int = 0, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Cut a token stream into windows, shuffle them, and hold some out.
+
+    Args:
+        ids: int64 [tokens]; what is left over after the last full window is dropped.
+        length: tokens a window.
+        validation: windows to hold out.
+        seed: of the shuffle.
+
+    Returns:
+        int64 [training windows, length] and int64 [validation, length].
+
+    Raises:
+        ValueError: ids is not 1-D, or too short for one training window besides the held-out ones.
+    """
+    if ids.dim() != 1 or ids.numel() < (validation + 1) * length:
+        raise ValueError(
+            f"text: at least {validation + 1} windows of {length} tokens are needed ({(validation + 1) * length} "
+            f"tokens), got shape {tuple(ids.shape)}; pass more text or shorter windows"
+        )
+    windows = ids[: ids.numel() // length * length].view(-1, length)
+    windows = windows[torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))]
+    return windows[validation:], windows[:validation]
+
+
+def python_version() -> str:
+    """Version of the running Python, on which the demo corpus depends."""
+    return ".".join(map(str, sys.version_info[:3]))

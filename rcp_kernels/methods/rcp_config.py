@@ -1,0 +1,94 @@
+"""The settings of an RCP training, and its presets."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from .block_reconstruction import BlockConfig
+
+__all__ = ["PRESETS", "RcpConfig"]
+
+
+@dataclass(frozen=True)
+class RcpConfig:
+    """A whole training run, but for the model and the text.
+
+    Attributes:
+        bits, group_size: of the weights.
+        act_bits, act_clip: of the inputs of the linear layers; 16 bits for none.
+        kv_bits, kv_clip: of keys and values; 16 bits for none.
+        init: of the levels: "uniform", "clip" or "kmeans".
+        learn_clip, learn_partition: which of the quantizer's numbers are trained; None: the partition with 2 bits.
+        loss: one of ``distillation.LOSSES``.
+        blocks: phase one, layer by layer; None for none.
+        steps: updates of phase two, end to end.
+        batch: sequences an update, over all processes.
+        micro_batch: sequences at a time.
+        weight_lr, quantizer_lr: peak learning rates of AdamW.
+        beta2: of AdamW; beta1 is 0.9, the weight decay 0.
+        warmup, floor: steps up to the peak rate, and the share of it at the end of the cosine.
+        max_grad_norm: of all gradients together.
+        workers: threads that each take a micro-batch at a time, on one core: on CPUs, where two cores that work on one
+            matrix wait for each other at every operator, and for each other's other jobs. 1 leaves it to torch. A sum
+            of two gradients does not depend on their order, so with ``batch = 2 * micro_batch`` and two workers a run
+            gives the same bits again.
+        bf16: compute in bfloat16 where autocast does; weights, quantizers and AdamW stay float32.
+        validate_every, checkpoint_every: steps.
+        seed: of everything random.
+    """
+
+    bits: int = 2
+    group_size: int = 128
+    act_bits: int = 4
+    act_clip: float = 1.0
+    kv_bits: int = 4
+    kv_clip: float = 1.0
+    init: str = "kmeans"
+    learn_clip: bool = True
+    learn_partition: bool | None = None
+    loss: str = "cakld"
+    blocks: BlockConfig | None = field(default_factory=BlockConfig)
+    steps: int = 220
+    batch: int = 8
+    micro_batch: int = 4
+    weight_lr: float = 4e-4
+    quantizer_lr: float = 2e-3
+    beta2: float = 0.95
+    warmup: int = 10
+    floor: float = 0.05
+    max_grad_norm: float = 1.0
+    workers: int = 2
+    bf16: bool = True
+    validate_every: int = 20
+    checkpoint_every: int = 20
+    seed: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as plain JSON types."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> RcpConfig:
+        """The inverse of :meth:`to_dict`; missing fields have their defaults.
+
+        Raises:
+            ValueError: an unknown field.
+        """
+        fields = dict(fields)
+        known = {entry.name for entry in dataclasses.fields(cls)}
+        unknown = sorted(set(fields) - known)
+        if unknown:
+            raise ValueError(f"RcpConfig: fields must be among {sorted(known)}, got {unknown}; check the spelling")
+        if isinstance(fields.get("blocks"), Mapping):
+            fields["blocks"] = BlockConfig(**fields["blocks"])
+        return cls(**fields)
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "quick": {"sequence": 256, "steps": 220},
+    "full": {"sequence": 256, "steps": 3000, "validate_every": 100, "checkpoint_every": 100},
+}
+"""Budgets: tokens of a sequence, and the fields of `RcpConfig` that differ from its defaults (docs/rcp.md)."""

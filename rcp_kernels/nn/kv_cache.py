@@ -1,0 +1,283 @@
+"""A transformers Cache that holds keys and values in 4 bits, and attention that reads it packed (docs/kv_cache.md).
+
+Importing this module imports transformers, and registers the attention implementation ``"rcp_kv4"`` with it.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import extras
+from ..ops.kv_cache import (
+    empty_kv_cache,
+    kv_cache_append,
+    kv_cache_attention,
+    kv_cache_dequantize,
+)
+from .online_rotation import OnlineRotation
+
+extras.require("transformers")
+
+from transformers import AttentionInterface  # noqa: E402
+from transformers.cache_utils import Cache, CacheLayerMixin  # noqa: E402
+from transformers.integrations.sdpa_attention import sdpa_attention_forward  # noqa: E402
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask  # noqa: E402
+
+__all__ = ["ATTENTION", "QuantizedKVCache", "QuantizedKVLayer"]
+
+ATTENTION = "rcp_kv4"
+
+# Storage grows by so many positions: copying then costs a 256th of the cache per token, and less than 256 lie idle.
+_GROWTH = 256
+
+# From here on decoding the cache once for all queries is worth its memory: torch's attention has tiles for many.
+_MOST_QUERIES = 16
+
+_HANDLE = "_rcp_kv_layer"
+
+
+class QuantizedKVLayer(CacheLayerMixin):
+    """Keys and values of one layer, packed.
+
+    Attributes:
+        length: positions held, for every sequence of the batch.
+        key_codes, key_scales, value_codes, value_scales: as ``ops.empty_kv_cache`` makes them, once there are any.
+    """
+
+    key_codes: Tensor
+    key_scales: Tensor
+    value_codes: Tensor
+    value_scales: Tensor
+
+    is_croppable = True
+    supports_early_init = False
+
+    def __init__(
+        self, packed: Callable[[], bool], clip: float, capacity: int, key_rotation: OnlineRotation | None
+    ) -> None:
+        super().__init__()
+        self.is_initialized = False  # transformers before 5 leaves it out
+        self._packed = packed
+        self._clip = clip
+        self._capacity = capacity
+        self.key_rotation = key_rotation
+        self.length = 0
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        batch, heads, _, self.head_dim = key_states.shape
+        if value_states.shape != key_states.shape:
+            raise ValueError(
+                f"QuantizedKVCache: keys and values must have one shape, got {tuple(key_states.shape)} and "
+                f"{tuple(value_states.shape)}; models with another head_dim for values need another cache"
+            )
+        self.device = key_states.device
+        self.key_codes, self.key_scales = empty_kv_cache(batch, heads, self._capacity, self.head_dim, self.device)
+        self.value_codes, self.value_scales = empty_kv_cache(batch, heads, self._capacity, self.head_dim, self.device)
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Append [batch, kv_heads, tokens, head_dim]; give back all keys and values, dequantized.
+
+        Under the attention implementation ``"rcp_kv4"`` nothing is dequantized: what comes back only leads that
+        function here.
+
+        Raises:
+            ValueError: gradients are wanted, the shape is not that of what was appended before, or NaN or Inf.
+        """
+        if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
+            raise ValueError(
+                "QuantizedKVCache: keys and values must not require grad, got some that do; call the model under "
+                "torch.no_grad(), or train with ops.fake_quantize_kv and no cache"
+            )
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        tokens = key_states.shape[2]
+        self._reserve(self.length + tokens)
+        keys = key_states if self.key_rotation is None else self.key_rotation(key_states)
+        kv_cache_append(keys, self.key_codes, self.key_scales, self.length, self._clip)
+        kv_cache_append(value_states, self.value_codes, self.value_scales, self.length, self._clip)
+        self.length += tokens
+        if self._packed():
+            handle = key_states.detach()
+            setattr(handle, _HANDLE, self)
+            return handle, value_states
+        return self.dequantize(key_states.dtype)
+
+    def dequantize(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """All keys, with the rotation undone, and values: [batch, kv_heads, length, head_dim]."""
+        keys = kv_cache_dequantize(self.key_codes, self.key_scales, self.length, self.head_dim, dtype)
+        values = kv_cache_dequantize(self.value_codes, self.value_scales, self.length, self.head_dim, dtype)
+        return keys if self.key_rotation is None else self.key_rotation.inverse(keys), values
+
+    def attention(self, query: Tensor, scale: float | None, causal: bool, window: int, mask: Tensor | None) -> Tensor:
+        """``ops.kv_cache_attention`` of query [batch, heads, queries, head_dim] on all positions held."""
+        if self.key_rotation is not None:
+            query = self.key_rotation(query)
+        storage = (self.key_codes, self.key_scales, self.value_codes, self.value_scales)
+        return kv_cache_attention(query, *storage, self.length, scale, causal, window, mask)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of storage, what is reserved for tokens to come included."""
+        return sum(tensor.nbytes for tensor in self._storage().values())
+
+    def get_seq_length(self) -> int:
+        return self.length
+
+    def get_max_length(self) -> int:
+        return -1
+
+    get_max_cache_shape = get_max_length
+
+    def get_mask_sizes(self, query_length: int | Tensor) -> tuple[int, int]:
+        # transformers before 5 passes the positions of the queries.
+        queries = query_length if isinstance(query_length, int) else query_length.shape[0]
+        return self.length + queries, 0
+
+    def reset(self) -> None:
+        """Forget all positions; the storage is kept for the next ones."""
+        self.length = 0
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last ``-tokens_to_remove`` positions; a positive number is what to keep (transformers 4)."""
+        if tokens_to_remove < 0:
+            self.length = max(0, self.length + tokens_to_remove)
+        elif tokens_to_remove > 0:
+            self.length = min(self.length, tokens_to_remove)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self._map(lambda x: x.index_select(0, beam_idx.to(x.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._map(lambda x: x.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._map(lambda x: x[indices])
+
+    def offload(self) -> None:
+        self._map(lambda x: x.to("cpu", non_blocking=True))
+
+    def prefetch(self) -> None:
+        self._map(lambda x: x.to(self.device, non_blocking=True))
+
+    def _storage(self) -> dict[str, Tensor]:
+        names = ("key_codes", "key_scales", "value_codes", "value_scales")
+        return {name: getattr(self, name) for name in names} if self.is_initialized else {}
+
+    def _map(self, f: Callable[[Tensor], Tensor]) -> None:
+        for name, tensor in self._storage().items():
+            setattr(self, name, f(tensor).contiguous())
+
+    def _reserve(self, length: int) -> None:
+        have = self.key_codes.shape[2]
+        if length > have:
+            more = (length - have + _GROWTH - 1) // _GROWTH * _GROWTH
+            self._map(lambda x: torch.cat([x, x.new_zeros(*x.shape[:2], more, x.shape[3])], dim=2))
+
+
+class QuantizedKVCache(Cache):
+    """A transformers Cache of 4-bit keys and values: 4.5 bits a number at head_dim 64 (RCP's KV4, arXiv 2502.15779).
+
+    Every key (after RoPE) and value of every head is quantized when it is appended, by itself, asymmetrically, as
+    ``ops.fake_quantize_kv`` says; nothing is ever requantized, and nothing is kept in float. All tokens attend to the
+    quantized keys and values, those of the prompt too.
+
+    Works under any attention implementation; ``model.set_attn_implementation("rcp_kv4")`` reads the cache packed while
+    decoding. Layers with a sliding window keep all positions (the mask hides the old ones).
+    """
+
+    def __init__(
+        self,
+        config: Any = None,
+        clip: float = 1.0,
+        capacity: int = _GROWTH,
+        key_rotation: OnlineRotation | None = None,
+    ) -> None:
+        """An empty cache.
+
+        Args:
+            config: ``model.config``, looked at in each call to see whether the attention implementation is
+                ``"rcp_kv4"``. Without it, or under another one, keys and values are dequantized in each call.
+            clip: in (0, 1]; 0.95 as in QuaRot.
+            capacity: positions to reserve when the first tokens come; storage grows by 256 beyond it.
+            key_rotation: R3, of size head_dim: applied to keys before they are quantized and to queries, or undone
+                where keys are given back. Leave it out for a model that rotates queries and keys itself.
+
+        Raises:
+            ValueError: a clip or capacity that cannot be.
+        """
+        if not 0.0 < clip <= 1.0:
+            raise ValueError(f"QuantizedKVCache: clip must be in (0, 1], got {clip}; 1.0 keeps the largest value")
+        if capacity < 1:
+            raise ValueError(f"QuantizedKVCache: capacity must be at least 1, got {capacity}; pass expected positions")
+        text_config = config.get_text_config(decoder=True) if config is not None else None
+        make: Any = functools.partial(
+            QuantizedKVLayer,
+            packed=lambda: text_config is not None and text_config._attn_implementation == ATTENTION,
+            clip=clip,
+            capacity=capacity,
+            key_rotation=key_rotation,
+        )
+        super().__init__(layer_class_to_replicate=make)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of storage of all layers, what is reserved for tokens to come included."""
+        layers: list[Any] = self.layers
+        return sum(layer.nbytes for layer in layers)
+
+    def dequantize(self, layer_idx: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+        """Keys, with key_rotation undone, and values of a layer, [batch, kv_heads, length, head_dim]."""
+        layer: Any = self.layers[layer_idx]
+        return layer.dequantize(dtype)
+
+
+def _packed_attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    sliding_window: int | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention interface: out [batch, queries, heads, head_dim], and no weights.
+
+    A few queries read the packed cache; many, a mask of numbers, and keys from elsewhere are torch's business.
+    """
+    layer = getattr(key, _HANDLE, None)
+    boolean = attention_mask is None or attention_mask.dtype == torch.bool
+    if layer is None or query.shape[2] > _MOST_QUERIES or not boolean:
+        if layer is not None:
+            key, value = layer.dequantize(query.dtype)
+            if attention_mask is None and layer.length > query.shape[2] > 1:
+                # torch's causal mask is for queries that start at the first position.
+                own = torch.arange(layer.length - query.shape[2], layer.length, device=query.device)
+                attention_mask = torch.arange(layer.length, device=query.device) <= own[:, None]
+                attention_mask = attention_mask[None, None]
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout, scaling, is_causal=is_causal, **kwargs
+        )
+    for name in ("softcap", "s_aux", "position_bias"):
+        if kwargs.get(name) is not None:
+            raise ValueError(
+                f"{ATTENTION}: attention with {name} is not something this kernel computes, got one; use "
+                f'set_attn_implementation("eager") with the same cache'
+            )
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    mask = None if attention_mask is None else attention_mask[..., : layer.length]
+    # A mask says all there is to say; the window again, so that what it hides need not be read.
+    out = layer.attention(query, scaling, causal and attention_mask is None, sliding_window or 0, mask)
+    return out.transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(ATTENTION, _packed_attention)
+AttentionMaskInterface.register(ATTENTION, sdpa_mask)

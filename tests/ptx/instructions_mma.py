@@ -1,0 +1,91 @@
+"""Products of matrices whose elements a warp holds in registers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from .fragments import accumulators, matrix_a, matrix_b, matrix_c
+from .groups import Group
+from .operands import binds, source, target
+from .parser import Instruction, PtxError
+from .rounding import bfloat_value
+
+U32 = np.uint32
+
+
+def _elements(values: np.ndarray, count: int, name: str) -> np.ndarray:
+    """Registers [lanes] as elements [lanes, e] in float32, or float64 where products of float32 would be cut."""
+    raw = np.ascontiguousarray(np.broadcast_to(values, (count,)))
+    if name in ("s8", "u8"):
+        return raw.view(np.int8 if name == "s8" else np.uint8).reshape(count, 4).astype(np.float32)
+    if name in ("s4", "u4"):
+        nibbles = (raw[:, None] >> (U32(4) * np.arange(8, dtype=U32))) & U32(15)
+        values = nibbles.astype(np.int32)
+        return (np.where(values > 7, values - 16, values) if name == "s4" else values).astype(np.float32)
+    if name == "f16":
+        return raw.view(np.float16).reshape(count, 2).astype(np.float64)
+    if name == "bf16":
+        return bfloat_value(raw.view(np.uint16)).reshape(count, 2).astype(np.float64)
+    return raw.view(np.float32).reshape(count, 1).astype(np.float64)
+
+
+# Shape and operand types -> registers of A and B. float32 sums of integer products are exact below 2^24.
+_INTEGER_SHAPES = {("m16n8k32", 8): (4, 2), ("m16n8k16", 8): (2, 1), ("m8n8k16", 8): (1, 1)}
+_INTEGER_SHAPES |= {("m16n8k64", 4): (4, 2), ("m16n8k32", 4): (2, 1), ("m8n8k32", 4): (1, 1)}
+_FLOAT_SHAPES = {("m16n8k16", "f16"): (4, 2), ("m16n8k8", "f16"): (2, 1), ("m16n8k16", "bf16"): (4, 2)}
+_FLOAT_SHAPES |= {("m16n8k8", "bf16"): (2, 1), ("m16n8k8", "tf32"): (4, 2), ("m16n8k4", "tf32"): (2, 1)}
+
+
+@binds("mma")
+def _mma(machine, instruction: Instruction) -> Callable:
+    words = [word for word in instruction.modifiers if word not in ("sync", "aligned", "row", "col")]
+    shape, *words = words
+    saturate = "satfinite" in words
+    words = [word for word in words if word != "satfinite"]
+    result, a_name, b_name, c_name = words
+    integers = a_name in ("s8", "u8", "s4", "u4")
+    if integers:
+        bits = int(a_name[1:])
+        if int(b_name[1:]) != bits or (result, c_name) != ("s32", "s32"):
+            raise PtxError("unknown form")
+        a_count, b_count = _INTEGER_SHAPES[shape, bits]
+    else:
+        if a_name != b_name or result not in ("f16", "f32") or result != c_name or saturate:
+            raise PtxError("unknown form")
+        a_count, b_count = _FLOAT_SHAPES[shape, a_name]
+    rows = int(shape[1 : shape.index("n")])
+    halves = result == "f16"
+    c_registers = rows // 4 // (1 + halves)
+    groups = [operand if isinstance(operand, tuple) else (operand,) for operand in instruction.operands]
+    if [len(group) for group in groups] != [c_registers, a_count, b_count, c_registers]:
+        raise PtxError(f"takes {c_registers}, {a_count}, {b_count} and {c_registers} registers")
+    puts = [target(machine, operand, "b32") for operand in groups[0]]
+    a_gets, b_gets, c_gets = ([source(machine, operand, "b32") for operand in group] for group in groups[1:])
+
+    def run(group: Group) -> None:
+        if not group.whole_warps:
+            raise machine.fault(group, int(group.lanes[0]), "all lanes of a warp must execute mma.sync")
+        count = group.count
+        a = matrix_a([_elements(get(group), count, a_name) for get in a_gets], rows)
+        b = matrix_b([_elements(get(group), count, b_name) for get in b_gets])
+        c = [np.ascontiguousarray(np.broadcast_to(get(group), (count,))) for get in c_gets]
+        if integers:
+            product = (a @ b).astype(np.int64) + matrix_c([value.view(np.int32) for value in c])
+            if saturate:
+                product = np.clip(product, -(2**31), 2**31 - 1)
+            values = [value.astype(np.uint64).astype(U32) for value in accumulators(product)]
+        elif halves:
+            # A register holds both accumulators of a row.
+            singles = [part for value in c for part in value.view(np.float16).reshape(-1, 2).T]
+            total = (a @ b + matrix_c(singles)).astype(np.float16)
+            parts = accumulators(total)
+            values = [np.stack(parts[i : i + 2], 1).view(U32).reshape(-1) for i in range(0, len(parts), 2)]
+        else:
+            total = (a @ b + matrix_c([value.view(np.float32) for value in c])).astype(np.float32)
+            values = [value.view(U32) for value in accumulators(total)]
+        for put, value in zip(puts, values, strict=True):
+            put(group, value.copy())
+
+    return run

@@ -1,0 +1,225 @@
+"""A quantized model on disk: the same logits bit for bit, damage refused with its reason, and no half-written files."""
+
+import json
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+pytest.importorskip("safetensors")
+
+import transformers
+from safetensors.torch import load_file, save_file
+
+from rcp_kernels import QuantLinear, checkpoint, quantize_model
+from rcp_kernels.checkpoint import QuantizationConfig, load_quantized, save_quantized
+from rcp_kernels.methods.rotate import rotate_model
+
+SIZES = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 96,
+    "max_position_embeddings": 64,
+}
+IDS = torch.arange(20).view(1, 20) % 96
+
+
+def quantized(rotation="gsr", bits=2, act_bits=4, tie=True, family="Llama", seed=0, dtype=torch.float32, **sizes):
+    torch.manual_seed(seed)
+    config = getattr(transformers, f"{family}Config")(**{**SIZES, "tie_word_embeddings": tie, **sizes})
+    # Not .to(dtype) afterwards: it would round RoPE's frequencies too, which a loaded model has in float32.
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    rotated = None if rotation == "none" else rotate_model(model, rotation, group_size=32)
+    quantize_model(model, bits, 32, act_bits)
+    return model, QuantizationConfig(bits, 32, act_bits, kv_bits=4, rotation=rotated)
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(IDS, use_cache=False).logits
+
+
+@pytest.mark.parametrize("rotation", ["none", "hadamard", "walsh", "local_hadamard", "gsr"])
+@pytest.mark.parametrize("tie", [True, False])
+def test_a_saved_model_gives_the_same_logits(tmp_path, rotation, tie):
+    model, config = quantized(rotation, tie=tie)
+    save_quantized(model, tmp_path / "out", config)
+    loaded, found = load_quantized(tmp_path / "out")
+    assert torch.equal(logits(loaded), logits(model))
+    assert found.rotation == config.rotation
+    assert found.modules_to_not_convert == ("lm_head",)
+    assert (found.bits, found.group_size, found.act_bits, found.kv_bits) == (2, 32, 4, 4)
+    assert not loaded.training
+    assert sum(isinstance(module, QuantLinear) for module in loaded.modules()) == 14
+
+
+@pytest.mark.parametrize(
+    ("family", "bits", "act_bits", "dtype"),
+    [("Qwen2", 3, 8, torch.float32), ("Qwen3", 4, 16, torch.bfloat16), ("Mistral", 2, 4, torch.bfloat16)],
+)
+def test_families_biases_and_dtypes_come_back(tmp_path, family, bits, act_bits, dtype):
+    model, config = quantized("gsr", bits, act_bits, family=family, dtype=dtype, head_dim=16)
+    save_quantized(model, tmp_path / "out", config)
+    loaded, _ = load_quantized(tmp_path / "out")
+    assert logits(loaded).dtype == dtype
+    assert torch.equal(logits(loaded), logits(model))
+
+
+def test_the_directory_is_one_of_transformers(tmp_path):
+    model, config = quantized()
+    save_quantized(model, tmp_path / "out", config, files={"recipe.yaml": "method: rtn\n"})
+    names = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert names == ["config.json", "generation_config.json", "model.safetensors", "recipe.yaml"]
+    fields = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert fields["architectures"] == ["LlamaForCausalLM"]
+    assert fields["quantization_config"]["quant_method"] == "rcp"
+    assert fields["quantization_config"]["rotation"]["rotation"] == "gsr"
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    assert set(tensors) == set(model.state_dict())
+    assert tensors["model.layers.0.mlp.down_proj.codes"].dtype == torch.uint8
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def change(folder, **fields):
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    config["quantization_config"].update(fields)
+    path.write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"format_version": 2}, r"format_version must be 1, got 2.*upgrade"),
+        ({"quant_method": "gptq"}, r"quant_method must be 'rcp', got 'gptq'"),
+        ({"bits": 5}, "bits must be one of"),
+        ({"act_bits": 5}, r"act_bits must be one of \(4, 8, 16\), got 5"),
+        ({"kv_bits": 3}, r"kv_bits must be one of \(4, 16\), got 3"),
+        ({"colour": 1}, r"unknown \['colour'\]"),
+        ({"rotation": {"rotation": "gsr"}}, "Rotated: fields must be"),
+        ({"bits": 3}, "bits of the stored weight must be the layer's, 3, got 2"),
+        ({"group_size": 64}, "group_size of the stored weight must be"),
+        ({"rotation": None}, "input_rotation of the stored weight must be the layer's, none"),
+        ({"modules_to_not_convert": []}, "must fit|missing"),
+    ],
+)
+def test_another_config_is_refused(tmp_path, fields, message):
+    model, config = quantized()
+    save_quantized(model, tmp_path / "out", config)
+    change(tmp_path / "out", **fields)
+    with pytest.raises(ValueError, match=message):
+        load_quantized(tmp_path / "out")
+
+
+def test_an_altered_or_truncated_weight_file_is_refused(tmp_path):
+    model, config = quantized()
+    save_quantized(model, tmp_path / "out", config)
+    path = tmp_path / "out" / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-5] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match="truncated or altered since"):
+        load_quantized(tmp_path / "out")
+    path.write_bytes(data[:-100])
+    with pytest.raises(ValueError, match="truncated or altered since"):
+        load_quantized(tmp_path / "out")
+    change(tmp_path / "out", sha256=None)
+    with pytest.raises(ValueError, match="must be a safetensors file"):
+        load_quantized(tmp_path / "out")
+    path.unlink()
+    with pytest.raises(ValueError, match="must be there, got no such file"):
+        load_quantized(tmp_path / "out")
+
+
+def test_missing_and_unknown_tensors_are_named(tmp_path):
+    model, config = quantized()
+    save_quantized(model, tmp_path / "out", config)
+    path = tmp_path / "out" / "model.safetensors"
+    tensors = load_file(path)
+    del tensors["model.norm.weight"]
+    save_file(tensors, path, metadata={"format": "pt"})
+    change(tmp_path / "out", sha256=None)
+    with pytest.raises(ValueError, match=r"\['model\.norm\.weight'\] missing"):
+        load_quantized(tmp_path / "out")
+
+
+def test_not_a_model_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="must be the config of a quantized model, got FileNotFoundError"):
+        load_quantized(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match="got JSONDecodeError"):
+        load_quantized(tmp_path)
+
+
+def test_a_float_model_is_not_saved(tmp_path):
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES))
+    with pytest.raises(ValueError, match="must have packed layers, got none"):
+        save_quantized(model, tmp_path / "out", QuantizationConfig(2, 32))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_directory_of_other_files_is_not_replaced(tmp_path):
+    model, config = quantized()
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="must be empty or hold a model, got other files"):
+        save_quantized(model, tmp_path, config)
+    with pytest.raises(ValueError, match="must be a directory, got a file"):
+        save_quantized(model, tmp_path / "notes.txt", config)
+
+
+def test_a_model_is_replaced_whole(tmp_path):
+    first, config = quantized(seed=0)
+    save_quantized(first, tmp_path / "out", config)
+    second, config = quantized(seed=1)
+    save_quantized(second, tmp_path / "out", config)
+    assert torch.equal(logits(load_quantized(tmp_path / "out")[0]), logits(second))
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("failing", ["file_sha256", "_flush", "_take_name"])
+def test_an_error_on_the_way_leaves_the_old_model(tmp_path, monkeypatch, failing):
+    first, config = quantized(seed=0)
+    save_quantized(first, tmp_path / "out", config)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, failing, fail)
+    with pytest.raises(OSError, match="No space left"):
+        save_quantized(quantized(seed=1)[0], tmp_path / "out", config)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_full_disk_leaves_the_old_model(tmp_path):
+    first, config = quantized(seed=0)
+    save_quantized(first, tmp_path / "out", config)
+    code = f"""
+        import resource, signal, sys
+        from pathlib import Path
+        sys.path = {sys.path!r}
+        from test_checkpoint import quantized, save_quantized
+        model, config = quantized(seed=1)
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192))
+        try:
+            save_quantized(model, Path({str(tmp_path / "out")!r}), config)
+        except OSError as error:
+            print("refused", error)
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=120)
+    assert done.stdout.startswith("refused"), done.stderr
+    assert torch.equal(logits(load_quantized(tmp_path / "out")[0]), logits(first))
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_config_round_trip():
+    _, config = quantized()
+    assert QuantizationConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config

@@ -1,0 +1,185 @@
+"""LAQuant on tiny random models: the loop, the loss it minimises, what it exports, and that it can be interrupted."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from rcp_kernels import QuantLinear
+from rcp_kernels.methods.calibration import first_layer_inputs, run_layer
+from rcp_kernels.methods.laquant import LaquantConfig, laquant_quantize_model
+
+transformers = pytest.importorskip("transformers")
+
+CONFIG = LaquantConfig(bits=3, group_size=32, epochs=3, batch_size=2, lr_weights=1e-3, lr_quantizer=1e-3)
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=97,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=False,
+        initializer_range=0.2,  # weights of a trained model's size: with 0.02 the layers do next to nothing
+    )
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture
+def ids() -> torch.Tensor:
+    return torch.randint(97, (5, 24), generator=torch.Generator().manual_seed(1))
+
+
+def same(first, second) -> bool:
+    return first.keys() == second.keys() and all(
+        torch.equal(getattr(first[name], tensor), getattr(second[name], tensor))
+        for name in first
+        for tensor in first[name].TENSORS
+    )
+
+
+@pytest.mark.parametrize("lookahead", [0, 1])
+def test_training_lowers_every_layers_loss_and_the_result_is_what_was_trained(model, ids, lookahead):
+    reference, seen = copy.deepcopy(model), []
+    config = LaquantConfig(**{**vars(CONFIG), "lookahead": lookahead})
+    result = laquant_quantize_model(model, ids, config, progress=lambda *step: seen.append(step))
+    assert [entry["layer"] for entry in result.losses] == [0, 1, 2]
+    assert all(entry["after"] < entry["before"] for entry in result.losses)
+    assert len(seen) == 3 * 3 * 3 and seen[-1][:2] == (2, 9)  # layers * epochs * batches of 5 sequences by 2
+    assert len(result.weights) == 3 * 7
+    for name, packed in result.weights.items():
+        layer = model.get_submodule(name)
+        assert isinstance(layer, QuantLinear)
+        assert layer.act_bits == 16
+        torch.testing.assert_close(layer.dequantize(), packed.dequantize(), rtol=0, atol=0)
+        assert not torch.equal(packed.dequantize(), reference.get_submodule(name).weight)
+
+    # The losses of layers 1 and 2, once more by hand: everything before is quantized, everything after is not.
+    hybrid = copy.deepcopy(reference)
+    for name, packed in result.weights.items():
+        hybrid.get_submodule(name).weight.data = packed.dequantize()
+    hidden, keywords = first_layer_inputs(reference, ids)
+    with torch.no_grad():
+        exact = quantized = hidden
+        for index in range(3):
+            exact = run_layer(reference.model.layers[index], exact, keywords[index])
+            quantized = run_layer(hybrid.model.layers[index], quantized, keywords[index])
+            ahead = index + 1 if lookahead and index < 2 else None
+            pair = [quantized, exact]
+            if ahead is not None:
+                pair = [run_layer(reference.model.layers[ahead], stream, keywords[ahead]) for stream in pair]
+            assert F.smooth_l1_loss(*pair).item() == pytest.approx(result.losses[index]["after"], rel=1e-4)
+
+
+def test_lookahead_wins_behind_the_next_layer(model, ids):
+    """The same budget, held against what lookahead minimises: the next layer's output."""
+    reference, after = copy.deepcopy(model), {}
+    hidden, keywords = first_layer_inputs(reference, ids)
+    for lookahead in (0, 1):
+        config = LaquantConfig(**{**vars(CONFIG), "lookahead": lookahead, "epochs": 10})
+        trained = copy.deepcopy(reference)
+        result = laquant_quantize_model(trained, ids, config)
+        hybrid = copy.deepcopy(reference)
+        for name, packed in result.weights.items():
+            if name.startswith("model.layers.0."):
+                hybrid.get_submodule(name).weight.data = packed.dequantize()
+        with torch.no_grad():
+            outs = []
+            for one in (hybrid, reference):
+                out = run_layer(one.model.layers[0], hidden, keywords[0])
+                outs.append(run_layer(reference.model.layers[1], out, keywords[1]))
+        after[lookahead] = F.smooth_l1_loss(*outs).item()
+    assert after[1] < after[0]
+
+
+def test_runs_repeat_and_resume_to_the_bit(model, ids, tmp_path):
+    whole = laquant_quantize_model(copy.deepcopy(model), ids, CONFIG).weights
+    assert same(whole, laquant_quantize_model(copy.deepcopy(model), ids, CONFIG).weights)
+
+    class Killed(Exception):
+        pass
+
+    def kill(layer: int, step: int, loss: float) -> None:
+        if (layer, step) == (1, 4):
+            raise Killed
+
+    with pytest.raises(Killed):
+        laquant_quantize_model(copy.deepcopy(model), ids, CONFIG, directory=tmp_path, progress=kill)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["layer_000.safetensors", "run.json"]
+    seen = []
+    resumed = laquant_quantize_model(
+        copy.deepcopy(model), ids, CONFIG, directory=tmp_path, progress=lambda *step: seen.append(step)
+    )
+    assert seen[0][:2] == (1, 1)
+    assert same(whole, resumed.weights)
+    assert [entry["layer"] for entry in resumed.losses] == [0, 1, 2]
+
+
+def test_streams_in_a_file_give_the_same_bits(model, ids):
+    in_memory = laquant_quantize_model(copy.deepcopy(model), ids, CONFIG).weights
+    in_file = laquant_quantize_model(copy.deepcopy(model), ids, CONFIG, memory_budget=0.0).weights
+    assert same(in_memory, in_file)
+
+
+def test_bfloat16_training_stays_close(model, ids):
+    config = LaquantConfig(**{**vars(CONFIG), "dtype": "bfloat16"})
+    result = laquant_quantize_model(model, ids, config)
+    assert all(entry["after"] < entry["before"] for entry in result.losses)
+
+
+def test_the_model_keeps_what_is_not_quantized(model, ids):
+    reference = copy.deepcopy(model)
+    model.train()
+    laquant_quantize_model(model, ids, CONFIG)
+    assert model.training
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter, reference.get_parameter(name), rtol=0, atol=0)
+        assert parameter.requires_grad
+        assert parameter.grad is None
+
+
+def test_another_run_in_the_directory_is_refused(model, ids, tmp_path):
+    laquant_quantize_model(copy.deepcopy(model), ids, CONFIG, directory=tmp_path)
+    with pytest.raises(ValueError, match=r"another lookahead in .*run\.json; pass an empty directory"):
+        laquant_quantize_model(
+            copy.deepcopy(model), ids, LaquantConfig(**{**vars(CONFIG), "lookahead": 0}), directory=tmp_path
+        )
+    with pytest.raises(ValueError, match="another calibration in"):
+        laquant_quantize_model(copy.deepcopy(model), ids.flip(0), CONFIG, directory=tmp_path)
+    with torch.no_grad():
+        next(model.parameters()).add_(1.0)
+    with pytest.raises(ValueError, match="another model in"):
+        laquant_quantize_model(model, ids, CONFIG, directory=tmp_path)
+
+
+def test_a_loss_that_is_not_finite_names_the_layer(model, ids, tmp_path):
+    with torch.no_grad():
+        model.model.layers[1].input_layernorm.weight.fill_(float("nan"))
+    with pytest.raises(FloatingPointError, match=r"loss of model\.layers\.0 must be finite, got nan at step 0"):
+        laquant_quantize_model(model, ids, CONFIG, directory=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"lookahead": 2}, "lookahead must be 0"),
+        ({"epochs": 0}, "epochs must be at least 1, got 0"),
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"dtype": "float16"}, "dtype must be float32 or bfloat16, got 'float16'"),
+    ],
+)
+def test_bad_settings_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        LaquantConfig(**change)
+
+
+def test_bad_calibration_is_refused(model):
+    with pytest.raises(ValueError, match="shorter than one sequence"):
+        laquant_quantize_model(model, torch.zeros(1, 1, dtype=torch.int64), CONFIG)

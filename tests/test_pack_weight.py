@@ -1,0 +1,77 @@
+"""torch.ops.rcp_kernels.dequantize against PackedWeight.dequantize, and what the ops on a packed weight refuse."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rcp_kernels import PackedWeight, ops
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+def random_weight(rows, columns, bits, group_size, seed=0, tensor_scale=0.25):
+    generator = torch.Generator().manual_seed(seed)
+    groups = -(-columns // group_size)
+    return PackedWeight.pack(
+        torch.randint(0, 2**bits, (rows, columns), generator=generator, dtype=torch.uint8),
+        torch.randint(-128, 128, (rows, groups, 2**bits), generator=generator).sort(-1).values.to(torch.int8),
+        torch.rand(rows, groups, generator=generator).half(),
+        tensor_scale,
+        bits=bits,
+        group_size=group_size,
+    )
+
+
+def geometry(weight):
+    return weight.out_features, weight.in_features, weight.bits, weight.group_size
+
+
+@given(
+    rows=st.integers(1, 40),
+    columns=st.integers(1, 300),
+    bits=st.sampled_from([2, 3, 4]),
+    group_size=st.sampled_from([32, 64, 128, None]),
+    dtype=st.sampled_from(DTYPES),
+    seed=st.integers(0, 99),
+)
+def test_dequantize_is_that_of_the_format(rows, columns, bits, group_size, dtype, seed):
+    weight = random_weight(rows, columns, bits, group_size or columns, seed)
+    dense = ops.dequantize(ops.pack_weight(weight), *geometry(weight), dtype)
+    assert dense.dtype == dtype
+    assert torch.equal(dense, weight.dequantize().to(dtype))
+
+
+@pytest.mark.parametrize("tensor_scale", [2.0**-60, 2.0**60])
+def test_dequantize_at_the_ends_of_the_range(tensor_scale):
+    weight = random_weight(33, 129, 3, 32, tensor_scale=tensor_scale)
+    assert torch.equal(ops.dequantize(ops.pack_weight(weight), *geometry(weight)), weight.dequantize())
+
+
+def test_dequantize_refuses():
+    weight = random_weight(16, 64, 2, 32)
+    blob = ops.pack_weight(weight)
+    with pytest.raises(ValueError, match=r"dequantize: dtype must be float32, float16 or bfloat16, got .*; convert"):
+        ops.dequantize(blob, *geometry(weight), torch.int8)
+    with pytest.raises(ValueError, match=r"dequantize: the arguments say .* but the weight was packed with"):
+        ops.dequantize(blob, 16, 64, 2, 64)
+    with pytest.raises(ValueError, match=r"dequantize: weight must be the contiguous 1-D uint8 tensor"):
+        ops.dequantize(blob[::2], *geometry(weight))
+    damaged = blob.clone()
+    damaged[0] += 1
+    with pytest.raises(ValueError, match="not packed for the CPU"):
+        ops.dequantize(damaged, *geometry(weight))
+
+
+def test_opcheck_dequantize():
+    weight = random_weight(16, 100, 3, 64)
+    for dtype in DTYPES:
+        torch.library.opcheck(
+            torch.ops.rcp_kernels.dequantize.default, (ops.pack_weight(weight), *geometry(weight), dtype)
+        )
+
+
+def test_weight_moves_between_devices_as_tensors():
+    weight = random_weight(16, 64, 2, 32)
+    assert all(getattr(weight.to("cpu"), name) is getattr(weight, name) for name in PackedWeight.TENSORS)
+    assert all(getattr(weight.to("meta"), name).is_meta for name in PackedWeight.TENSORS)
