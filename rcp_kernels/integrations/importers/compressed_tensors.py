@@ -1,0 +1,120 @@
+"""compressed-tensors (llm-compressor, vLLM): ``pack-quantized`` integers of 2 to 4 bits and ``mxfp4-pack-quantized``.
+
+pack-quantized: ``weight_packed`` int32 [N, ceil(K * bits / 32)] is a dense stream along K of ``q + 2**(bits - 1)``,
+``weight_zero_point`` int32 [ceil(N * bits / 32), groups] (asymmetric only) the same along N; a weight is
+``weight_scale * (q - zero)``. mxfp4: ``weight_packed`` uint8 [N, K / 2], the even column in the low nibble, codes of
+E2M1 numbers, and ``weight_scale`` uint8 [N, K / 32], a power of two of bias 127 (OCP Microscaling 1.0).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...formats import check_bits
+from .tables import ImportedWeight, code_groups, column_order, pack_grid, take, unpack_words
+
+__all__ = ["E2M1_DOUBLED", "import_compressed_tensors", "import_compressed_tensors_mxfp4", "mx_scales"]
+
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+
+E2M1_DOUBLED = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
+"""Twice the value of each E2M1 code: the sign is the high bit."""
+
+
+def import_compressed_tensors(
+    tensors: Mapping[str, Tensor], prefix: str = "", *, bits: int, group_size: int | None = None, exact: bool = True
+) -> ImportedWeight:
+    """Read one layer of a ``pack-quantized`` checkpoint.
+
+    Exact for float16 and bfloat16 scales, and for float32 ones of at most 11 significant bits. The library rounds
+    ``scale * (q - zero)`` to the scale's dtype when it decompresses; the imported weight is the unrounded product.
+
+    Args:
+        tensors: ``weight_packed`` int32 [N, ceil(K*bits/32)], ``weight_scale`` [N, groups], [N, 1] or [1],
+            ``weight_shape`` integer [2] and, optional, ``weight_zero_point`` int32 [ceil(N*bits/32), groups] and
+            ``weight_g_idx`` integer [K], each under ``prefix``.
+        prefix: of the layer, ``"model.layers.0.mlp.up_proj."`` say.
+        bits: ``num_bits`` of the checkpoint: 2, 3 or 4.
+        group_size: of the checkpoint; None or -1 for the strategies ``channel`` and ``tensor``.
+        exact: refuse scales that float16 cannot hold, instead of rounding them.
+
+    Returns:
+        The weight; with a ``permutation`` where weight_g_idx is in act-order.
+
+    Raises:
+        ValueError: a tensor is missing or misshapen; groups that the format cannot express; scales that are not finite
+            or, if exact, not held.
+    """
+    where = f"import_compressed_tensors: {prefix}" if prefix else "import_compressed_tensors"
+    check_bits(bits)
+    packed = take(where, tensors, prefix + "weight_packed", (torch.int32,), 2)
+    shape = take(where, tensors, prefix + "weight_shape", (torch.int64, torch.int32), 1)
+    scales = tensors.get(prefix + "weight_scale")
+    dims = 1 if isinstance(scales, Tensor) and scales.dim() == 1 else 2
+    scales = take(where, tensors, prefix + "weight_scale", _FLOATS, dims)
+    out_features, in_features = (int(size) for size in shape)
+    if dims == 1:
+        scales = scales[:1].expand(out_features)[:, None]
+    groups = scales.shape[1]
+    _check(where, "weight_packed", packed, (out_features, -(-in_features * bits // 32)))
+    _check(where, "weight_scale", scales, (out_features, groups))
+    group_size = code_groups(where, group_size, in_features, groups)
+    codes = unpack_words(packed, bits, in_features)
+    zeros = torch.full((out_features, groups), 2 ** (bits - 1), dtype=torch.int16, device=codes.device)
+    if prefix + "weight_zero_point" in tensors:
+        stored = take(where, tensors, prefix + "weight_zero_point", (torch.int32,), 2)
+        _check(where, "weight_zero_point", stored, (-(-out_features * bits // 32), groups))
+        zeros = unpack_words(stored.t(), bits, out_features).t().to(torch.int16)
+    levels = torch.arange(2**bits, dtype=torch.int16, device=codes.device) - zeros[..., None]
+    order = None
+    if prefix + "weight_g_idx" in tensors:
+        g_idx = take(where, tensors, prefix + "weight_g_idx", (torch.int32, torch.int64), 1)
+        _check(where, "weight_g_idx", g_idx, (in_features,))
+        order = column_order(where, g_idx, group_size)
+    return pack_grid(where, codes, levels, scales, bits=bits, group_size=group_size, exact=exact, permutation=order)
+
+
+def import_compressed_tensors_mxfp4(
+    tensors: Mapping[str, Tensor], prefix: str = "", *, exact: bool = True
+) -> ImportedWeight:
+    """Read one layer of an ``mxfp4-pack-quantized`` checkpoint: E2M1 codes, a power of two for each 32 columns.
+
+    Exact where a tensor's scales span less than 2**39.
+
+    Args:
+        tensors: ``weight_packed`` uint8 [N, K/2] and ``weight_scale`` uint8 [N, K/32], each under ``prefix``.
+        prefix: of the layer.
+        exact: refuse scales that float16 cannot hold, instead of rounding them.
+
+    Raises:
+        ValueError: a tensor is missing or misshapen, as nvfp4's are, whose groups of 16 the format does not have; a
+            scale of 255, which is NaN; scales that are not held, if exact.
+    """
+    where = f"import_compressed_tensors_mxfp4: {prefix}" if prefix else "import_compressed_tensors_mxfp4"
+    packed = take(where, tensors, prefix + "weight_packed", (torch.uint8,), 2)
+    stored = take(where, tensors, prefix + "weight_scale", (torch.uint8,), 2)
+    out_features, in_features = packed.shape[0], 2 * packed.shape[1]
+    _check(where, "weight_scale", stored, (out_features, -(-in_features // 32)))
+    codes = torch.stack((packed & 15, packed >> 4), dim=-1).flatten(1)
+    scales = mx_scales(stored)
+    levels = torch.tensor(E2M1_DOUBLED, dtype=torch.int16, device=codes.device).expand(*scales.shape, 16)
+    return pack_grid(where, codes, levels, scales, bits=4, group_size=32, exact=exact)
+
+
+def mx_scales(exponents: Tensor) -> Tensor:
+    """Half the E8M0 scales uint8, as float64: what :data:`E2M1_DOUBLED` is multiplied by. 255 is NaN."""
+    powers = np.ldexp(1.0, np.arange(256) - 128)  # torch's exp2 need not be exact
+    powers[255] = np.nan
+    return torch.from_numpy(powers).to(exponents.device)[exponents.to(torch.int64)]
+
+
+def _check(where: str, name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    if tuple(tensor.shape) != shape:
+        raise ValueError(
+            f"{where}: {name} must have shape {shape}, got {tuple(tensor.shape)}; check bits and the format of the "
+            f"checkpoint (releases of the library that put ten 3-bit codes into a word are not read)"
+        )
