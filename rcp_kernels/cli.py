@@ -170,9 +170,7 @@ def bench(
     group_size: Annotated[int, typer.Option(help="32, 64 or 128; halved where it does not divide in_features.")] = 128,
     dtype: Annotated[
         DType | None,
-        typer.Option(
-            help="Of x; without it bfloat16 for lut_linear, float16 on cuda, and float32 for the others."
-        ),
+        typer.Option(help="Of x; without it bfloat16 for lut_linear, float16 on cuda, and float32 for the others."),
     ] = None,
     shape: Annotated[
         list[str] | None, typer.Option(help="out_features x in_features, such as 4096x4096; may be repeated.")

@@ -52,7 +52,8 @@ def test_training_lowers_every_layers_loss_and_the_result_is_what_was_trained(mo
     result = laquant_quantize_model(model, ids, config, progress=lambda *step: seen.append(step))
     assert [entry["layer"] for entry in result.losses] == [0, 1, 2]
     assert all(entry["after"] < entry["before"] for entry in result.losses)
-    assert len(seen) == 3 * 3 * 3 and seen[-1][:2] == (2, 9)  # layers * epochs * batches of 5 sequences by 2
+    assert len(seen) == 3 * 3 * 3  # layers, epochs, batches of 5 sequences by 2
+    assert seen[-1][:2] == (2, 9)
     assert len(result.weights) == 3 * 7
     for name, packed in result.weights.items():
         layer = model.get_submodule(name)

@@ -84,13 +84,18 @@ def packed_peers(heads: int, kv_heads: int, head_dim: int, context: int, options
     Raises:
         RuntimeError: the op computes something else than its reference.
     """
-    storage = []
-    for _ in range(2):
+
+    def filled() -> tuple[Tensor, Tensor]:
         codes, scales = ops.empty_kv_cache(1, kv_heads, context, head_dim)
         ops.kv_cache_append(torch.randn(1, kv_heads, context, head_dim), codes, scales, 0)
-        storage += [codes, scales]
+        return codes, scales
+
+    storage = (*filled(), *filled())
     cache_bytes = sum(tensor.nbytes for tensor in storage)
-    copies = [[tensor.clone() for tensor in storage] for _ in range(common.copies_needed(cache_bytes))]
+    copies = [
+        (storage[0].clone(), storage[1].clone(), storage[2].clone(), storage[3].clone())
+        for _ in range(common.copies_needed(cache_bytes))
+    ]
     query = torch.randn(1, heads, 1, head_dim).to(options.dtype)
     error = (ops.kv_cache_attention(query, *storage, context).double()
              - ops.reference.kv_cache_attention(query, *storage, context)).abs().max().item()  # fmt: skip
@@ -123,9 +128,9 @@ def sdpa_peer(heads: int, kv_heads: int, head_dim: int, context: int, dtype: tor
 def builders(options: Options) -> dict[str, Callable[[int, int, int, int], list[Peer]]]:
     """What makes the competitors of a case from (heads, kv_heads, head_dim, context), by the name of the first."""
     return {
-        OURS: lambda *case: packed_peers(*case, options),
-        SDPA_FP32: lambda *case: [sdpa_peer(*case, torch.float32)],
-        SDPA_BF16: lambda *case: [sdpa_peer(*case, torch.bfloat16)],
+        OURS: lambda *case: packed_peers(*case, options=options),
+        SDPA_FP32: lambda *case: [sdpa_peer(*case, dtype=torch.float32)],
+        SDPA_BF16: lambda *case: [sdpa_peer(*case, dtype=torch.bfloat16)],
     }
 
 

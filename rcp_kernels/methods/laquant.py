@@ -145,14 +145,13 @@ def laquant_quantize_model(
                 store.save(index, *done)
         weights, losses = done
         for name, packed in weights.items():
-            linear = model.get_submodule(name)
-            linear.weight.copy_(packed.dequantize())
+            model.get_parameter(f"{name}.weight").data.copy_(packed.dequantize())
         streams.advance(streams.quantized, layers[index], keywords[index])
         result.weights.update(weights)
         result.losses.append(losses)
     for name, packed in result.weights.items():
-        linear = model.get_submodule(name)
-        model.set_submodule(name, QuantLinear.from_packed(packed, linear.bias, config.act_bits))
+        bias = dict(model.get_submodule(name).named_parameters()).get("bias")
+        model.set_submodule(name, QuantLinear.from_packed(packed, bias, config.act_bits))
     for parameter in learned:
         parameter.requires_grad_(True)
     model.train(was_training)
@@ -173,7 +172,7 @@ def _train_layer(
     quantizers: dict[str, UniformQuantizer] = {}
     for full in names.linears:
         name = full.removeprefix(names.name + ".")
-        weight = layer.get_submodule(name).weight.detach()
+        weight = layer.get_parameter(f"{name}.weight").detach()
         weights[name] = nn.Parameter(weight.to(torch.float32, copy=True))
         quantizers[name] = UniformQuantizer(weight.shape, config.bits, config.group_size)
         quantizers[name].init_clip_search(weight)

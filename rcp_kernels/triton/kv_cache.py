@@ -26,6 +26,9 @@ from ..ops.kv_cache import _check_append, _check_attention, _check_storage
 
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
+# Kernels: their arguments have no type that mypy knows.
+# mypy: allow-untyped-defs, allow-incomplete-defs
+
 # A split is a multiple of so many positions, and a tile a divisor of it.
 _POSITIONS = 64
 # Splits of one head: more programs than any GPU has room for only make the second kernel longer.

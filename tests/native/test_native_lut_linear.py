@@ -32,7 +32,7 @@ def pack(native, w: Weight, threads=1):
 
 
 def paths(native) -> list[int | str]:
-    """The ISAs of this machine; AMX proper runs from 16 tokens, its software double always, as do the other variants."""
+    """The ISAs of this machine; AMX proper runs from 16 tokens, its software double and the other variants always."""
     supported = native.isa_supported()
     return [*range(supported + 1), *([SOFT_AMX, FOUR_STREAMS, WIDENED] if supported >= 2 else [])]
 
