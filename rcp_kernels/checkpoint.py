@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -38,6 +39,14 @@ __all__ = [
 QUANT_METHOD = "rcp"
 _WEIGHTS = "model.safetensors"
 _CONFIG = "config.json"
+# What a quantized model's directory holds: a replacement deletes the old directory, so that any other file forbids it.
+_FILES = re.compile(
+    r"(config|generation_config|report|processor_config|preprocessor_config"
+    r"|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab|normalizer|chat_template)\.json"
+    r"|model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json"
+    r"|recipe\.yaml|curve\.csv|log\.jsonl|merges\.txt|vocab\.txt|chat_template\.jinja"
+    r"|(tokenizer|spiece|sentencepiece|sentencepiece\.bpe)\.model"
+)
 
 
 @dataclass(frozen=True)
@@ -81,6 +90,8 @@ class QuantizationConfig:
             ValueError: another method, a later version, or a field that is missing, unknown or out of its set.
         """
         where = "quantization_config"
+        if not isinstance(fields, Mapping):
+            raise ValueError(f"{where}: it must be a table of fields, got {fields!r}; the file is damaged")
         if fields.get("quant_method") != QUANT_METHOD:
             raise ValueError(
                 f"{where}: quant_method must be {QUANT_METHOD!r}, got {fields.get('quant_method')!r}; load the model "
@@ -103,11 +114,34 @@ class QuantizationConfig:
         values = dict(fields)
         check_bits(values["bits"])
         for name, allowed in (("act_bits", (4, 8, 16)), ("kv_bits", (4, 16))):
-            if values.get(name, 16) not in allowed:
-                raise ValueError(f"{where}: {name} must be one of {allowed}, got {values[name]!r}; the file is damaged")
+            value = values.get(name, 16)
+            if type(value) is not int or value not in allowed:
+                raise ValueError(f"{where}: {name} must be one of {allowed}, got {value!r}; the file is damaged")
+        for name in ("act_clip", "kv_clip"):
+            value = values.get(name, 1.0)
+            if type(value) not in (int, float) or not 0.0 < value <= 1.0:
+                raise ValueError(f"{where}: {name} must be a number in (0, 1], got {value!r}; the file is damaged")
+        group_size, digest = values["group_size"], values.get("sha256")
+        if type(group_size) is not int or group_size < 1:
+            raise ValueError(
+                f"{where}: group_size must be an int of at least 1, got {group_size!r}; the file is damaged"
+            )
+        if digest is not None and not isinstance(digest, str):
+            raise ValueError(f"{where}: sha256 must be a string or null, got {digest!r}; the file is damaged")
         if values.get("rotation") is not None:
+            if not isinstance(values["rotation"], Mapping):
+                raise ValueError(
+                    f"{where}: rotation must be a table of fields or null, got {values['rotation']!r}; the file is "
+                    f"damaged"
+                )
             values["rotation"] = Rotated.from_dict(values["rotation"])
-        values["modules_to_not_convert"] = tuple(values.get("modules_to_not_convert") or ())
+        kept = values.get("modules_to_not_convert")
+        kept = [] if kept is None else kept
+        if not isinstance(kept, list | tuple) or not all(isinstance(name, str) for name in kept):
+            raise ValueError(
+                f"{where}: modules_to_not_convert must be a list of names, got {kept!r}; the file is damaged"
+            )
+        values["modules_to_not_convert"] = tuple(kept)
         return cls(**values)
 
 
@@ -115,16 +149,40 @@ def check_output(directory: Path) -> None:
     """Refuse a directory that :func:`save_quantized` could not replace, before hours of work and not after.
 
     Raises:
-        ValueError: it exists and is something else than a model that was written there before.
-        OSError: it cannot be created.
+        ValueError: it exists and is neither empty nor a quantized model without other files, or it is, or holds, the
+            working directory.
+        OSError: it cannot be made.
     """
+    directory = directory.resolve()
+    if Path.cwd().is_relative_to(directory):
+        raise ValueError(
+            f"save_quantized: {directory} must not be the working directory or hold it, as it is replaced whole, got "
+            f"{Path.cwd()}; choose a directory inside it"
+        )
     if directory.exists() and not directory.is_dir():
         raise ValueError(f"save_quantized: {directory} must be a directory, got a file; choose another name")
-    if directory.is_dir() and any(directory.iterdir()) and not (directory / _CONFIG).exists():
-        raise ValueError(
-            f"save_quantized: {directory} must be empty or hold a model, got other files; choose another directory"
-        )
-    directory.parent.mkdir(parents=True, exist_ok=True)
+    if directory.is_dir() and any(directory.iterdir()):
+        try:
+            read_quantization_config(directory)
+        except ValueError as error:
+            raise ValueError(
+                f"save_quantized: {directory} must be empty or hold a quantized model to be replaced, got other files: "
+                f"{str(error).partition('; ')[0]}; choose another directory"
+            ) from None
+        stray = sorted(path.name for path in directory.iterdir() if path.is_dir() or not _FILES.fullmatch(path.name))
+        if stray:
+            raise ValueError(
+                f"save_quantized: {directory} must hold nothing but a quantized model to be replaced, got {stray[0]!r} "
+                f"({len(stray)} such); move it away or choose another directory"
+            )
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        os.rmdir(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
+    except OSError as error:
+        raise OSError(
+            f"save_quantized: {directory.parent} must be a directory that can be written to, got {error}; choose "
+            f"another"
+        ) from error
 
 
 def save_quantized(
@@ -137,27 +195,33 @@ def save_quantized(
 ) -> None:
     """Write a model so that the directory is there whole or as it was before, whatever happens on the way.
 
-    Everything goes into a new directory beside it, is flushed to the disk, and takes its name in the end.
+    Everything goes into a new directory beside it, is flushed to the disk, and takes its name in the end. A process
+    killed between the two renames of a replacement leaves the old model whole in ``.NAME.old.*/model`` beside it.
 
     Args:
         model: a causal language model of ``transformers`` with packed layers.
         directory: to make, or to replace if it holds a model.
-        config: sha256 and modules_to_not_convert are filled in here.
+        config: must say what the layers are; sha256 and modules_to_not_convert are filled in here.
         tokenizer: its files are written too; None for none.
         files: more text files by name (a recipe, a report).
 
     Raises:
         MissingExtra: transformers or safetensors is missing.
-        ValueError: as :func:`check_output`, or the model has no packed layer.
+        ValueError: as :func:`check_output`; the model has no packed layer, or is not what config says; or RoPE's tables
+            were cast with the model, which a loaded one would have in full precision.
         OSError: as writing does, a full disk say; what was there before is untouched.
     """
     extras.require("transformers", "safetensors")
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
+    directory = directory.resolve()
     check_output(directory)
-    if not any(isinstance(module, QuantLinear) for module in model.modules()):
-        raise ValueError("save_quantized: the model must have packed layers, got none; quantize it first")
+    _check_config(model, config)
+    fields = model.config.to_dict()  # type: ignore[operator, union-attr]
+    if fields.get("dtype") is None:  # transformers would take it from the first tensor of the file
+        fields["dtype"] = str(model.dtype).removeprefix("torch.")
+    _check_buffers(model, fields)
     kept = tuple(name for name, module in model.named_modules() if isinstance(module, nn.Linear))
     temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
     try:
@@ -167,7 +231,6 @@ def save_quantized(
         except SafetensorError as error:
             raise OSError(f"save_quantized: cannot write {directory}: {error}; free space on the disk") from error
         config = dataclasses.replace(config, modules_to_not_convert=kept, sha256=file_sha256(weights))
-        fields = model.config.to_dict()  # type: ignore[operator, union-attr]
         fields.update(architectures=[type(model).__name__], quantization_config=config.to_dict())
         (temporary / _CONFIG).write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")
         generation = getattr(model, "generation_config", None)
@@ -199,7 +262,7 @@ def read_quantization_config(directory: Path) -> tuple[dict[str, Any], Quantizat
     try:
         fields = json.loads(path.read_text())
         quantization = fields.pop("quantization_config")
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise ValueError(
             f"load_quantized: {path} must be the config of a quantized model, got {type(error).__name__}: {error}; "
             f"pass a directory that rcp-kernels quantize wrote"
@@ -223,6 +286,7 @@ def load_quantized(directory: Path, device: torch.device | str = "cpu") -> tuple
         ValueError: a file is missing, damaged, altered since it was written, or from a later version.
     """
     extras.require("transformers", "safetensors")
+    from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
     from safetensors.torch import load_file
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -241,9 +305,14 @@ def load_quantized(directory: Path, device: torch.device | str = "cpu") -> tuple
         tensors = load_file(path, device=str(device))
     except SafetensorError as error:
         raise ValueError(f"load_quantized: {path} must be a safetensors file, got {error}; copy it again") from None
-    model_config = AutoConfig.for_model(**fields)
-    with no_init_weights():
-        model = AutoModelForCausalLM.from_config(model_config).to(device)
+    try:
+        with no_init_weights():
+            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**fields)).to(device)
+    except (ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
+        raise ValueError(
+            f"load_quantized: {directory / _CONFIG} must describe a language model of transformers, got "
+            f"{type(error).__name__}: {error}; copy it again"
+        ) from None
     if config.rotation is not None:
         apply_structure(model, config.rotation)
     for name, module in list(model.named_modules()):
@@ -278,6 +347,57 @@ def load_quantized(directory: Path, device: torch.device | str = "cpu") -> tuple
     if (directory / "generation_config.json").exists():
         model.generation_config = type(model.generation_config).from_pretrained(directory)
     return model.eval(), config
+
+
+def _check_config(model: nn.Module, config: QuantizationConfig) -> None:
+    """Refuse a config of which :func:`load_quantized` would make another model."""
+    names = ("bits", "group_size", "act_bits", "act_clip")
+    packed = 0
+    rotated: dict[str, str] = {}
+    for path, module in model.named_modules():
+        for attribute in ("input_rotation", "qk_rotation", "output_rotation"):
+            if getattr(module, attribute, None) is not None:
+                rotated[attribute] = path
+        if not isinstance(module, QuantLinear):
+            continue
+        packed += 1
+        for name in names:
+            found, said = getattr(module, name), getattr(config, name)
+            if found != said:
+                raise ValueError(
+                    f"save_quantized: {name} of config must be that of every packed layer, got {said!r} and {found!r} "
+                    f"in {path}; pass a QuantizationConfig of the layers, which must be alike"
+                )
+    if not packed:
+        raise ValueError("save_quantized: the model must have packed layers, got none; quantize it first")
+    rotation = config.rotation
+    has = {
+        "input_rotation": rotation is not None and rotation.r4,
+        "qk_rotation": rotation is not None and rotation.r3,
+        "output_rotation": rotation is not None and "output_rotation" in rotated,
+    }
+    for attribute, said in has.items():
+        if said != (attribute in rotated):
+            raise ValueError(
+                f"save_quantized: rotation of config must be the model's, got {rotation} and "
+                f"{f'{attribute} in {rotated[attribute]}' if attribute in rotated else f'no {attribute}'}; pass what "
+                f"rotate_model returned"
+            )
+
+
+def _check_buffers(model: nn.Module, fields: Mapping[str, Any]) -> None:
+    """Refuse a model whose tables that no checkpoint holds are not those that the loaded model will compute."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):
+        fresh = dict(AutoModelForCausalLM.from_config(AutoConfig.for_model(**fields)).named_buffers())
+    for name, buffer in model.named_buffers():
+        if name in fresh and buffer.dtype != fresh[name].dtype:
+            raise ValueError(
+                f"save_quantized: {name} must be {fresh[name].dtype}, as a loaded model computes it, got "
+                f"{buffer.dtype}; load the float model with from_pretrained(..., dtype=...) instead of casting it, "
+                f"and quantize it again"
+            )
 
 
 def _tied_head(model: nn.Module) -> str | None:
@@ -317,11 +437,20 @@ def _take_name(temporary: Path, directory: Path) -> None:
         os.rename(temporary, directory)
         return
     aside = Path(tempfile.mkdtemp(prefix=f".{directory.name}.old.", dir=directory.parent))
-    os.rename(directory, aside / "model")
+    old = aside / "model"
     try:
+        os.rename(directory, old)
         os.rename(temporary, directory)
-    except BaseException:
-        os.rename(aside / "model", directory)
+    except BaseException as error:
+        if old.exists() and not directory.exists():
+            try:
+                os.rename(old, directory)
+            except OSError:
+                raise OSError(
+                    f"save_quantized: {directory} must be replaced, got {error}; what was there is in {old}: move it "
+                    f"back"
+                ) from error
+        if not old.exists():
+            aside.rmdir()
         raise
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+    shutil.rmtree(aside, ignore_errors=True)

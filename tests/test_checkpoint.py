@@ -1,6 +1,8 @@
 """A quantized model on disk: the same logits bit for bit, damage refused with its reason, and no half-written files."""
 
+import dataclasses
 import json
+import os
 import subprocess
 import sys
 import textwrap
@@ -77,6 +79,7 @@ def test_the_directory_is_one_of_transformers(tmp_path):
     names = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert names == ["config.json", "generation_config.json", "model.safetensors", "recipe.yaml"]
     fields = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert fields["dtype"] == "float32"
     assert fields["architectures"] == ["LlamaForCausalLM"]
     assert fields["quantization_config"]["quant_method"] == "rcp"
     assert fields["quantization_config"]["rotation"]["rotation"] == "gsr"
@@ -103,6 +106,13 @@ def change(folder, **fields):
         ({"kv_bits": 3}, r"kv_bits must be one of \(4, 16\), got 3"),
         ({"colour": 1}, r"unknown \['colour'\]"),
         ({"rotation": {"rotation": "gsr"}}, "Rotated: fields must be"),
+        ({"act_clip": 2.0}, r"act_clip must be a number in \(0, 1\], got 2.0"),
+        ({"kv_clip": "a"}, r"kv_clip must be a number in \(0, 1\], got 'a'"),
+        ({"act_bits": 4.0}, r"act_bits must be one of \(4, 8, 16\), got 4.0"),
+        ({"group_size": "32"}, "group_size must be an int of at least 1, got '32'"),
+        ({"sha256": 3}, "sha256 must be a string or null, got 3"),
+        ({"rotation": 3}, "rotation must be a table of fields or null, got 3"),
+        ({"modules_to_not_convert": "lm_head"}, "must be a list of names, got 'lm_head'"),
         ({"bits": 3}, "bits of the stored weight must be the layer's, 3, got 2"),
         ({"group_size": 64}, "group_size of the stored weight must be"),
         ({"rotation": None}, "input_rotation of the stored weight must be the layer's, none"),
@@ -167,10 +177,101 @@ def test_a_float_model_is_not_saved(tmp_path):
 def test_a_directory_of_other_files_is_not_replaced(tmp_path):
     model, config = quantized()
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(ValueError, match="must be empty or hold a model, got other files"):
+    with pytest.raises(ValueError, match=r"must be empty or hold a quantized model.*got other files"):
         save_quantized(model, tmp_path, config)
     with pytest.raises(ValueError, match="must be a directory, got a file"):
         save_quantized(model, tmp_path / "notes.txt", config)
+
+
+def test_a_float_model_or_a_stray_file_is_not_deleted(tmp_path):
+    model, config = quantized()
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES)).save_pretrained(tmp_path / "float")
+    before = sorted(path.name for path in (tmp_path / "float").iterdir())
+    with pytest.raises(ValueError, match="hold a quantized model to be replaced, got other files"):
+        save_quantized(model, tmp_path / "float", config)
+    assert sorted(path.name for path in (tmp_path / "float").iterdir()) == before
+    save_quantized(model, tmp_path / "out", config)
+    for stray in ("notes.md", ".git"):
+        (tmp_path / "out" / stray).mkdir()
+        with pytest.raises(ValueError, match=f"got '{stray}'"):
+            save_quantized(model, tmp_path / "out", config)
+        (tmp_path / "out" / stray).rmdir()
+    save_quantized(model, tmp_path / "out", config)
+
+
+def test_the_working_directory_and_an_unwritable_one_are_refused_at_once(tmp_path, monkeypatch):
+    (tmp_path / "in").mkdir()
+    monkeypatch.chdir(tmp_path / "in")
+    for name in (".", "..", tmp_path):
+        with pytest.raises(ValueError, match="must not be the working directory or hold it"):
+            checkpoint.check_output(type(tmp_path)(name))
+    with pytest.raises(OSError, match="/proc must be a directory that can be written to"):
+        checkpoint.check_output(type(tmp_path)("/proc/out"))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"bits": 3}, "bits of config must be that of every packed layer, got 3 and 2"),
+        ({"group_size": 64}, "group_size of config must be"),
+        ({"act_bits": 16}, "act_bits of config must be that of every packed layer, got 16 and 4"),
+        ({"act_clip": 0.9}, "act_clip of config must be"),
+        ({"rotation": None}, "rotation of config must be the model's, got None and input_rotation in"),
+    ],
+)
+def test_a_config_that_is_not_the_model_s_is_refused(tmp_path, fields, message):
+    model, config = quantized()
+    with pytest.raises(ValueError, match=message):
+        save_quantized(model, tmp_path / "out", dataclasses.replace(config, **fields))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_that_was_cast_is_refused(tmp_path):
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES)).bfloat16()
+    quantize_model(model, 2, 32, 4)
+    with pytest.raises(ValueError, match=r"inv_freq must be torch\.float32.*from_pretrained\(\.\.\., dtype=\.\.\.\)"):
+        save_quantized(model, tmp_path / "out", QuantizationConfig(2, 32, 4))
+
+
+@pytest.mark.parametrize(
+    "text", ["[1]", '{"quantization_config": [1]}', '{"quantization_config": {"quant_method": []}}']
+)
+def test_a_config_of_other_json_is_refused(tmp_path, text):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=r"must be the config of|must be a table|quant_method must be"):
+        load_quantized(tmp_path)
+
+
+def test_a_config_of_no_language_model_is_refused(tmp_path):
+    model, config = quantized()
+    save_quantized(model, tmp_path / "out", config)
+    path = tmp_path / "out" / "config.json"
+    fields = json.loads(path.read_text())
+    for changed in ({"hidden_size": 65}, {"model_type": "none"}):
+        path.write_text(json.dumps({**fields, **changed}))
+        with pytest.raises(ValueError, match="must describe a language model of transformers"):
+            load_quantized(tmp_path / "out")
+    del fields["model_type"]
+    path.write_text(json.dumps(fields))
+    with pytest.raises(ValueError, match="must describe a language model of transformers"):
+        load_quantized(tmp_path / "out")
+
+
+def test_an_old_model_that_cannot_go_back_is_kept_aside(tmp_path, monkeypatch):
+    first, config = quantized(seed=0)
+    save_quantized(first, tmp_path / "out", config)
+    rename = os.rename
+
+    def once(source, target):
+        if str(target).endswith("out"):
+            raise OSError(5, "Input/output error")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", once)
+    with pytest.raises(OSError, match=r"what was there is in .*\.out\.old\..*/model"):
+        save_quantized(quantized(seed=1)[0], tmp_path / "out", config)
+    (kept,) = tmp_path.glob(".out.old.*/model")
+    assert torch.equal(logits(load_quantized(kept)[0]), logits(first))
 
 
 def test_a_model_is_replaced_whole(tmp_path):

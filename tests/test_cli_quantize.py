@@ -1,6 +1,7 @@
 """quantize, eval, generate and ablation from the command line, end to end on a tiny model with its own tokenizer."""
 
 import json
+import shutil
 import sys
 
 import pytest
@@ -12,11 +13,12 @@ pytest.importorskip("typer")
 import tokenizers
 import transformers
 import yaml
+from safetensors.torch import load_file, save_file
 
 from rcp_kernels import ablation, cli
 from rcp_kernels.checkpoint import load_quantized
 from rcp_kernels.commands.recipe import Recipe, read_recipe
-from rcp_kernels.commands.sources import group_size_of
+from rcp_kernels.commands.sources import group_size_of, is_quantized
 from rcp_kernels.methods import corpus
 from rcp_kernels.methods.rcp import Diverged
 
@@ -88,8 +90,9 @@ def logits(folder):
         return load_quantized(folder)[0](torch.arange(10).view(1, 10)).logits
 
 
-def common(text):
-    return ["--text", text, "--sequence", 16, "--samples", 4, "--group-size", 32]
+def common(text, method="rcp"):
+    uses = {"rtn": [], "rcp": ["--text", text, "--sequence", 16]}
+    return [*uses.get(method, ["--text", text, "--sequence", 16, "--samples", 4]), "--group-size", 32]
 
 
 @pytest.mark.parametrize(
@@ -102,7 +105,7 @@ def common(text):
 )
 def test_every_method_writes_a_model_that_evaluates_and_generates(run, model, text, tmp_path, method, options):
     out = tmp_path / "out"
-    code, _, err = run("quantize", model, "-o", out, "--method", method, *options, *common(text))
+    code, _, err = run("quantize", model, "-o", out, "--method", method, *options, *common(text, method))
     assert code == 0, err
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     code, said, err = run("eval", out, "--text", text, "--tokens", 64, "--window", 16, "--json", tmp_path / "e.json")
@@ -171,6 +174,8 @@ def test_a_training_that_stopped_goes_on_with_resume(run, model, text, tmp_path,
         (["--method", "rtn", "--resume"], 1, "--resume is for method rcp"),
         (["--group-size", 128], 1, "group_size must divide hidden_size"),
         (["--text", "dataset:x", "--method", "best"], 2, "is not one of"),
+        (["--method", "rtn", "--samples", 3, "--preset", "full"], 2, "rtn has no use for --preset, --samples"),
+        (["--method", "rcp", "--levels", "uniform"], 2, "rcp has no use for --levels"),
     ],
 )
 def test_bad_options_are_named(run, model, tmp_path, arguments, code, message):
@@ -201,6 +206,91 @@ def test_bad_names_and_files_are_named(run, model, text, tmp_path):
     code, _, err = run("quantize", tmp_path / "out", "-o", tmp_path / "again")
     assert code == 1
     assert "must be a float model, got a quantized one" in err
+
+
+def test_a_float_model_is_never_the_output(run, model, tmp_path):
+    before = sorted(path.name for path in model.iterdir())
+    for out in (model, model.parent):
+        code, _, err = run("quantize", model, "-o", out, "--method", "rtn", "--group-size", 32)
+        assert code == 1
+        assert "OUT must not be or hold the model that is read" in err
+    other = tmp_path / "other"
+    shutil.copytree(model, other)
+    code, _, err = run("quantize", model, "-o", other, "--method", "rtn", "--group-size", 32)
+    assert code == 1
+    assert "must be empty or hold a quantized model" in err
+    assert sorted(path.name for path in model.iterdir()) == sorted(path.name for path in other.iterdir()) == before
+
+
+def test_clips_of_the_training_are_those_of_the_model(run, model, text, tmp_path):
+    training = {**TRAINING, "act_clip": 0.75, "kv_clip": 0.5}
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump({"training": training}))
+    arguments = ["--method", "rcp", "--a-bits", 4, "--kv-bits", 4, "--threads", 1, *common(text)]
+    code, _, err = run("quantize", model, "-o", tmp_path / "out", "--recipe", tmp_path / "r.yaml", *arguments)
+    assert code == 0, err
+    loaded, config = load_quantized(tmp_path / "out")
+    assert (config.act_clip, config.kv_clip) == (0.75, 0.5)
+    assert loaded.model.layers[0].mlp.up_proj.act_clip == 0.75
+
+
+def test_other_quantized_and_incomplete_models_are_not_float_models(run, model, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(model, other)
+    fields = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**fields, "quantization_config": {"quant_method": "gptq"}}))
+    for arguments in (["quantize", other, "-o", tmp_path / "out"], ["eval", other]):
+        code, _, err = run(*arguments)
+        assert code == 1
+        assert "must be a float model, got a quantized one (quant_method 'gptq')" in err
+    (other / "config.json").write_text(json.dumps(fields))
+    tensors = load_file(other / "model.safetensors")
+    del tensors["model.norm.weight"]
+    save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
+    code, _, err = run("eval", other)
+    assert code == 1
+    assert "must have every weight, got 1 missing, ['model.norm.weight']" in err
+
+
+def test_a_config_is_read_as_json(run, model, text, tmp_path):
+    assert run("quantize", model, "-o", tmp_path / "out", "--method", "rtn", "--group-size", 32)[0] == 0
+    path = tmp_path / "out" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()), separators=(",", ":")))
+    assert is_quantized(str(tmp_path / "out"))
+    code, _, err = run("eval", tmp_path / "out", "--text", text, "--tokens", 32, "--window", 16)
+    assert code == 0, err
+
+
+def test_what_cannot_work_is_refused_before_the_model_is_loaded(run, model, tmp_path):
+    for arguments, code, message in (
+        (["eval", model, "--json", tmp_path / "none" / "e.json"], 2, "--json needs a directory that exists"),
+        (["generate", model, "--prompt", ""], 2, "--prompt needs a text"),
+        (["eval", tmp_path / "none"], 1, "must be a model's directory, got no such directory"),
+        (["generate", tmp_path / "none", "--prompt", "one"], 1, "must be a model's directory, got no such directory"),
+    ):
+        found, _, err = run(*arguments)
+        assert found == code
+        assert message in " ".join(err.replace("│", " ").split())
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"model": 5}, "model must be of type str, got 5"),
+        ({"seed": "a"}, "seed must be of type int, got 'a'"),
+        ({"w_bits": 2.0}, "w_bits must be of type int, got 2.0"),
+        ({"a_bits": True}, "a_bits must be of type int, got True"),
+        ({"training": None}, r"training must be of type dict\[str, Any\], got None"),
+        ({"method": "rtn", "training": {"steps": 1}}, "training must be empty with method rtn"),
+        ({"training": {"seed": 1}}, "seed must be said by the recipe's own field"),
+        ({"training": {"steps": "3"}}, "steps must be of type int, got '3'"),
+        ({"training": {"blocks": 5}}, "blocks must be a table or null, got 5"),
+        ({"training": {"act_clip": 1.5}}, r"training\.act_clip must be in \(0, 1\], got 1.5"),
+        ({"method": "laquant", "rotation": "none", "training": {"stepz": 1}}, r"got \['stepz'\]"),
+    ],
+)
+def test_a_recipe_of_wrong_types_is_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        Recipe(**{"model": "demo", "method": "rcp", **fields})
 
 
 def test_group_size_is_the_largest_that_divides():

@@ -180,7 +180,12 @@ def test_damping_rises_until_it_is_enough() -> None:
     assert factor_hessian(hessian, 0.0, "").damping == 0.0
     indefinite = hessian - 0.3 * hessian.diagonal().mean() * torch.eye(64)
     assert 0.01 < factor_hessian(indefinite, 0.01, "").damping <= 1.0
-    hopeless = hessian - 10 * hessian.diagonal().mean() * torch.diag((torch.arange(64) == 5).float())
+    mean = hessian.diagonal().mean()
+    with pytest.raises(ValueError, match=r"here: the diagonal of the Hessian must be at least 0, got -"):
+        factor_hessian(hessian - 10 * mean * torch.diag((torch.arange(64) == 5).float()), 0.01, "here")
+    with pytest.raises(ValueError, match=r"here: the diagonal of the Hessian must be at least 0, got -"):
+        factor_hessian(-hessian, 0.01, "here")
+    hopeless = hessian.diagonal().diag() + 10 * mean * (1 - torch.eye(64))
     with pytest.raises(ValueError, match=r"here: the Hessian must be positive definite once 1.0 .*got one that is not"):
         factor_hessian(hopeless, 0.01, "here")
 
@@ -337,6 +342,33 @@ def test_an_error_leaves_the_model_as_it_was(ids: Tensor) -> None:
             gptq_quantize_model(model, ids, group_size=32, act_bits=act_bits)
         assert sum(type(module) is nn.Linear for module in model.modules()) == 22
         assert all("forward" not in vars(module) for module in model.modules())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"act_bits": 5}, r"act_bits must be one of \(4, 8, 16\), got 5"),
+        ({"act_clip": 0.0}, r"act_clip must be a number in \(0, 1\], got 0.0"),
+        ({"kv_bits": 32}, r"kv_bits must be one of .*, got 32"),
+        ({"kv_clip": 1.5}, r"kv_clip must be a number in \(0, 1\], got 1.5"),
+    ],
+)
+def test_bits_and_clips_are_checked_before_anything_runs(
+    arguments: dict[str, Any], message: str, ids: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gptq, "first_layer_inputs", None)
+    with pytest.raises(ValueError, match=message):
+        gptq_quantize_model(tiny_llama(), ids, group_size=32, **arguments)
+
+
+@pytest.mark.parametrize("wrong", [-1, 10**6])
+def test_an_id_outside_the_vocabulary_is_named(wrong: int, ids: Tensor) -> None:
+    ids = ids.clone()
+    ids[3, 4] = wrong
+    model = tiny_llama()
+    size = model.config.vocab_size
+    with pytest.raises(ValueError, match=rf"token ids must be in \[0, {size}\), the model's vocabulary, got {wrong};"):
+        gptq_quantize_model(model, ids, group_size=32)
 
 
 def test_bad_arguments(ids: Tensor) -> None:

@@ -1,6 +1,7 @@
 """The 4-bit key-value cache: operators against references, and models that decode on it against fake quantization."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -411,6 +412,24 @@ def test_grow_crop_reset_reorder_select():
     assert cache.get_seq_length() == 0
     keys, _ = cache.update(x[:2, :, :5], x[:2, :, :5], 0)
     assert torch.equal(keys, expected[:2, :, :5])
+    storage = cache.layers[0].key_codes.data_ptr()
+    cache.reset()
+    cache.update(x[:2], x[:2], 0)
+    assert cache.layers[0].key_codes.data_ptr() == storage
+    cache.reset()
+    keys, values = cache.update(x, -x, 0)  # another batch size
+    assert torch.equal(keys, expected)
+    assert torch.equal(values, ops.fake_quantize_kv(-x))
+
+
+def test_a_cache_can_be_pickled():
+    x = random(2, 2, 9, 32)
+    cache = QuantizedKVCache(tiny_model().config)
+    cache.update(x[:, :, :6], x[:, :, :6], 0)
+    again = pickle.loads(pickle.dumps(cache))
+    keys, _ = again.update(x[:, :, 6:], x[:, :, 6:], 0)
+    assert torch.equal(keys, ops.fake_quantize_kv(x))
+    assert cache.get_seq_length() == 6
 
 
 def test_bad_caches():

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from rcp_kernels import OnlineRotation, QuantLinear, gsr_matrix, quantize_weight, rotate_inputs, walsh_matrix
+from rcp_kernels.nn import RotatedLinear
 
 
 def signs(size: int) -> torch.Tensor:
@@ -410,6 +411,19 @@ def test_exported_layer_is_bit_equal() -> None:
     with torch.no_grad():
         program = torch.export.export(layer, (random(5, 96),))
         assert torch.equal(program.module()(random(5, 96)), layer(random(5, 96)))
+
+
+def test_a_layer_that_rotates_its_input_takes_no_second_rotation_there() -> None:
+    rotation, x = OnlineRotation(96, 32), random(5, 96)
+    layer = RotatedLinear.from_linear(make_linear(), rotation)
+    expected = layer(x)
+    for fold in (lambda: OnlineRotation(96).fuse_into(layer), lambda: rotate_inputs(layer)):
+        with pytest.raises(ValueError, match=r"cannot take a rotation of its input, got a RotatedLinear"):
+            fold()
+    assert torch.equal(layer(x), expected)
+    output = OnlineRotation(24)
+    output.fuse_into(layer, "output")
+    torch.testing.assert_close(layer(x), output(expected))
 
 
 def test_layer_refuses_what_is_no_rotation_of_its_input() -> None:

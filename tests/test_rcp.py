@@ -24,7 +24,7 @@ pytest.importorskip("transformers")
 import transformers
 
 from rcp_kernels import QuantLinear, ops
-from rcp_kernels.methods import corpus, rcp, training_state
+from rcp_kernels.methods import corpus, rcp, rcp_run, training_state
 from rcp_kernels.methods.block_reconstruction import BlockConfig, reconstruct_blocks, schedule
 from rcp_kernels.methods.distillation import LOSSES, Head, distillation_loss, mean_confidence, reverse_weight
 from rcp_kernels.methods.rotate import rotate_model
@@ -69,6 +69,12 @@ def tiny_model(seed=0):
             if parameter.dim() == 2:
                 parameter.mul_(3)
     return model.eval()
+
+
+def rotated_tiny_model(rotation, **options):
+    model = tiny_model()
+    rotate_model(model, rotation, group_size=32, **options)
+    return model
 
 
 def tiny_windows(count=12, seed=1, length=16):
@@ -302,9 +308,44 @@ def test_resume_ends_with_the_same_bits(tmp_path, one_thread, stop):
     assert [row["step"] for row in steps if row["kind"] == "step"] == [1, 2, 3, 4, 5, 6]
 
 
+@pytest.mark.parametrize(
+    "other",
+    [
+        lambda: tiny_model(seed=5),
+        lambda: rotated_tiny_model("walsh"),
+        lambda: rotated_tiny_model("gsr", r3=False),
+    ],
+    ids=["model", "rotation", "r3"],
+)
+def test_a_checkpoint_of_another_model_or_rotation_is_refused(tmp_path, other):
+    config = dataclasses.replace(CONFIG, blocks=None, init="uniform", steps=1, validate_every=1, checkpoint_every=1)
+    arguments = tiny_windows(), tiny_windows(2, seed=2)
+    first = rotated_tiny_model("gsr")
+    rcp.train(first, *arguments, config, directory=tmp_path)
+    with pytest.raises(ValueError, match="same settings, model, rotation and text, got one of another"):
+        rcp.train(other(), *arguments, config, directory=tmp_path)
+    with pytest.raises(ValueError, match="began with this model, rotated alike, got one of another"):
+        rcp.load_trained(other(), config, tmp_path)
+    again = rotated_tiny_model("gsr")
+    rcp.load_trained(again, config, tmp_path)
+    assert_equal_states(student_values(first), student_values(again))
+
+
+def test_the_digest_sees_a_sign_a_row_and_a_place():
+    digests = {rcp_run.model_digest(rotated_tiny_model("hadamard", seed=seed, r2=False)) for seed in (0, 1)}
+    model = tiny_model()
+    digests.add(rcp_run.model_digest(model))
+    assert rcp_run.model_digest(copy.deepcopy(model)) in digests
+    with torch.no_grad():
+        weight = model.model.layers[1].mlp.up_proj.weight
+        weight.copy_(weight.flip(0))
+    digests.add(rcp_run.model_digest(model))
+    assert len(digests) == 4
+
+
 def test_a_checkpoint_of_another_run_is_refused(tmp_path):
     rcp.train(tiny_model(), tiny_windows(), tiny_windows(3, 2), CONFIG, directory=tmp_path)
-    with pytest.raises(ValueError, match="same settings and text, got one of another"):
+    with pytest.raises(ValueError, match="same settings, model, rotation and text, got one of another"):
         rcp.train(
             tiny_model(), tiny_windows(), tiny_windows(3, 2), dataclasses.replace(CONFIG, seed=1), directory=tmp_path
         )

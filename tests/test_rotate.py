@@ -458,6 +458,10 @@ def test_refuses_what_is_no_plain_float_model(models) -> None:
         rotate_model(model, "none", **part)
         with pytest.raises(ValueError, match="must not be rotated yet"):
             rotate_model(model, "gsr", group_size=32)
+    model = copy.deepcopy(models["llama"])
+    rotate_model(model, "walsh", r2=False, r3=False, r4=False)  # nothing in the model itself shows R1
+    with pytest.raises(ValueError, match="must not be rotated yet, got one with Rotated"):
+        rotate_model(copy.deepcopy(model), "hadamard", r3=False, r4=False)
     model = copy.deepcopy(models["gemma2"])
     rotate_model(model, "gsr", group_size=32, r2=False, r3=False, r4=False)
     with pytest.raises(ValueError, match="must not be rotated yet"):

@@ -1,6 +1,7 @@
 // The blob that pack_weight makes for CUDA, as far as the host can tell it from others without reading it.
 #pragma once
 
+#include <cstdint>
 #include <cstring>
 
 #include "binding/pack_weight.h"
@@ -19,6 +20,11 @@ inline int64_t blob_bytes(const WeightShape& shape) {
 }
 
 inline void check_blob_size(const std::string& op, const Tensor& weight, const WeightShape& shape) {
+  if (reinterpret_cast<uintptr_t>(weight.const_data_ptr()) % 16 != 0) {
+    fail(op +
+         ": weight must start at a multiple of 16 bytes, as pack_weight makes it, got a view at another offset; "
+         "pass the whole tensor");
+  }
   if (weight.numel() == blob_bytes(shape)) return;
   const std::string got = std::to_string(weight.numel());
   fail(op + ": weight must have " + std::to_string(blob_bytes(shape)) + " bytes, packed for CUDA in this shape, got " +

@@ -24,6 +24,9 @@ Tensor pack_weight_cuda(const Tensor& codes, const Tensor& levels, const Tensor&
   a.group_size = w.shape.group_size;
   a.bits = w.shape.bits;
   a.stream = call.stream;
+  // The tail is never read; zeros, so that two packs of a weight are equal.
+  const int64_t used = cuda_layout(w.shape).total_bytes();
+  check_cuda("pack_weight", cudaMemsetAsync(a.blob + used, 0, blob_bytes(w.shape) - used, call.stream));
   check_cuda("pack_weight", rcp::cuda::pack_weight(a));
   return blob;
 }

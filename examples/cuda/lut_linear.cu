@@ -64,6 +64,12 @@ int main(int argc, char** argv) {
     std::printf("lut_linear [rows columns bits 2|3|4 act_bits 4|8|16 tokens [group_size 32|64|128|columns]]\n");
     return 1;
   }
+#ifndef WITH_ACT_BITS_16
+  if (act_bits == 16) {
+    std::printf("lut_linear: act_bits 16 is left out here, compile with -DWITH_ACT_BITS_16\n");
+    return 1;
+  }
+#endif
   const rcp::cuda::CudaLayout layout{rows, columns, group_size, bits};
   const int64_t groups = layout.groups(), row_bytes = layout.canonical_row_bytes();
   const int levels = layout.levels();

@@ -127,11 +127,14 @@ def sdpa_peer(heads: int, kv_heads: int, head_dim: int, context: int, dtype: tor
 
 def builders(options: Options) -> dict[str, Callable[[int, int, int, int], list[Peer]]]:
     """What makes the competitors of a case from (heads, kv_heads, head_dim, context), by the name of the first."""
-    return {
-        OURS: lambda *case: packed_peers(*case, options=options),
-        SDPA_FP32: lambda *case: [sdpa_peer(*case, dtype=torch.float32)],
-        SDPA_BF16: lambda *case: [sdpa_peer(*case, dtype=torch.bfloat16)],
-    }
+
+    def packed(heads: int, kv_heads: int, head_dim: int, context: int) -> list[Peer]:
+        return packed_peers(heads, kv_heads, head_dim, context, options)
+
+    def sdpa(dtype: torch.dtype) -> Callable[[int, int, int, int], list[Peer]]:
+        return lambda heads, kv_heads, head_dim, context: [sdpa_peer(heads, kv_heads, head_dim, context, dtype)]
+
+    return {OURS: packed, SDPA_FP32: sdpa(torch.float32), SDPA_BF16: sdpa(torch.bfloat16)}
 
 
 def measure(options: Options) -> Iterator[Row]:

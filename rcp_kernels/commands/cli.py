@@ -48,6 +48,13 @@ ModelName = Annotated[
 ]
 # Options of quantize that are fields of a recipe: what was not given must not override the recipe's.
 _FIELDS = "method rotation w_bits a_bits kv_bits group_size levels preset text sequence samples seed".split()
+# Of these, what a method has no use for.
+_UNUSED = {
+    "rtn": ("preset", "text", "sequence", "samples"),
+    "gptq": ("preset",),
+    "rcp": ("levels", "samples"),
+    "laquant": ("preset", "levels"),
+}
 
 
 def register(app: typer.Typer) -> None:
@@ -98,15 +105,20 @@ def quantize(
         fields["model"] = model
     if "model" not in fields:
         raise typer.BadParameter("MODEL is needed, as an argument or in the recipe")
+    given = []
     for name in _FIELDS:
         source = ctx.get_parameter_source(name)
         if source is not None and source.name == "COMMANDLINE":
+            given.append(name)
             value = ctx.params[name]
             fields[name] = value.value if isinstance(value, enum.Enum) else value
     try:
         chosen = Recipe(**fields)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
+    unused = [f"--{name}" for name in _UNUSED[chosen.method] if name in given]
+    if unused:
+        raise typer.BadParameter(f"method {chosen.method} has no use for {', '.join(unused)}; leave it out")
     _set_threads(threads)
     from .quantize import quantize as run
 
@@ -129,6 +141,8 @@ def evaluate(
     """Measure the perplexity of a quantized, or float, model."""
     if text is not None and dataset is not None:
         raise typer.BadParameter("--text and --dataset exclude each other")
+    if json_path is not None and not json_path.resolve().parent.is_dir():
+        raise typer.BadParameter(f"--json needs a directory that exists, got {json_path.parent}; make it first")
     _set_threads(threads)
     from .evaluate import evaluate as run
 
@@ -155,6 +169,8 @@ def generate(
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; torch's default without it.")] = None,
 ) -> None:
     """Continue a prompt, greedily."""
+    if not prompt:
+        raise typer.BadParameter("--prompt needs a text, got an empty one; pass what to continue")
     _set_threads(threads)
     from .evaluate import generate as run
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .. import __version__, extras, hardware
 from ..checkpoint import QuantizationConfig, check_output, save_quantized
 from ..methods.corpus import split_windows
-from ..methods.gptq import gptq_quantize_model
+from ..methods.gptq import check_vocabulary, gptq_quantize_model
 from ..methods.rcp import RcpConfig, train
 from ..methods.rotate import rotate_model
 from ..methods.student import export_student
@@ -45,11 +45,16 @@ def quantize(recipe: Recipe, out: Path, *, resume: bool = False, progress: Progr
         progress: see `Progress`.
 
     Returns:
-        ``out``.
+        ``out``, resolved.
 
     Raises:
         MissingExtra, ValueError, OSError, Diverged: as the steps raise them; ``out`` is then as it was before.
     """
+    out = out.resolve()
+    if Path(recipe.model).exists() and Path(recipe.model).resolve().is_relative_to(out):
+        raise ValueError(
+            f"quantize: OUT must not be or hold the model that is read, got {out}; choose another directory"
+        )
     check_output(out)
     work = out.with_name(out.name + ".training")
     if recipe.method != "rcp" and resume:
@@ -72,6 +77,7 @@ def quantize(recipe: Recipe, out: Path, *, resume: bool = False, progress: Progr
     ids = None
     if recipe.method != "rtn":
         ids, facts = windows_of(recipe, tokenizer)
+        check_vocabulary(model, ids, "quantize")
     if recipe.method == "rcp":
         work.mkdir(parents=True, exist_ok=True)
     facts.update(quantize_layers(model, recipe, ids, work, progress))
@@ -93,6 +99,9 @@ def quantize(recipe: Recipe, out: Path, *, resume: bool = False, progress: Progr
         kv_bits=recipe.kv_bits,
         rotation=rotated,
     )
+    if recipe.method == "rcp":
+        training = recipe.training_config(config.group_size)
+        config = dataclasses.replace(config, act_clip=training.act_clip, kv_clip=training.kv_clip)
     save_quantized(model, out, config, tokenizer=tokenizer, files=files)
     shutil.rmtree(work, ignore_errors=True)
     return out

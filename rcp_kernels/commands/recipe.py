@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,18 @@ __all__ = ["METHODS", "Recipe", "read_recipe", "recipe_text"]
 
 METHODS = ("rtn", "gptq", "rcp", "laquant")
 VERSION = 1
+# Fields of a training that the recipe has itself.
+_OWN = {"bits", "group_size", "act_bits", "kv_bits", "seed"}
+_TYPES: dict[str, tuple[type, ...]] = {
+    "int": (int,),
+    "float": (int, float),
+    "bool": (bool,),
+    "str": (str,),
+    "int | None": (int, type(None)),
+    "bool | None": (bool, type(None)),
+    "str | None": (str, type(None)),
+    "dict[str, Any]": (dict,),
+}
 
 
 @dataclass(frozen=True)
@@ -35,7 +48,7 @@ class Recipe:
         sequence: tokens of a window; None for 512, or the preset's with rcp.
         samples: windows to calibrate gptq and laquant on.
         seed: of the windows' order, random rotations and the training.
-        training: fields of RcpConfig that differ from the preset's; of phase one under "blocks".
+        training: fields of RcpConfig that differ from the preset's, of phase one under "blocks"; or of LaquantConfig.
         version: of this form.
     """
 
@@ -56,6 +69,7 @@ class Recipe:
     version: int = VERSION
 
     def __post_init__(self) -> None:
+        _check_types("recipe", type(self), dataclasses.asdict(self))
         allowed: dict[str, tuple[Any, ...]] = {
             "method": METHODS,
             "rotation": ROTATIONS,
@@ -81,6 +95,17 @@ class Recipe:
             )
         if self.method == "rtn" and self.levels == "clip":
             raise ValueError('recipe: levels of rtn must be "uniform" or "kmeans", got "clip"; use gptq for "clip"')
+        if self.method == "rcp":
+            self.training_config(self.group_size or 128)
+        elif self.method == "laquant":
+            from ..methods.laquant import LaquantConfig
+
+            _check_fields("recipe: training", LaquantConfig, self.training)
+        elif self.training:
+            raise ValueError(
+                f"recipe: training must be empty with method {self.method}, which trains nothing, got "
+                f"{sorted(self.training)}; leave it out"
+            )
 
     @property
     def window(self) -> int:
@@ -93,19 +118,49 @@ class Recipe:
         """The training that preset and overrides describe.
 
         Raises:
-            ValueError: an unknown field.
+            ValueError: a field that is unknown, the recipe's own, of another type, or a clip out of (0, 1].
         """
+        _check_fields("recipe: training", RcpConfig, self.training)
+        for name in ("act_clip", "kv_clip"):
+            if not 0.0 < self.training.get(name, 1.0) <= 1.0:
+                raise ValueError(
+                    f"recipe: training.{name} must be in (0, 1], got {self.training[name]!r}; 1.0 keeps the largest"
+                )
         fields = {name: value for name, value in PRESETS[self.preset].items() if name != "sequence"}
         fields.update(self.training)
         blocks = fields.pop("blocks", {})
-        try:
-            fields["blocks"] = None if blocks is None else BlockConfig(**blocks)
-        except TypeError as error:
-            raise ValueError(f"recipe: training.blocks: {error}; check the spelling") from None
+        if blocks is not None:
+            if not isinstance(blocks, Mapping):
+                raise ValueError(f"recipe: training.blocks must be a table or null, got {blocks!r}; leave it out")
+            _check_fields("recipe: training.blocks", BlockConfig, blocks)
+            blocks = BlockConfig(**blocks)
+        fields["blocks"] = blocks
         config = RcpConfig.from_dict(fields)
         return dataclasses.replace(
             config, bits=self.w_bits, group_size=group_size, act_bits=self.a_bits, kv_bits=self.kv_bits, seed=self.seed
         )
+
+
+def _check_fields(where: str, form: type, fields: Mapping[str, Any]) -> None:
+    """Refuse overrides that a dataclass does not have, or that the recipe itself says."""
+    known = {entry.name for entry in dataclasses.fields(form)} - _OWN
+    own = sorted(set(fields) & _OWN)
+    if own:
+        raise ValueError(f"{where}: {own[0]} must be said by the recipe's own field, got one here; move it")
+    unknown = sorted(map(str, set(fields) - known))
+    if unknown:
+        raise ValueError(f"{where}: fields must be among {sorted(known)}, got {unknown}; check the spelling")
+    _check_types(where, form, fields)
+
+
+def _check_types(where: str, form: type, fields: Mapping[str, Any]) -> None:
+    for entry in dataclasses.fields(form):
+        types = _TYPES.get(str(entry.type))  # none for what is checked by value
+        if types is not None and entry.name in fields and type(fields[entry.name]) not in types:
+            raise ValueError(
+                f"{where}: {entry.name} must be of type {entry.type}, got {fields[entry.name]!r}; write it without "
+                f"quotes, or leave it out"
+            )
 
 
 def recipe_text(recipe: Recipe) -> str:

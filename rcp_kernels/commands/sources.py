@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import extras
-from ..checkpoint import QuantizationConfig, load_quantized
+from ..checkpoint import QUANT_METHOD, QuantizationConfig, load_quantized
 from ..methods import corpus
 
 __all__ = ["encode", "group_size_of", "held_out_text", "is_quantized", "load_any", "load_float", "training_text"]
@@ -26,7 +27,7 @@ def load_float(name: str) -> tuple[nn.Module, Any]:
 
     Raises:
         MissingExtra: a package is missing.
-        ValueError: the directory holds a quantized model.
+        ValueError: the model is quantized, by whatever method, or weights are missing from its files.
         OSError: no such model.
     """
     from .. import demo
@@ -38,22 +39,42 @@ def load_float(name: str) -> tuple[nn.Module, Any]:
         if not path.is_file():
             raise FileNotFoundError(f"model: {path} must be a .gguf file, got no such file; check the path")
         return demo.load_model(path)
-    if is_quantized(name):
-        raise ValueError(f"model: {name} must be a float model, got a quantized one; pass the one it was made of")
+    # A hub id is NAME or OWNER/NAME; transformers would look for a mistyped path there.
+    if not path.is_dir() and (path.is_absolute() or name[:1] in (".", "~") or name.count("/") > 1):
+        raise FileNotFoundError(f"model: {name} must be a model's directory, got no such directory; check the path")
     extras.require("transformers")
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     if path.is_dir():
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    quantization = getattr(AutoConfig.from_pretrained(name), "quantization_config", None)
+    if quantization is not None:
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else type(quantization).__name__
+        raise ValueError(
+            f"model: {name} must be a float model, got a quantized one (quant_method {method!r}); pass the one it was "
+            f"made of"
+        )
     tokenizer = AutoTokenizer.from_pretrained(name)
-    model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
+    model, report = loaded
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise ValueError(
+            f"model: the files of {name} must have every weight, got {len(missing)} missing, {missing[:3]}; copy the "
+            f"model again"
+        )
     return model.eval(), tokenizer
 
 
 def is_quantized(name: str) -> bool:
     """Whether this is a directory that ``rcp-kernels quantize`` wrote."""
     config = Path(name) / "config.json"
-    return config.is_file() and '"quant_method": "rcp"' in config.read_text(errors="replace")
+    try:
+        fields = json.loads(config.read_text())
+    except (OSError, ValueError):
+        return False
+    quantization = fields.get("quantization_config") if isinstance(fields, dict) else None
+    return isinstance(quantization, dict) and quantization.get("quant_method") == QUANT_METHOD
 
 
 def load_any(name: str) -> tuple[nn.Module, Any, QuantizationConfig | None]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ from .gptq_weight import (
     round_to_nearest,
 )
 
-__all__ = ["LayerError", "QuantizedLayers", "gptq_quantize_model", "gptq_quantize_weight"]
+__all__ = ["LayerError", "QuantizedLayers", "check_vocabulary", "gptq_quantize_model", "gptq_quantize_weight"]
 
 _BATCH_TOKENS = 2048
 
@@ -57,6 +58,28 @@ class QuantizedLayers(dict[str, PackedWeight]):
     def __init__(self) -> None:
         super().__init__()
         self.errors: list[LayerError] = []
+
+
+def check_vocabulary(model: nn.Module, ids: Tensor, where: str) -> None:
+    """Refuse token ids that the model has no embedding of.
+
+    Args:
+        model: that :func:`rcp_kernels.models.describe` knows.
+        ids: integers of any shape.
+        where: the function to name in the error.
+
+    Raises:
+        ValueError: an id below 0 or not below the rows of the embedding.
+    """
+    weight = model.get_submodule(describe(model).embed).weight
+    assert isinstance(weight, Tensor)
+    size = weight.shape[0]
+    outside = ids[(ids < 0) | (ids >= size)]
+    if outside.numel():
+        raise ValueError(
+            f"{where}: token ids must be in [0, {size}), the model's vocabulary, got {int(outside[0])}; tokenize the "
+            f"text with the model's own tokenizer"
+        )
 
 
 def gptq_quantize_model(
@@ -100,12 +123,21 @@ def gptq_quantize_model(
 
     Raises:
         TypeError: calibration_ids are no integers.
-        ValueError: an unknown architecture, a layer that is packed already, calibration text shorter than one sequence,
-            NaN or Inf on the way (names the layer), or a Hessian that no damping makes positive definite (same).
+        ValueError: an unknown architecture, bits or a clip outside its set, a layer that is packed already, calibration
+            text shorter than one sequence or with an id outside the vocabulary, NaN or Inf on the way (names the
+            layer), or a Hessian that no damping makes positive definite (same).
     """
     where = "gptq_quantize_model"
     check_calibration_ids(calibration_ids, where)
+    for name, value, allowed in (("act_bits", act_bits, (4, 8, 16)), ("kv_bits", kv_bits, (*range(2, 9), 16))):
+        if type(value) is not int or value not in allowed:
+            raise ValueError(f"{where}: {name} must be one of {allowed}, got {value!r}; 16 leaves them unquantized")
+    clips: dict[str, Any] = {"act_clip": act_clip, "kv_clip": kv_clip}
+    for name, clip in clips.items():
+        if isinstance(clip, bool) or not isinstance(clip, Real) or not 0.0 < clip <= 1.0:  # type: ignore[operator]
+            raise ValueError(f"{where}: {name} must be a number in (0, 1], got {clip!r}; 1.0 keeps the largest value")
     architecture = describe(model)
+    check_vocabulary(model, calibration_ids, where)
     linears = {name: model.get_submodule(name) for layer in architecture.layers for name in layer.linears}
     for name, module in linears.items():
         if not isinstance(module, nn.Linear):

@@ -137,8 +137,13 @@ def factor_hessian(hessian: Tensor, damping: float, where: str) -> Factor:
             f"{where}: the Hessian of its inputs must be finite, got NaN or Inf; look for overflow in the layers "
             f"before it, or calibrate in float32"
         )
+    lowest = float(damped.diagonal().min())
+    if lowest < 0.0:
+        raise ValueError(
+            f"{where}: the diagonal of the Hessian must be at least 0, got {lowest}; it is no X^T X: pass one"
+        )
     mean = float(damped.diagonal().mean())
-    if mean <= 0.0:  # no input at all: plain rounding
+    if mean == 0.0:  # no input at all: plain rounding
         return Factor(torch.eye(features, dtype=torch.float32, device=hessian.device), damping)
     damped.div_(mean)
     added = 0.0

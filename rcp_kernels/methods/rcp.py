@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .rcp_config import PRESETS, RcpConfig
-from .rcp_run import Diverged, Run, TrainResult, copy_student, start_student, student_perplexity
+from .rcp_run import Diverged, Run, TrainResult, copy_student, model_digest, start_student, student_perplexity
 from .student import students
 from .training_state import load_state
 
@@ -78,6 +78,11 @@ def load_trained(model: nn.Module, config: RcpConfig, directory: Path) -> None:
     path = directory / "best.pt"
     if not path.is_file():
         raise ValueError(f"load_trained: {path} must be there, got no such file; train first")
-    state = load_state(path)["student"]
+    state = load_state(path)
+    if state.get("model") != model_digest(model):
+        raise ValueError(
+            f"load_trained: {path} must be of a training that began with this model, rotated alike, got one of "
+            f"another; load and rotate the model as for the training"
+        )
     start_student(model, config, "uniform")
-    copy_student(students(model), state)
+    copy_student(students(model), state["student"])

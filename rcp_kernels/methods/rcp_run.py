@@ -20,13 +20,22 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn import functional
 
 from ..models import Architecture, describe
+from ..nn.online_rotation import OnlineRotation
 from .block_reconstruction import BlockState, reconstruct_blocks, schedule
 from .distillation import Head, distillation_loss, mean_confidence, reverse_weight
 from .rcp_config import RcpConfig
 from .student import FakeQuantKV, FakeQuantLinear, held, make_student, students
 from .training_state import LogFile, load_state, save_state
 
-__all__ = ["Diverged", "Run", "TrainResult", "copy_student", "start_student", "student_perplexity"]
+__all__ = [
+    "Diverged",
+    "Run",
+    "TrainResult",
+    "copy_student",
+    "model_digest",
+    "start_student",
+    "student_perplexity",
+]
 
 _CONFIDENCE_BATCHES = 10
 _CHUNK = 256
@@ -81,6 +90,25 @@ def student_perplexity(
         return total
 
     return math.exp(sum(run(loss, windows)) / (windows.shape[0] * (windows.shape[1] - 1)))
+
+
+def model_digest(model: nn.Module) -> str:
+    """Tells one float model, and one rotation of it, from another: sha256, hexadecimal.
+
+    Of every parameter's name, dtype, shape and the sum of the bits of each row, which no order of summation changes;
+    and of every rotation that runs online: where it is, its state and signs.
+    """
+    digest = hashlib.sha256()
+    integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+    for name, parameter in model.named_parameters():
+        digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}".encode())
+        bits = parameter.detach().view(integers[parameter.element_size()])
+        digest.update(bits.sum(-1, dtype=torch.int64).cpu().numpy().tobytes())
+    for name, module in model.named_modules():
+        if isinstance(module, OnlineRotation):
+            signs = None if module.signs is None else module.signs.tolist()
+            digest.update(f"{name} {module.state().tolist()} {signs}".encode())
+    return digest.hexdigest()
 
 
 def start_student(model: nn.Module, config: RcpConfig, init: str) -> Architecture:
@@ -171,6 +199,7 @@ class Run:
         # One head for both: the student's is the teacher's, and stays so.
         self.head = Head(self.teacher.get_submodule(architecture.head).weight, softcap)  # type: ignore[arg-type]
         self.state_path = None if directory is None else directory / "state.pt"
+        self.digest = model_digest(model)  # of what training begins with
         stored = self._stored()
         # What a checkpoint overwrites need not be searched for.
         self.architecture = start_student(model, config, config.init if stored is None else "uniform")
@@ -220,8 +249,9 @@ class Run:
     # --- checkpoint
 
     def _fingerprint(self) -> str:
-        """Tells one run from another: its settings and its text."""
+        """Tells one run from another: its settings, its model, rotated, and its text."""
         digest = hashlib.sha256(json.dumps(self.config.to_dict(), sort_keys=True).encode())
+        digest.update(self.digest.encode())
         digest.update(self.training.cpu().numpy().tobytes())
         digest.update(self.validation.cpu().numpy().tobytes())
         return digest.hexdigest()
@@ -232,8 +262,8 @@ class Run:
         stored = load_state(self.state_path)
         if stored["run"] != self._fingerprint():
             raise ValueError(
-                f"resume: {self.state_path} must be of a run with the same settings and text, got one of another; pass "
-                f"the same arguments, or another folder"
+                f"resume: {self.state_path} must be of a run with the same settings, model, rotation and text, got one "
+                f"of another; pass the same arguments, or another folder"
             )
         return stored
 
@@ -527,7 +557,7 @@ class Run:
             else:
                 student = self._student_state()
                 if not self.rank:
-                    save_state(self.directory / "best.pt", {"student": student})
+                    save_state(self.directory / "best.pt", {"student": student, "model": self.digest})
         # What is measured is not trained: the budget is stated without it.
         self.seconds_before -= time.perf_counter() - started[0]
         self.cpu_before -= time.process_time() - started[1]

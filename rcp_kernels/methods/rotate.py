@@ -21,6 +21,9 @@ from .rotation_plan import GIVEN, KINDS, ROTATIONS, GivenRotation, Plan, Rotated
 
 __all__ = ["ROTATIONS", "Rotated", "apply_structure", "rotate_model"]
 
+# Attribute of a rotated model: R1 and R2 alone leave nothing in it that a second call could see.
+_RECORD = "_rcp_rotated"
+
 
 def rotate_model(
     model: nn.Module,
@@ -77,6 +80,11 @@ def rotate_model(
     if r4_group_size is None and grouped:
         r4_group_size = group_size
     head, embed = model.get_submodule(architecture.head), model.get_submodule(architecture.embed)
+    if getattr(model, _RECORD, None) is not None:
+        raise ValueError(
+            f"rotate_model: the model must not be rotated yet, got one with {getattr(model, _RECORD)}; load the model "
+            f"anew"
+        )
     record = Rotated(
         model_type=architecture.model_type,
         rotation=name,
@@ -92,6 +100,8 @@ def rotate_model(
     _check_layers(model, architecture)
     _fuse(model, architecture, plan, record)
     _install(model, architecture, plan)
+    if rotates or record.r2 or record.r3 or record.r4:
+        setattr(model, _RECORD, record)
     return record
 
 
@@ -116,6 +126,7 @@ def apply_structure(model: nn.Module, record: Rotated) -> None:
     if record.untied:
         _untie(model, architecture)
     _install(model, architecture, plan)
+    setattr(model, _RECORD, record)
 
 
 def _check_layers(model: nn.Module, architecture: Architecture, values: bool = True) -> None:

@@ -94,7 +94,7 @@ class QuantizedKVLayer(CacheLayerMixin):
                 "QuantizedKVCache: keys and values must not require grad, got some that do; call the model under "
                 "torch.no_grad(), or train with ops.fake_quantize_kv and no cache"
             )
-        if not self.is_initialized:
+        if not self.is_initialized or (self.length == 0 and self.key_codes.shape[0] != key_states.shape[0]):
             self.lazy_initialization(key_states, value_states)
         tokens = key_states.shape[2]
         self._reserve(self.length + tokens)
@@ -140,7 +140,7 @@ class QuantizedKVLayer(CacheLayerMixin):
         return self.length + queries, 0
 
     def reset(self) -> None:
-        """Forget all positions; the storage is kept for the next ones."""
+        """Forget all positions; the storage is kept for the next ones, unless these are of another batch size."""
         self.length = 0
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -178,6 +178,11 @@ class QuantizedKVLayer(CacheLayerMixin):
         if length > have:
             more = (length - have + _GROWTH - 1) // _GROWTH * _GROWTH
             self._map(lambda x: torch.cat([x, x.new_zeros(*x.shape[:2], more, x.shape[3])], dim=2))
+
+
+def _reads_packed(config: Any) -> bool:
+    """Whether a model's attention reads the cache packed; no lambda, so that a cache can be pickled."""
+    return config is not None and config._attn_implementation == ATTENTION
 
 
 class QuantizedKVCache(Cache):
@@ -218,7 +223,7 @@ class QuantizedKVCache(Cache):
         text_config = config.get_text_config(decoder=True) if config is not None else None
         make: Any = functools.partial(
             QuantizedKVLayer,
-            packed=lambda: text_config is not None and text_config._attn_implementation == ATTENTION,
+            packed=functools.partial(_reads_packed, text_config),
             clip=clip,
             capacity=capacity,
             key_rotation=key_rotation,

@@ -168,12 +168,17 @@ class OnlineRotation(nn.Module):
 
         Raises:
             TypeError: not an ``nn.Linear``; a packed weight cannot be rotated, only quantized after rotation.
-            ValueError: as :meth:`rotate_weight`.
+            ValueError: as :meth:`rotate_weight`, or the layer rotates its input by itself and side is ``"input"``.
         """
         if not isinstance(linear, nn.Linear):
             raise TypeError(
                 f"OnlineRotation: only an nn.Linear can take a rotation, got {type(linear).__name__}; fuse before "
                 f"quantizing, or pass input_rotation to QuantLinear.from_linear"
+            )
+        if side == "input" and getattr(linear, "input_rotation", None) is not None:
+            raise ValueError(
+                f"OnlineRotation: a layer whose input is rotated before its weight cannot take a rotation of its "
+                f"input, got a {type(linear).__name__} with {linear.input_rotation}; start from the plain nn.Linear"
             )
         weight = self.rotate_weight(linear.weight, side)
         with torch.no_grad():

@@ -153,7 +153,8 @@ class Machine(LaneMemory):
             if size == 1:
                 found = np.arange(self.total) % 2 == 0
             else:
-                found = np.full(self.total, 0xA5C3_96E1_7B5A_D2F4 >> (64 - 8 * size), f"u{size}")
+                # All ones: NaN as a float of any width, so that a value nobody wrote is seen in what it touches.
+                found = np.full(self.total, (1 << 8 * size) - 1, f"u{size}")
             self.registers[slot] = found
         return found
 

@@ -300,7 +300,7 @@ def test_tokens_that_are_not_finite_or_zero(tokens: int) -> None:
 @pytest.mark.parametrize("tokens", [1, 2, 17])
 def test_a_foreign_weight_gives_nan(tokens: int) -> None:
     weight = random_weight(2, 20, 256, 128, unit_scales=True)
-    for place in (0, 5, 8):
+    for place in (0, 5, 8, 16, 20, 24, 32):  # magic, version; bits, group size, rows, columns
         blob = pack(weight)
         blob[place] += 1
         assert Run(weight, random_x(tokens, 256, "float16"), blob=blob).y.isnan().all()

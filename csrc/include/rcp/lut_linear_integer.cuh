@@ -228,7 +228,9 @@ inline size_t lut_linear_integer_counter_bytes(const LutLinearArguments& a) {
 inline cudaError_t lut_linear_integer(const LutLinearArguments& a, int sm_count) {
   const int g = a.rotation_group;
   const bool rotation_fits = g == 0 || ((g == 32 || g == 64 || g == 128) && a.columns % g == 0);
-  const bool group_fits = a.group_size == 32 || a.group_size == 64 || a.group_size == 128 || a.group_size == a.columns;
+  // 128 * 128 * 131071 is the largest group sum that an int32 holds.
+  const bool group_fits = a.group_size == 32 || a.group_size == 64 || a.group_size == 128 ||
+                          (a.group_size == a.columns && a.columns <= 131071);
   if (a.tokens < 1) return a.tokens == 0 ? cudaSuccess : cudaErrorInvalidValue;
   if (a.rows < 1 || a.columns < 1 || a.columns > 0x1000000 || a.tokens > 0x7ffffff || a.rows > 0x7ffffff ||
       !rotation_fits || !group_fits || (a.act_bits != 4 && a.act_bits != 8)) {

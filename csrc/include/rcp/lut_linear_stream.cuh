@@ -14,6 +14,7 @@
 #include "rcp/lut_linear_activation.cuh"
 #include "rcp/lut_linear_cuda_layout.h"
 #include "rcp/lut_linear_fragments.cuh"
+#include "rcp/weight_header.cuh"
 
 namespace rcp::cuda {
 
@@ -85,6 +86,14 @@ struct Stream {
     // Opaque to the compiler, which would otherwise compute them again for every use.
     asm("" : "+l"(codes_at), "+l"(tables_at));
     if (unit >= unit_end) return;
+    // A part past the last sub-block is not loaded, but added: its sums are 0, which a scale of NaN would not leave so.
+    if constexpr (PartType::parts > 1) {
+#pragma unroll
+      for (PartType& part : buffer) {
+#pragma unroll
+        for (uint4& scale : part.scales) scale = {0, 0, 0, 0};
+      }
+    }
     if (always_checked || checked) {
       load<true>(0, 0, unit, codes_at, tables_at);
       load<true>(1, 1, unit, codes_at, tables_at);
@@ -198,21 +207,21 @@ __device__ __forceinline__ float row_scale(const GemvProblem& p, int64_t tile, i
       __ldg(reinterpret_cast<const uint16_t*>(at + layout.scale_offset(row, 0))));
 }
 
-// The blob's tensor_scale, from its first 16 bytes; NaN, which every output then becomes, if this is no blob of these
-// kernels: a kernel cannot raise without a synchronisation.
-__device__ __forceinline__ float tensor_scale_of(const uint4& header) {
-  const bool valid = header.x == 0x43504352u && header.y == 0x31414455u && header.z == weight_layout_version;
-  return valid ? __uint_as_float(header.w) : __int_as_float(0x7fffffff);
+// The blob's tensor_scale; NaN, which every output then becomes, if this is no blob of these kernels or of another
+// shape: a kernel cannot raise without a synchronisation.
+template <int BITS, int SLOT>
+__device__ __forceinline__ float tensor_scale_of(const HeaderWords& header, const GemvProblem& p) {
+  return header_tensor_scale(header, BITS, SLOT == 0 ? p.columns : SLOT, p.rows, p.columns);
 }
 
 // After the main loop: adds the warps' sums, then the splits', and stores y. `scale_of(token)` is the token's scale.
 template <int BITS, int SLOT, int NT, int TILES, class ScaleOf>
 __device__ __forceinline__ void finish(const Stream<BITS, SLOT, NT, TILES>& main_loop, const int* sums, int* is_last,
-                                       const uint4& header, const ScaleOf& scale_of) {
+                                       const HeaderWords& header, const ScaleOf& scale_of) {
   using StreamType = Stream<BITS, SLOT, NT, TILES>;
   const GemvProblem& p = main_loop.problem;
   constexpr int outputs = StreamType::sum_words / StreamType::per_output;
-  const float tensor_scale = tensor_scale_of(header);
+  const float tensor_scale = tensor_scale_of<BITS, SLOT>(header, p);
   const auto add = [](int a, int b) { return fragments::add_sums<SLOT>(a, b); };
   const auto store = [&](int e, int sum) {
     int row, token;
