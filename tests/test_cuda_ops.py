@@ -154,7 +154,7 @@ def test_input_rotation_is_walsh_transform_before_it(order, group):
             x = noise(tokens, columns, dtype=dtype).to(DEVICE)
             with torch.no_grad():
                 y = layer(x)
-            # One rotated token takes the kernel for several: compared with that one, so that the order of sums is equal.
+            # One rotated token takes the kernel for several, whose sums run in another order: compared with that one.
             rotated = ops.walsh_transform(x, order=order, group_size=group)
             assert torch.equal(y, run(torch.cat([rotated, rotated]), weight)[:tokens])
 
