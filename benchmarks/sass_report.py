@@ -175,7 +175,8 @@ class Count:
     @property
     def fetched_times(self) -> float:
         """Bytes of the weight that are asked for, over those it has; the header, which every warp reads, apart."""
-        header = 32.0 * sum(launch.warps for launch, walk in self.parts if "weight" in walk.loads)
+        # Three pieces of 16 bytes, each of which asks for a sector.
+        header = 96.0 * sum(launch.warps for launch, walk in self.parts if "weight" in walk.loads)
         return max(self.loaded_bytes("weight") - header, 0.0) / (self.weight_bytes - 128)
 
     @property

@@ -221,7 +221,6 @@ __device__ __forceinline__ void finish(const Stream<BITS, SLOT, NT, TILES>& main
   using StreamType = Stream<BITS, SLOT, NT, TILES>;
   const GemvProblem& p = main_loop.problem;
   constexpr int outputs = StreamType::sum_words / StreamType::per_output;
-  const float tensor_scale = tensor_scale_of<BITS, SLOT>(header, p);
   const auto add = [](int a, int b) { return fragments::add_sums<SLOT>(a, b); };
   const auto store = [&](int e, int sum) {
     int row, token;
@@ -229,6 +228,8 @@ __device__ __forceinline__ void finish(const Stream<BITS, SLOT, NT, TILES>& main
     const int tile = main_loop.tile_begin + e / outputs;
     const int64_t n = static_cast<int64_t>(tile) * tile_rows + row;
     if (n >= p.rows || token >= p.tokens) return;
+    // Here, where few warps come by.
+    const float tensor_scale = tensor_scale_of<BITS, SLOT>(header, p);
     float total = __int_as_float(sum);
     if constexpr (SLOT == 0) total = __fmul_rn(row_scale<BITS>(p, tile, row), static_cast<float>(sum));
     const float bias = p.bias == nullptr ? 0.0f : activation::load_float(p.bias, p.bias_type, n);

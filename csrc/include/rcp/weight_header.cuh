@@ -18,13 +18,12 @@ inline constexpr uint32_t weight_magic_low = weight_magic_word(0), weight_magic_
 
 // The part of a header that tells one blob from another. Asked for early, looked at when the outputs are stored.
 struct HeaderWords {
-  uint4 first, second;
-  uint32_t columns;
+  uint4 first, second, third;
 };
 
 __device__ __forceinline__ HeaderWords load_header(const uint8_t* blob) {
   return {__ldg(reinterpret_cast<const uint4*>(blob)), __ldg(reinterpret_cast<const uint4*>(blob) + 1),
-          __ldg(reinterpret_cast<const uint32_t*>(blob) + 8)};
+          __ldg(reinterpret_cast<const uint4*>(blob) + 2)};
 }
 
 // The blob's tensor scale; NaN where its magic, version or shape is another.
@@ -33,7 +32,8 @@ __device__ __forceinline__ float header_tensor_scale(const HeaderWords& header, 
   const uint4 &first = header.first, &second = header.second;
   const bool known = first.x == weight_magic_low && first.y == weight_magic_high && first.z == weight_layout_version &&
                      second.x == static_cast<uint32_t>(bits) && second.y == static_cast<uint32_t>(group_size) &&
-                     second.z == static_cast<uint32_t>(rows) && header.columns == static_cast<uint32_t>(columns);
+                     second.z == static_cast<uint32_t>(rows) && header.third.x == static_cast<uint32_t>(columns) &&
+                     (header.third.y | header.third.z | header.third.w) == 0;
   return known ? __uint_as_float(first.w) : __uint_as_float(0x7fffffffu);
 }
 
