@@ -221,6 +221,12 @@ __device__ __forceinline__ void finish(const Stream<BITS, SLOT, NT, TILES>& main
   using StreamType = Stream<BITS, SLOT, NT, TILES>;
   const GemvProblem& p = main_loop.problem;
   constexpr int outputs = StreamType::sum_words / StreamType::per_output;
+  // The comparisons count: with several tokens, whose outputs take all warps, one thread makes them for the block; with
+  // one token the few warps that store any do.
+  float tensor_scale = 0.0f;
+  if constexpr (NT > 0) {
+    if (threadIdx.x == 0) *is_last = __float_as_int(tensor_scale_of<BITS, SLOT>(header, p));
+  }
   const auto add = [](int a, int b) { return fragments::add_sums<SLOT>(a, b); };
   const auto store = [&](int e, int sum) {
     int row, token;
@@ -228,8 +234,7 @@ __device__ __forceinline__ void finish(const Stream<BITS, SLOT, NT, TILES>& main
     const int tile = main_loop.tile_begin + e / outputs;
     const int64_t n = static_cast<int64_t>(tile) * tile_rows + row;
     if (n >= p.rows || token >= p.tokens) return;
-    // Here, where few warps come by.
-    const float tensor_scale = tensor_scale_of<BITS, SLOT>(header, p);
+    if constexpr (NT == 0) tensor_scale = tensor_scale_of<BITS, SLOT>(header, p);
     float total = __int_as_float(sum);
     if constexpr (SLOT == 0) total = __fmul_rn(row_scale<BITS>(p, tile, row), static_cast<float>(sum));
     const float bias = p.bias == nullptr ? 0.0f : activation::load_float(p.bias, p.bias_type, n);
@@ -237,6 +242,7 @@ __device__ __forceinline__ void finish(const Stream<BITS, SLOT, NT, TILES>& main
                             __fmaf_rn(total, __fmul_rn(scale_of(token), tensor_scale), bias));
   };
   __syncthreads();
+  if constexpr (NT > 0) tensor_scale = __int_as_float(*is_last);
   const int count = main_loop.tile_count() * outputs;
   const int active = min(StreamType::warps, main_loop.unit_end - main_loop.unit_begin);
 #pragma unroll 1
