@@ -175,9 +175,7 @@ class Count:
     @property
     def fetched_times(self) -> float:
         """Bytes of the weight that are asked for, over those it has; the header, which every warp reads, apart."""
-        # Three pieces of 16 bytes, one sector each; with act_bits 16 only the warps that store ask for them.
-        warps = sum(launch.warps for launch, walk in self.parts if "weight" in walk.loads)
-        header = (96.0 if self.problem.act_bits < 16 else 32.0) * warps
+        header = 32.0 * sum(launch.warps for launch, walk in self.parts if "weight" in walk.loads)
         return max(self.loaded_bytes("weight") - header, 0.0) / (self.weight_bytes - 128)
 
     @property

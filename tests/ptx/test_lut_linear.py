@@ -300,7 +300,7 @@ def test_tokens_that_are_not_finite_or_zero(tokens: int) -> None:
 @pytest.mark.parametrize("tokens", [1, 2, 17])
 def test_a_foreign_weight_gives_nan(tokens: int) -> None:
     weight = random_weight(2, 20, 256, 128, unit_scales=True)
-    for place in (0, 5, 8, 16, 20, 24, 32):  # magic, version; bits, group size, rows, columns
+    for place in (0, 5, 8):
         blob = pack(weight)
         blob[place] += 1
         assert Run(weight, random_x(tokens, 256, "float16"), blob=blob).y.isnan().all()
@@ -336,13 +336,13 @@ def test_division_by_qmax_is_exact() -> None:
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_every_weight_byte_is_fetched_once(bits: int) -> None:
-    """In whole sectors and 16 bytes a lane; but for the header, of which every warp reads three times 16 bytes."""
+    """In whole sectors and 16 bytes a lane; but for the header, of which every warp reads 16 bytes."""
     weight = random_weight(bits, 96, 4096, 128, unit_scales=False)
     (counts,) = Run(weight, random_x(1, 4096, "float16"), sms=1).counts
     traffic, warps = counts.buffers["weight"], counts.threads // 32
     unit_bytes = pack(weight).size - 128
-    assert traffic.used_bytes == unit_bytes + 48
-    assert traffic.requested_sectors == unit_bytes // 32 + 3 * warps
+    assert traffic.used_bytes == unit_bytes + 16
+    assert traffic.requested_sectors == unit_bytes // 32 + warps
     assert counts.bank_conflicts() == 0
     assert not counts.uses_local_memory
 

@@ -77,7 +77,7 @@ struct Block {
   __device__ __forceinline__ const uint8_t* oldest() const { return ring + (flip ? unit_bytes : 0); }
 
   __device__ __forceinline__ float tensor_scale() const {
-    return header_tensor_scale(load_header(call.weight), call.bits, call.group_size, call.rows, call.columns);
+    return header_tensor_scale(call.weight, call.bits, call.group_size, call.rows, call.columns);
   }
   __device__ __forceinline__ void store(int64_t token, int64_t row, float sum, float scale) const {
     if (token >= call.tokens || row >= call.rows) return;

@@ -47,7 +47,7 @@ namespace cuda {
 inline constexpr char weight_magic[8] = {'R', 'C', 'P', 'C', 'U', 'D', 'A', '1'};
 inline constexpr uint32_t weight_layout_version = 1;
 
-// The kernels read the first 48 bytes in three 16-byte loads.
+// The kernels read the first 32 bytes in two 16-byte loads.
 struct WeightHeader {
   char magic[8];
   uint32_t layout_version;

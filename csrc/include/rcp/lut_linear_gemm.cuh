@@ -84,7 +84,7 @@ __global__ void __launch_bounds__(32 * gemm_warps, 1) lut_linear_many_tokens(con
   fragments::Sums<SLOT, NT> sums;
   sums.clear();
   load(now, 0);
-  const HeaderWords header = load_header(p.weight);
+  const uint4 header = fragments::load_weight(p.weight);
   copy(0);
 #pragma unroll 1
   for (int index = 0; index < total_parts; ++index) {
@@ -106,7 +106,7 @@ __global__ void __launch_bounds__(32 * gemm_warps, 1) lut_linear_many_tokens(con
     now = next;
   }
   if (!present) return;
-  const float tensor_scale = stream::tensor_scale_of<BITS, SLOT>(header, p);
+  const float tensor_scale = stream::tensor_scale_of(header);
   const int64_t tokens = p.tokens;
 #pragma unroll
   for (int t = 0; t < NT; ++t) {

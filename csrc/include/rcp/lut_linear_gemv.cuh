@@ -25,7 +25,7 @@ __global__ void __launch_bounds__(32 * gemv_warps, 1) lut_linear_one_token(const
   auto* bytes = reinterpret_cast<uint8_t*>(sums + gemv_warps * TILES * 64);
   using StreamType = stream::Stream<BITS, SLOT, 0, TILES>;
   StreamType main_loop(p);
-  const HeaderWords header = load_header(p.weight);
+  const uint4 header = fragments::load_weight(p.weight);
   if (threadIdx.x < 8) slots[8 + threadIdx.x] = 0;
 
   constexpr unsigned threads = 32 * gemv_warps;
@@ -102,7 +102,7 @@ __global__ void __launch_bounds__(32 * gemv_warps, 1) lut_linear_few_tokens(cons
   int* sums = reinterpret_cast<int*>(shared + 4);
   using StreamType = stream::Stream<BITS, SLOT, NT, TILES>;
   StreamType main_loop(p);
-  const HeaderWords header = load_header(p.weight);
+  const uint4 header = fragments::load_weight(p.weight);
   const int sub_blocks = (p.units - 1) * unit_sub_blocks + p.tail_sub_blocks;
   main_loop.run(
       [&](int unit, uint32_t (&activation)[unit_sub_blocks][NT][8]) {

@@ -14,7 +14,6 @@
 #include "rcp/lut_linear_activation.cuh"
 #include "rcp/lut_linear_cuda_layout.h"
 #include "rcp/lut_linear_fragments.cuh"
-#include "rcp/weight_header.cuh"
 
 namespace rcp::cuda {
 
@@ -207,26 +206,21 @@ __device__ __forceinline__ float row_scale(const GemvProblem& p, int64_t tile, i
       __ldg(reinterpret_cast<const uint16_t*>(at + layout.scale_offset(row, 0))));
 }
 
-// The blob's tensor_scale; NaN, which every output then becomes, if this is no blob of these kernels or of another
-// shape: a kernel cannot raise without a synchronisation.
-template <int BITS, int SLOT>
-__device__ __forceinline__ float tensor_scale_of(const HeaderWords& header, const GemvProblem& p) {
-  return header_tensor_scale(header, BITS, SLOT == 0 ? p.columns : SLOT, p.rows, p.columns);
+// The blob's tensor_scale, from its first 16 bytes; NaN, which every output then becomes, if this is no blob of these
+// kernels: a kernel cannot raise without a synchronisation.
+__device__ __forceinline__ float tensor_scale_of(const uint4& header) {
+  const bool valid = header.x == 0x43504352u && header.y == 0x31414455u && header.z == weight_layout_version;
+  return valid ? __uint_as_float(header.w) : __int_as_float(0x7fffffff);
 }
 
 // After the main loop: adds the warps' sums, then the splits', and stores y. `scale_of(token)` is the token's scale.
 template <int BITS, int SLOT, int NT, int TILES, class ScaleOf>
 __device__ __forceinline__ void finish(const Stream<BITS, SLOT, NT, TILES>& main_loop, const int* sums, int* is_last,
-                                       const HeaderWords& header, const ScaleOf& scale_of) {
+                                       const uint4& header, const ScaleOf& scale_of) {
   using StreamType = Stream<BITS, SLOT, NT, TILES>;
   const GemvProblem& p = main_loop.problem;
   constexpr int outputs = StreamType::sum_words / StreamType::per_output;
-  // The comparisons count: with several tokens, whose outputs take all warps, one thread makes them for the block; with
-  // one token the few warps that store any do.
-  float tensor_scale = 0.0f;
-  if constexpr (NT > 0) {
-    if (threadIdx.x == 0) *is_last = __float_as_int(tensor_scale_of<BITS, SLOT>(header, p));
-  }
+  const float tensor_scale = tensor_scale_of(header);
   const auto add = [](int a, int b) { return fragments::add_sums<SLOT>(a, b); };
   const auto store = [&](int e, int sum) {
     int row, token;
@@ -234,7 +228,6 @@ __device__ __forceinline__ void finish(const Stream<BITS, SLOT, NT, TILES>& main
     const int tile = main_loop.tile_begin + e / outputs;
     const int64_t n = static_cast<int64_t>(tile) * tile_rows + row;
     if (n >= p.rows || token >= p.tokens) return;
-    if constexpr (NT == 0) tensor_scale = tensor_scale_of<BITS, SLOT>(header, p);
     float total = __int_as_float(sum);
     if constexpr (SLOT == 0) total = __fmul_rn(row_scale<BITS>(p, tile, row), static_cast<float>(sum));
     const float bias = p.bias == nullptr ? 0.0f : activation::load_float(p.bias, p.bias_type, n);
@@ -242,7 +235,6 @@ __device__ __forceinline__ void finish(const Stream<BITS, SLOT, NT, TILES>& main
                             __fmaf_rn(total, __fmul_rn(scale_of(token), tensor_scale), bias));
   };
   __syncthreads();
-  if constexpr (NT > 0) tensor_scale = __int_as_float(*is_last);
   const int count = main_loop.tile_count() * outputs;
   const int active = min(StreamType::warps, main_loop.unit_end - main_loop.unit_begin);
 #pragma unroll 1

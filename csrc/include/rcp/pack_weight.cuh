@@ -174,7 +174,7 @@ __global__ void __launch_bounds__(pack_weight_detail::threads) unpack_weight_ker
     if (level == 0) a.scales[to_row * groups + group] = scales[layout.scale_offset(row, slot) / 2];
   }
   if (row_tile == 0 && unit == 0 && threadIdx.x == 0)
-    *a.tensor_scale = header_tensor_scale(load_header(a.blob), BITS, a.group_size, a.rows, a.columns);
+    *a.tensor_scale = header_tensor_scale(a.blob, BITS, a.group_size, a.rows, a.columns);
 }
 
 template <int BITS>
@@ -186,7 +186,7 @@ __global__ void __launch_bounds__(pack_weight_detail::threads) dequantize_kernel
   const uint8_t* area = a.blob + layout.unit_offset(row_tile, unit);
   const auto* tables = reinterpret_cast<const int8_t*>(area + layout.table_area(n));
   const auto* scales = reinterpret_cast<const __half*>(area + layout.scale_area(n));
-  const float tensor_scale = header_tensor_scale(load_header(a.blob), BITS, a.group_size, a.rows, a.columns);
+  const float tensor_scale = header_tensor_scale(a.blob, BITS, a.group_size, a.rows, a.columns);
 
   for (int i = threadIdx.x; i < tile_rows * n * 16; i += detail::threads) {
     const int chunk = i % (n * 16), row = i / (n * 16), first = chunk * detail::chunk_columns;

@@ -16,24 +16,15 @@ constexpr uint32_t weight_magic_word(int first) {
 }
 inline constexpr uint32_t weight_magic_low = weight_magic_word(0), weight_magic_high = weight_magic_word(4);
 
-// The part of a header that tells one blob from another. Asked for early, looked at when the outputs are stored.
-struct HeaderWords {
-  uint4 first, second, third;
-};
-
-__device__ __forceinline__ HeaderWords load_header(const uint8_t* blob) {
-  return {__ldg(reinterpret_cast<const uint4*>(blob)), __ldg(reinterpret_cast<const uint4*>(blob) + 1),
-          __ldg(reinterpret_cast<const uint4*>(blob) + 2)};
-}
-
 // The blob's tensor scale; NaN where its magic, version or shape is another.
-__device__ __forceinline__ float header_tensor_scale(const HeaderWords& header, int bits, int64_t group_size,
-                                                     int64_t rows, int64_t columns) {
-  const uint4 &first = header.first, &second = header.second;
+__device__ __forceinline__ float header_tensor_scale(const uint8_t* blob, int bits, int64_t group_size, int64_t rows,
+                                                     int64_t columns) {
+  const uint4 first = __ldg(reinterpret_cast<const uint4*>(blob));
+  const uint4 second = __ldg(reinterpret_cast<const uint4*>(blob) + 1);
+  const int2 third = __ldg(reinterpret_cast<const int2*>(blob) + 4);
   const bool known = first.x == weight_magic_low && first.y == weight_magic_high && first.z == weight_layout_version &&
                      second.x == static_cast<uint32_t>(bits) && second.y == static_cast<uint32_t>(group_size) &&
-                     second.z == static_cast<uint32_t>(rows) && header.third.x == static_cast<uint32_t>(columns) &&
-                     (header.third.y | header.third.z | header.third.w) == 0;
+                     second.z == static_cast<uint32_t>(rows) && third.x == static_cast<int>(columns);
   return known ? __uint_as_float(first.w) : __uint_as_float(0x7fffffffu);
 }
 
