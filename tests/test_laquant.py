@@ -10,6 +10,8 @@ from torch.nn import functional as F
 from rcp_kernels import QuantLinear
 from rcp_kernels.methods.calibration import first_layer_inputs, run_layer
 from rcp_kernels.methods.laquant import LaquantConfig, laquant_quantize_model
+from rcp_kernels.methods.rcp_config import Diverged
+from rcp_kernels.methods.uniform import UniformQuantizer
 
 transformers = pytest.importorskip("transformers")
 
@@ -45,6 +47,11 @@ def same(first, second) -> bool:
     )
 
 
+def packed_levels(packed) -> torch.Tensor:
+    """int64 [N, groups, 2**bits], also of a weight that stores the first level only."""
+    return getattr(packed, "as_table", lambda: packed)().levels.to(torch.int64)
+
+
 @pytest.mark.parametrize("lookahead", [0, 1])
 def test_training_lowers_every_layers_loss_and_the_result_is_what_was_trained(model, ids, lookahead):
     reference, seen = copy.deepcopy(model), []
@@ -55,6 +62,8 @@ def test_training_lowers_every_layers_loss_and_the_result_is_what_was_trained(mo
     assert len(seen) == 3 * 3 * 3  # layers, epochs, batches of 5 sequences by 2
     assert seen[-1][:2] == (2, 9)
     assert len(result.weights) == 3 * 7
+    steps = torch.cat([packed_levels(packed).diff(dim=-1).flatten() for packed in result.weights.values()])
+    assert steps.unique().tolist() == [16]  # evenly spaced in int8: no table is needed
     for name, packed in result.weights.items():
         layer = model.get_submodule(name)
         assert isinstance(layer, QuantLinear)
@@ -163,7 +172,7 @@ def test_another_run_in_the_directory_is_refused(model, ids, tmp_path):
 def test_a_loss_that_is_not_finite_names_the_layer(model, ids, tmp_path):
     with torch.no_grad():
         model.model.layers[1].input_layernorm.weight.fill_(float("nan"))
-    with pytest.raises(FloatingPointError, match=r"loss of model\.layers\.0 must be finite, got nan at step 0"):
+    with pytest.raises(Diverged, match=r"loss of model\.layers\.0 must be finite, got nan at step 0"):
         laquant_quantize_model(model, ids, CONFIG, directory=tmp_path)
 
 
@@ -184,3 +193,32 @@ def test_bad_settings_are_refused(change, message):
 def test_bad_calibration_is_refused(model):
     with pytest.raises(ValueError, match="shorter than one sequence"):
         laquant_quantize_model(model, torch.zeros(1, 1, dtype=torch.int64), CONFIG)
+    with pytest.raises(ValueError, match=r"token ids must be in \[0, 97\), the model's vocabulary, got 97"):
+        laquant_quantize_model(model, torch.tensor([[1, 97]]), CONFIG)
+
+
+def test_the_start_weighs_each_input_by_its_size(model, ids, monkeypatch):
+    """The sums of squares that the clip search gets, against hooks on the whole float model."""
+    seen: list[torch.Tensor] = []
+    expected: dict[str, torch.Tensor] = {}
+    real = UniformQuantizer.init_clip_search
+
+    def keep(self, weight, importance):
+        seen.append(importance)
+        real(self, weight, importance)
+
+    first = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and "layers.0." in name]
+    for name in first:
+
+        def hook(module, args, name=name):
+            expected[name] = expected.get(name, 0) + args[0].detach().double().square().sum((0, 1))
+
+        model.get_submodule(name).register_forward_pre_hook(hook)
+    with torch.no_grad():
+        model(ids)
+    for name in first:
+        model.get_submodule(name)._forward_pre_hooks.clear()
+    monkeypatch.setattr(UniformQuantizer, "init_clip_search", keep)
+    laquant_quantize_model(model, ids, LaquantConfig(**{**vars(CONFIG), "epochs": 1}))
+    for name, importance in zip(first, seen[:7], strict=True):
+        torch.testing.assert_close(importance.double(), expected[name], rtol=1e-4, atol=1e-6)

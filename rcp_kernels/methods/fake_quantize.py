@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..formats import LEVEL_MAX
-from ..quantize import _whole_and_tail
+from ..quantize import whole_and_tail
 
 __all__ = ["fake_quantize", "group_range"]
 
@@ -54,6 +54,7 @@ def fake_quantize(
     *,
     dtype: torch.dtype | None = None,
     through_rounding: bool = False,
+    table: Tensor | None = None,
 ) -> Tensor:
     """Each weight's nearest level, as stored: ``quantize_weight(weight, bits, group_size, levels).dequantize()``.
 
@@ -75,11 +76,15 @@ def fake_quantize(
         group_size: weights along K that share a table.
         dtype: of the result; that of weight by default. The float32 values are rounded to it once.
         through_rounding: see above.
+        table: float32, as levels in shape: the values that are stored for them, each an integer below 2**8 times its
+            group's float16 scale times one power of two; those of :func:`snap` by default.
 
     Returns:
         [N, K].
     """
-    return _FakeQuantize.apply(weight, levels, group_size, weight.dtype if dtype is None else dtype, through_rounding)
+    dtype = weight.dtype if dtype is None else dtype
+    table = snap(levels.detach()) if table is None else table.detach()
+    return _FakeQuantize.apply(weight, levels, table, group_size, dtype, through_rounding)
 
 
 def snap(levels: Tensor) -> Tensor:
@@ -102,7 +107,7 @@ def _chunks(weight: Tensor, group_size: int) -> Iterator[tuple[slice, slice, sli
     rows, in_features = weight.shape
     step = max(1, _CHUNK_WEIGHTS // in_features) if weight.device.type == "cpu" else max(1, rows)
     for start in range(0, rows, step):
-        for columns, groups, length in _whole_and_tail(in_features, group_size):
+        for columns, groups, length in whole_and_tail(in_features, group_size):
             yield slice(start, min(start + step, rows)), columns, groups, length
 
 
@@ -128,9 +133,14 @@ class _Buffers:
 class _FakeQuantize(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, weight: Tensor, levels: Tensor, group_size: int, dtype: torch.dtype, through_rounding: bool
+        ctx: Any,
+        weight: Tensor,
+        levels: Tensor,
+        table: Tensor,
+        group_size: int,
+        dtype: torch.dtype,
+        through_rounding: bool,
     ) -> Tensor:
-        table = snap(levels.detach())
         bounds = table[..., 1:] * 0.5 + table[..., :-1] * 0.5
         first = table[..., :1]
         # A sum of steps is exact: all values are multiples, below 2**8, of one float16 scale times a power of two.
@@ -191,7 +201,7 @@ class _FakeQuantize(torch.autograd.Function):
                     torch.sub(values, low, out=below)
                     torch.sum(mask.mul_(below), -1, out=inside_sums[1, chunk, groups])
         if not want_levels:
-            return grad_weight, None, None, None, None
+            return grad_weight, None, None, None, None, None
         grad_levels = torch.empty_like(levels)
         for k in range(count - 1):
             torch.sub(sums[k], sums[k + 1], out=grad_levels[..., k])
@@ -201,4 +211,4 @@ class _FakeQuantize(torch.autograd.Function):
             at_last = torch.where(span > 0, inside_sums[1] / span, 0.0)
             grad_levels[..., -1] -= at_last
             grad_levels[..., 0] -= inside_sums[0] - at_last
-        return grad_weight, grad_levels, None, None, None
+        return grad_weight, grad_levels, None, None, None, None

@@ -29,9 +29,14 @@ from ..formats import PackedWeight
 from ..models import Layer, describe
 from ..nn import QuantLinear
 from .calibration import check_calibration_ids, first_layer_inputs, run_layer
+from .rcp_config import Diverged
+from .student_state import model_digest
 from .uniform import UniformQuantizer
 
 __all__ = ["LaquantConfig", "LaquantResult", "laquant_quantize_model"]
+
+# Of a stream that go through a layer at once.
+_PASS_TOKENS = 2048
 
 
 @dataclass(frozen=True)
@@ -121,7 +126,7 @@ def laquant_quantize_model(
     Raises:
         ValueError: calibration_ids has another shape or no full sequence, directory holds a run of another config,
             model or text, or the model is unknown.
-        FloatingPointError: a loss is not finite; names the layer, and the layers before it are kept.
+        Diverged: a loss is not finite; names the layer, and the layers before it are kept.
     """
     config = LaquantConfig() if config is None else config
     check_calibration_ids(calibration_ids, "laquant")
@@ -133,13 +138,17 @@ def laquant_quantize_model(
     layers = [model.get_submodule(layer.name) for layer in architecture.layers]
     hidden, keywords = first_layer_inputs(model, calibration_ids)
     streams = _Streams(hidden, memory_budget)
+    exact_layers = 0
     for index, names in enumerate(architecture.layers):
-        # The floating point stream first: afterwards it holds F_l(h_fp), which both losses start from.
-        streams.advance(streams.exact, layers[index], keywords[index])
+        last = min(index + config.lookahead, len(layers) - 1)
+        # The floating point stream goes ahead of the other one: it holds what the loss compares with. The layers that
+        # it goes through are not quantized yet.
+        for ahead in range(exact_layers, last + 1):
+            streams.advance(streams.exact, layers[ahead], keywords[ahead])
+        exact_layers = last + 1
         done = None if store is None else store.load(index)
         if done is None:
-            ahead = index + 1 < len(layers) and config.lookahead == 1
-            following = (layers[index + 1], keywords[index + 1]) if ahead else None
+            following = (layers[last], keywords[last]) if last > index else None
             done = _train_layer(layers[index], names, index, keywords[index], following, streams, config, progress)
             if store is not None:
                 store.save(index, *done)
@@ -170,32 +179,35 @@ def _train_layer(
 ) -> tuple[dict[str, PackedWeight], dict[str, float]]:
     weights: dict[str, nn.Parameter] = {}
     quantizers: dict[str, UniformQuantizer] = {}
+    dtype = getattr(torch, config.dtype)
+    computes_in = torch.autocast(streams.exact.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
+    with computes_in:
+        inputs = _input_squares(layer, names, keywords, streams)
     for full in names.linears:
         name = full.removeprefix(names.name + ".")
         weight = layer.get_parameter(f"{name}.weight").detach()
         weights[name] = nn.Parameter(weight.to(torch.float32, copy=True))
         quantizers[name] = UniformQuantizer(weight.shape, config.bits, config.group_size)
-        quantizers[name].init_clip_search(weight)
-    computes_in = torch.autocast(weight.device.type, torch.bfloat16, enabled=config.dtype == "bfloat16")
+        quantizers[name].init_clip_search(weight, inputs[name])
 
-    def loss_of(batch: Tensor) -> Tensor:
-        values = {f"{name}.weight": quantizers[name](weight) for name, weight in weights.items()}
+    def rounded() -> dict[str, Tensor]:
+        return {f"{name}.weight": quantizers[name](weight, dtype) for name, weight in weights.items()}
 
+    def loss_of(batch: Tensor, values: dict[str, Tensor]) -> Tensor:
         def quantized(hidden: Tensor, **keywords: Any) -> Any:
             return functional_call(layer, values, (hidden,), keywords)
 
-        target = streams.exact[batch]
         with computes_in:
             out = run_layer(quantized, streams.quantized[batch], keywords)
             if following is not None:
-                with torch.no_grad():
-                    target = run_layer(following[0], target, following[1])
                 out = run_layer(following[0], out, following[1])
-        return F.smooth_l1_loss(out.float(), target.float())
+        return F.smooth_l1_loss(out.float(), streams.exact[batch].float())
 
     def mean_loss() -> float:
         with torch.no_grad():
-            parts = [(len(batch), loss_of(batch).item()) for batch in _batches(streams.sequences, config.batch_size)]
+            values = rounded()
+            batches = _batches(streams.sequences, config.batch_size)
+            parts = [(len(batch), loss_of(batch, values).item()) for batch in batches]
         return sum(count * loss for count, loss in parts) / streams.sequences
 
     steps = config.epochs * math.ceil(streams.sequences / config.batch_size)
@@ -213,10 +225,10 @@ def _train_layer(
     before, step = mean_loss(), 0
     for _ in range(config.epochs):
         for batch in _batches(streams.sequences, config.batch_size, generator):
-            loss = loss_of(batch)
+            loss = loss_of(batch, rounded())
             value = loss.item()
             if not math.isfinite(value):
-                raise FloatingPointError(
+                raise Diverged(
                     f"laquant: the loss of {names.name} must be finite, got {value} at step {step}; lower "
                     f"lr_weights ({config.lr_weights}) or lr_quantizer ({config.lr_quantizer})"
                 )
@@ -229,6 +241,29 @@ def _train_layer(
                 progress(index, step, value)
     packed = {f"{names.name}.{name}": quantizers[name].export(weight) for name, weight in weights.items()}
     return packed, {"layer": index, "before": before, "after": mean_loss()}
+
+
+@torch.no_grad()
+def _input_squares(layer: nn.Module, names: Layer, keywords: dict[str, Any], streams: _Streams) -> dict[str, Tensor]:
+    """Of each linear layer the sum of its inputs' squares over the calibration text, float32 [in_features]."""
+    sums: dict[str, Tensor] = {}
+
+    def add(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            square = args[0].to(torch.float32).square().flatten(0, -2).sum(0)
+            sums[name] = sums[name] + square if name in sums else square
+
+        return hook
+
+    linears = [full.removeprefix(names.name + ".") for full in names.linears]
+    handles = [layer.get_submodule(name).register_forward_pre_hook(add(name)) for name in linears]
+    try:
+        for part in streams.parts(streams.quantized):
+            run_layer(layer, part, keywords)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return sums
 
 
 def _batches(count: int, size: int, generator: torch.Generator | None = None) -> Iterator[Tensor]:
@@ -255,9 +290,14 @@ class _Streams:
 
     @torch.no_grad()
     def advance(self, stream: Tensor, layer: nn.Module, keywords: dict[str, Any]) -> None:
-        """Replace a stream by the layer's output, a sequence at a time."""
-        for index in range(self.sequences):
-            stream[index : index + 1] = run_layer(layer, stream[index : index + 1], keywords)
+        """Replace a stream by the layer's output, some sequences at a time."""
+        for part in self.parts(stream):
+            part.copy_(run_layer(layer, part, keywords))
+
+    @staticmethod
+    def parts(stream: Tensor) -> tuple[Tensor, ...]:
+        """The stream, some sequences at a time."""
+        return stream.split(max(1, _PASS_TOKENS // stream.shape[1]))
 
 
 class _Store:
@@ -265,10 +305,9 @@ class _Store:
 
     def __init__(self, directory: Path, model: nn.Module, ids: Tensor, config: LaquantConfig) -> None:
         self.directory = directory
-        first = next(model.parameters()).detach().to(torch.float64)
         record = {
             **asdict(config),
-            "model": [type(model).__name__, sum(p.numel() for p in model.parameters()), float(first.sum())],
+            "model": model_digest(model),
             "calibration": [*ids.shape, int((ids * torch.arange(1, ids.numel() + 1).view(ids.shape)).sum())],
         }
         directory.mkdir(parents=True, exist_ok=True)

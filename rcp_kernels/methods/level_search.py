@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..quantize import _KMEANS_ITERATIONS, _kmeans_levels, _whole_and_tail
+from .. import quantize
 
 __all__ = ["CLIP_RATIOS", "clip_search", "for_each_group", "kmeans_levels"]
 
@@ -41,7 +41,7 @@ def for_each_group(
     chunks = []
     for start in range(0, rows, step):
         parts = []
-        for columns, _, length in _whole_and_tail(in_features, group_size):
+        for columns, _, length in quantize.whole_and_tail(in_features, group_size):
             values = weight[start : start + step, columns].to(torch.float32)
             share = None
             if importance is not None:
@@ -107,20 +107,20 @@ def kmeans_levels(groups: Tensor, count: int, importance: Tensor | None = None) 
         float32 [C, count], ascending.
     """
     if importance is None:
-        return _kmeans_levels(groups, count)
+        return quantize.kmeans_levels(groups, count)
     ordered, order = groups.sort(dim=1)
     mass = importance.gather(1, order).to(torch.float64)
     mass = torch.where(mass.sum(1, keepdim=True) > 0, mass, 1.0)
     pad = torch.nn.functional.pad
     mass_before = pad(mass.cumsum(1), (1, 0))
     moment_before = pad((mass * ordered).cumsum_(1), (1, 0))
-    # The start of quantize._kmeans_levels, which counts weights, not their importance: levels cover the whole range.
+    # The start of quantize.kmeans_levels, which counts weights, not their importance: levels cover the whole range.
     position = (torch.arange(count, dtype=torch.float64, device=groups.device) + 0.5) / count
     low, high = ordered[:, :1].to(torch.float64), ordered[:, -1:].to(torch.float64)
     centers = 0.5 * (ordered[:, (position * ordered.shape[1]).to(torch.int64)] + low + (high - low) * position)
     edges = torch.zeros((ordered.shape[0], count + 1), dtype=torch.int64, device=groups.device)
     edges[:, -1] = ordered.shape[1]
-    for _ in range(_KMEANS_ITERATIONS):
+    for _ in range(quantize.KMEANS_ITERATIONS):
         bounds = (centers[:, 1:] + centers[:, :-1]).mul_(0.5).to(torch.float32)
         inner = torch.searchsorted(ordered, bounds)
         if torch.equal(inner, edges[:, 1:-1]):

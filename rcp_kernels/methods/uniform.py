@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from ..formats import PackedWeight, check_bits, check_group_size, num_groups
-from ..quantize import quantize_weight
+from ..formats import LEVEL_MAX, PackedWeight, check_bits, check_group_size, num_groups
+from ..quantize import _nearest_codes
 from .fake_quantize import fake_quantize, group_range
 from .level_search import clip_search, for_each_group
 
@@ -18,13 +19,17 @@ __all__ = ["UniformQuantizer"]
 class UniformQuantizer(nn.Module):
     """Fake quantization of a weight to evenly spaced levels, ``scale * (code - zero)``, both numbers learned per group.
 
-    The rounding is straight-through (LSQ, Esser et al. 2020, with an offset), so a weight inside the range contributes
-    its rounding error to the gradient of the scale, and a clipped one its level's. The zero-point is a real number:
-    the format stores levels, not zero-points, so nothing asks for an integer (ours).
+    The levels are those that a group needs no table for (ours): in int8 ``a + code * 2**(7 - bits)`` with one integer
+    a, so that a float16 scale and a byte are all that is stored beside the codes, and the zero-point is fine to a
+    ``2**(bits - 7)`` of a step, a sixteenth with 3 bits. All levels fit int8, so zero lies between the level a step
+    below the first one and the last one: weights that are all far from zero get some levels that they do not use.
+
+    The rounding is straight-through (LSQ, Esser et al. 2020, with an offset), that of the zero-point too, so a weight
+    inside the range contributes its rounding error to the gradient of the scale, and a clipped one its level's.
 
     Attributes:
         scale: Parameter float32 [N, ceil(K / group_size)], in units of the weight. A negative one counts as 0.
-        zero: Parameter, of the same shape, in codes.
+        zero: Parameter, of the same shape, in codes. One outside the range that fits int8 counts as the range's end.
         bits: 2, 3 or 4.
         group_size: weights along K that share a table.
         weight_shape: (N, K).
@@ -97,7 +102,8 @@ class UniformQuantizer(nn.Module):
     def levels(self) -> Tensor:
         """The levels before they are snapped, differentiable: float32 [N, groups, 2**bits]."""
         codes = torch.arange(2**self.bits, dtype=torch.float32, device=self.scale.device)
-        return self.scale.clamp(min=0.0)[..., None] * (codes - self.zero[..., None])
+        zero = self.zero.clamp(-self._last_offset() / self._step(), LEVEL_MAX / self._step())
+        return self.scale.clamp(min=0.0)[..., None] * (codes - zero[..., None])
 
     def forward(self, weight: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """The weight as it would be stored, differentiable: the float32 values of ``export(weight).dequantize()``.
@@ -110,7 +116,8 @@ class UniformQuantizer(nn.Module):
             ValueError: another shape.
         """
         self._check(weight)
-        return fake_quantize(weight, self.levels(), self.group_size, dtype=dtype, through_rounding=True)
+        table = _table(*self._snapped())
+        return fake_quantize(weight, self.levels(), self.group_size, dtype=dtype, through_rounding=True, table=table)
 
     @torch.no_grad()
     def export(self, weight: Tensor) -> PackedWeight:
@@ -120,17 +127,49 @@ class UniformQuantizer(nn.Module):
             ValueError: another shape, or NaN or Inf in the weight or the parameters.
         """
         self._check(weight)
-        return quantize_weight(weight, self.bits, self.group_size, self.levels())
+        for name, values in (("weight", weight), ("scale", self.scale), ("zero", self.zero)):
+            if not bool(torch.isfinite(values).all()):
+                raise ValueError(
+                    f"UniformQuantizer: {name} must be finite, got NaN or Inf; lower the learning rate of a training "
+                    f"that diverged, or check the checkpoint for overflow"
+                )
+        levels, scales, exponent = self._snapped()
+        codes = _nearest_codes(weight.detach().to(torch.float32), self.group_size, _table(levels, scales, exponent))
+        return PackedWeight.pack(codes, levels, scales, 2.0**exponent, bits=self.bits, group_size=self.group_size)
+
+    def _step(self) -> int:
+        """Between two int8 levels."""
+        return 1 << (7 - self.bits)
+
+    def _last_offset(self) -> int:
+        """The largest first level that leaves room for the others."""
+        return LEVEL_MAX - (2**self.bits - 1) * self._step()
+
+    @torch.no_grad()
+    def _snapped(self) -> tuple[Tensor, Tensor, int]:
+        """The int8 levels [N, groups, 2**bits], float16 scales [N, groups], and exponent of the tensor scale."""
+        scales = self.scale.clamp(min=0.0) / self._step()
+        peak = float(scales.max())
+        # The largest scale in [2**7, 2**8), as formats.snap_levels puts it.
+        exponent = min(max(math.frexp(peak)[1] - 8, -126), 127) if 0.0 < peak < math.inf else 0
+        stored = (scales.to(torch.float64) * 2.0**-exponent).to(torch.float16)
+        offset = (-self.zero * self._step()).round_().clamp_(-LEVEL_MAX, self._last_offset())
+        codes = torch.arange(2**self.bits, device=offset.device)
+        return (offset[..., None] + codes * self._step()).to(torch.int8), stored, exponent
 
     def extra_repr(self) -> str:
         return f"weight_shape={self.weight_shape}, bits={self.bits}, group_size={self.group_size}"
 
     def _init_range(self, low: Tensor, high: Tensor) -> None:
-        scale = (high - low) / (2**self.bits - 1)
-        # Equal weights: levels from zero to them, as no scale can put all levels onto one value but zero.
-        flat = scale <= 0
-        low = torch.where(flat, low.clamp(max=0.0), low)
-        scale = torch.where(flat, (high.clamp(min=0.0) - low) / (2**self.bits - 1), scale)
+        last = 2**self.bits - 1
+        # The range reaches so far that its levels fit int8: zero is at most a step below it, and not above it. Equal
+        # weights get levels from zero to them, as no scale can put all levels onto one value but zero.
+        flat = high <= low
+        below = self._last_offset() / self._step()
+        low = torch.minimum(low, torch.where(flat, 0.0, high * (below / (below + last))))
+        above = LEVEL_MAX / self._step()
+        high = torch.maximum(high, torch.where(flat, 0.0, low * (1.0 - last / above)))
+        scale = (high - low) / last
         self.scale.copy_(scale)
         self.zero.copy_(torch.where(scale > 0, -low / scale, 0.0))
 
@@ -140,3 +179,8 @@ class UniformQuantizer(nn.Module):
                 f"UniformQuantizer: weight must have the shape {self.weight_shape} that the quantizer was made for, "
                 f"got {tuple(weight.shape)}; make one with weight.shape"
             )
+
+
+def _table(levels: Tensor, scales: Tensor, exponent: int) -> Tensor:
+    """The values of the levels, float32, by the products of ``PackedWeight.dequantize``, which are exact."""
+    return levels.to(torch.float32) * scales.to(torch.float32)[..., None] * 2.0**exponent
