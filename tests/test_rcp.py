@@ -24,7 +24,7 @@ pytest.importorskip("transformers")
 import transformers
 
 from rcp_kernels import QuantLinear, ops
-from rcp_kernels.methods import corpus, rcp, rcp_run, training_state
+from rcp_kernels.methods import corpus, rcp, student_state, training_state
 from rcp_kernels.methods.block_reconstruction import BlockConfig, reconstruct_blocks, schedule
 from rcp_kernels.methods.distillation import LOSSES, Head, distillation_loss, mean_confidence, reverse_weight
 from rcp_kernels.methods.rotate import rotate_model
@@ -332,14 +332,14 @@ def test_a_checkpoint_of_another_model_or_rotation_is_refused(tmp_path, other):
 
 
 def test_the_digest_sees_a_sign_a_row_and_a_place():
-    digests = {rcp_run.model_digest(rotated_tiny_model("hadamard", seed=seed, r2=False)) for seed in (0, 1)}
+    digests = {student_state.model_digest(rotated_tiny_model("hadamard", seed=seed, r2=False)) for seed in (0, 1)}
     model = tiny_model()
-    digests.add(rcp_run.model_digest(model))
-    assert rcp_run.model_digest(copy.deepcopy(model)) in digests
+    digests.add(student_state.model_digest(model))
+    assert student_state.model_digest(copy.deepcopy(model)) in digests
     with torch.no_grad():
         weight = model.model.layers[1].mlp.up_proj.weight
         weight.copy_(weight.flip(0))
-    digests.add(rcp_run.model_digest(model))
+    digests.add(student_state.model_digest(model))
     assert len(digests) == 4
 
 
@@ -457,6 +457,14 @@ def test_too_little_text_is_refused(training, message):
         rcp.train(tiny_model(), training, tiny_windows(1), CONFIG)
 
 
+def test_text_of_another_vocabulary_is_refused():
+    outside = tiny_windows(1)
+    outside[0, 3] = VOCABULARY
+    for windows in ((outside, tiny_windows(1)), (tiny_windows(1), outside)):
+        with pytest.raises(ValueError, match=r"train: \w+: token ids must be in \[0, 96\), .* got 96"):
+            rcp.train(tiny_model(), *windows, CONFIG)
+
+
 def test_a_batch_that_does_not_divide_is_refused():
     with pytest.raises(
         ValueError, match="batch must be a multiple of micro_batch times the processes, got 5 and 2 x 1"
@@ -533,15 +541,41 @@ def test_what_sharding_needs_is_named(tmp_path):
 def test_the_corpus_shares_no_thirteen_words_with_the_held_out_text():
     held_out = "\n".join(pydoc_data.topics.topics.values())
     text = corpus.docstring_corpus(("stdlib",))
+    comments = corpus.comment_corpus(("stdlib",))
     assert len(text.text) > 500_000
+    assert len(comments.text) > 100_000
     assert text.dropped > 0
-    assert corpus.overlap(text.text, held_out) == 0.0
+    assert corpus.overlap(text.text + comments.text, held_out) == 0.0
 
 
 def test_the_corpus_is_the_same_again():
     one, again = (corpus.docstring_corpus(("json", "email")) for _ in range(2))
     assert one == again
-    assert one.documents > 10
+    assert len(one.documents) > 10
+
+
+COMMENTS = """\
+# Copyright of somebody. {words}
+
+{words}  # {words}
+# x = f(a[1], b[2]) + g(c[3], d[4]); y = {{e: 5, f: 6}}; z = h(x, y) * 7 ** 8; print(x, y, z, 9, 10, 11, 12, 13, 14)
+# for i in range(10): a[i] = b[i] + c[i]; d[i] = e[i] - f[i]; if a[i] > d[i]: g(a[i], d[i], i); else: h(b[i], c[i], i)
+
+    # {words}
+    #
+    # Another paragraph.
+def f(): ...
+"""
+
+
+def test_comments_are_taken_where_they_are_prose(tmp_path, monkeypatch):
+    words = "These are words of a comment, and enough of them that it says something. " * 3
+    (tmp_path / "package").mkdir()
+    (tmp_path / "package" / "__init__.py").write_text(COMMENTS.format(words=words))
+    (tmp_path / "package" / "latin.py").write_bytes(b"# \xe9" + words.encode())
+    monkeypatch.syspath_prepend(tmp_path)
+    assert corpus.comment_corpus(("package",)).documents == (f"{words.strip()}\n\nAnother paragraph.",)
+    assert corpus.comment_corpus(("package",), exclude=words).documents == ()
 
 
 def test_overlap_counts_runs_of_thirteen_words():

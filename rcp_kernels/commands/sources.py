@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+import functools
+import hashlib
 import json
 import os
+import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +18,20 @@ from torch import Tensor, nn
 from .. import extras
 from ..checkpoint import QUANT_METHOD, QuantizationConfig, load_quantized
 from ..methods import corpus
+from ..methods.generated_text import cached_texts, chat_prompts, generate_texts, opening_prompts
+from ..methods.reasoning_text import reasoning_questions
+from ..methods.student_state import model_digest
 
 __all__ = ["encode", "group_size_of", "held_out_text", "is_quantized", "load_any", "load_float", "training_text"]
 
+_NUMBER = re.compile(r"\d+")
 _CHARACTERS_PER_TOKEN = 8  # of English about four; twice as many leave no doubt
+# Percent of the tokens. The model's own text costs as much to write as a quarter of the updates that it is used in.
+_SHARES = {
+    "mixed": {"docstrings": 40, "comments": 40, "generated": 20},
+    "generated": {"generated": 100},
+    "reasoning": {"reasoning": 100},
+}
 
 
 def load_float(name: str) -> tuple[nn.Module, Any]:
@@ -27,7 +42,8 @@ def load_float(name: str) -> tuple[nn.Module, Any]:
 
     Raises:
         MissingExtra: a package is missing.
-        ValueError: the model is quantized, by whatever method, or weights are missing from its files.
+        ValueError: the model is quantized, by whatever method, or its files are damaged or have other weights than
+            its config.json asks for.
         OSError: no such model.
     """
     from .. import demo
@@ -42,7 +58,8 @@ def load_float(name: str) -> tuple[nn.Module, Any]:
     # A hub id is NAME or OWNER/NAME; transformers would look for a mistyped path there.
     if not path.is_dir() and (path.is_absolute() or name[:1] in (".", "~") or name.count("/") > 1):
         raise FileNotFoundError(f"model: {name} must be a model's directory, got no such directory; check the path")
-    extras.require("transformers")
+    extras.require("transformers", "safetensors")
+    from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     if path.is_dir():
@@ -55,14 +72,30 @@ def load_float(name: str) -> tuple[nn.Module, Any]:
             f"made of"
         )
     tokenizer = AutoTokenizer.from_pretrained(name)
-    loaded: Any = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
-    model, report = loaded
-    missing = sorted(report["missing_keys"])
-    if missing:
-        raise ValueError(
-            f"model: the files of {name} must have every weight, got {len(missing)} missing, {missing[:3]}; copy the "
-            f"model again"
+    try:
+        # Sizes that do not fit are refused below, by name.
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            name, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
         )
+    except SafetensorError as error:
+        raise ValueError(
+            f"model: the weights of {name} must be whole safetensors files, got {error}; copy the model again"
+        ) from None
+    model, report = loaded
+    mismatched = sorted(key if isinstance(key, str) else key[0] for key in report["mismatched_keys"])
+    # More layers than config.json has; other parts, such as an image encoder, may stay unused.
+    patterns = {_NUMBER.sub("0", key) for key in model.state_dict()}
+    unused = sorted(key for key in report["unexpected_keys"] if _NUMBER.sub("0", key) in patterns)
+    for found, rule in (
+        (sorted(report["missing_keys"]), "have every weight that config.json asks for"),
+        (unused, "have no layer that config.json does not ask for"),
+        (mismatched, "have weights of the sizes in config.json"),
+    ):
+        if found:
+            raise ValueError(
+                f"model: the files of {name} must {rule}, got {len(found)} that break this, {found[:3]}; copy the "
+                f"model and its config.json again"
+            )
     return model.eval(), tokenizer
 
 
@@ -102,22 +135,149 @@ def encode(tokenizer: Any, text: str) -> Tensor:
     return ids[0]
 
 
-def training_text(name: str | None, tokens: int) -> tuple[str, dict[str, Any]]:
+def training_text(
+    name: str | None,
+    tokens: int,
+    *,
+    model: nn.Module | None = None,
+    tokenizer: Any = None,
+    seed: int = 0,
+    progress: Callable[[str, int, int, str], None] = lambda *_: None,
+) -> tuple[str, dict[str, Any]]:
     """Text to calibrate or train on, and what a report should say of it.
 
     Args:
-        name: a UTF-8 file, "dataset:NAME", or None for docstrings of what is installed.
-        tokens: that will be used of it at most; a dataset is read no further.
+        name: a UTF-8 file, "dataset:NAME", "generated", "mixed", "reasoning", or None for docstrings of what is
+            installed.
+        tokens: that will be used of it at most; a dataset is read no further, and no more is generated.
+        model, tokenizer: that "generated", "mixed" and "reasoning" are written by.
+        seed: of what is written.
+        progress: called with a phase, what is done, what there is, and a text, while it is written.
     """
     if name is None:
         text = corpus.docstring_corpus()
-        facts = {"documents": text.documents, "dropped_paragraphs": text.dropped, "sha256": text.sha256}
-        return text.text, {"text": f"docstrings of {', '.join(corpus.PACKAGES)}", **facts}
+        return text.text, {"text": f"docstrings of {', '.join(corpus.PACKAGES)}", **_facts(text)}
+    if name in _SHARES:
+        if model is None:
+            raise ValueError(f"text: {name} needs a model that writes it, got none; pass a file or a dataset")
+        processes = os.environ.get("WORLD_SIZE", "1")
+        if processes != "1":  # each would write its own, and float sums of two machines differ
+            raise ValueError(f"text: {name} must be written by one process, got {processes}; pass a file or a dataset")
+        return _written_text(name, tokens, model, tokenizer, seed, progress)
     if name.startswith("dataset:"):
         text_ = corpus.dataset_text(name.partition(":")[2], "train", tokens * _CHARACTERS_PER_TOKEN)
     else:
         text_ = corpus.file_text(Path(name))
     return text_, {"text": name, "characters": len(text_)}
+
+
+def _facts(text: corpus.Corpus) -> dict[str, Any]:
+    return {"documents": len(text.documents), "dropped_paragraphs": text.dropped, "sha256": text.sha256}
+
+
+def _written_text(
+    name: str,
+    tokens: int,
+    model: nn.Module,
+    tokenizer: Any,
+    seed: int,
+    progress: Callable[[str, int, int, str], None],
+) -> tuple[str, dict[str, Any]]:
+    """Documents of the kinds of `_SHARES`, or all of them by the model."""
+    shares = {kind: -(-tokens * percent // 100) for kind, percent in _SHARES[name].items()}
+    openings = functools.cache(corpus.docstring_corpus)
+    kinds: dict[str, Callable[[], corpus.Corpus]] = {
+        "docstrings": openings,
+        "comments": corpus.comment_corpus,
+        "generated": lambda: corpus.without_overlap(
+            _generated(openings(), shares["generated"], model, tokenizer, seed, progress)
+        ),
+        "reasoning": lambda: corpus.without_overlap(_reasoning(shares["reasoning"], model, tokenizer, seed, progress)),
+    }
+    documents: list[str] = []
+    facts: dict[str, Any] = {"text": name}
+    for kind, share in shares.items():
+        text = kinds[kind]()
+        # In order: those of Python's own library come first.
+        taken: list[str] = []
+        count = 0
+        for document in text.documents:
+            if count >= share:
+                break
+            taken.append(document)
+            count += encode(tokenizer, document).numel() + 1
+        documents += taken
+        facts[kind] = {**_facts(corpus.Corpus(tuple(taken), text.dropped)), "tokens": count}
+    return "\n\n".join(documents), facts
+
+
+def _generated(
+    openings: corpus.Corpus,
+    tokens: int,
+    model: nn.Module,
+    tokenizer: Any,
+    seed: int,
+    progress: Callable[[str, int, int, str], None],
+) -> list[str]:
+    """About as many tokens as asked for, half of them answers to questions if the model has a chat template."""
+    # Most texts end by themselves: SmolLM2's have 175 tokens with their prompts.
+    count = -(-tokens // 150)
+    questions: list[str] = []
+    if tokenizer.chat_template:
+        questions = corpus.python_questions()
+        chosen = torch.randperm(len(questions), generator=torch.Generator().manual_seed(seed))[: count // 2]
+        questions = chat_prompts(tokenizer, [questions[i] for i in chosen.tolist()])
+    prompts = opening_prompts(tokenizer, openings.documents, count - len(questions), 16, seed)
+    return _continued([*prompts, *questions], 224, model, tokenizer, seed, progress)
+
+
+def _reasoning(
+    tokens: int, model: nn.Module, tokenizer: Any, seed: int, progress: Callable[[str, int, int, str], None]
+) -> list[str]:
+    """About as many tokens as asked for of answers to questions that ask for every step."""
+    # SmolLM2's answers have some 250 tokens with their questions; more than are needed cost time only.
+    questions = chat_prompts(tokenizer, reasoning_questions(-(-tokens // 200), seed))
+    return _continued(questions, 384, model, tokenizer, seed, progress)
+
+
+def _continued(
+    prompts: Sequence[str | Tensor],
+    max_new_tokens: int,
+    model: nn.Module,
+    tokenizer: Any,
+    seed: int,
+    progress: Callable[[str, int, int, str], None],
+) -> list[str]:
+    """Prompts and what the model writes after them, in random order; kept for the next run."""
+    settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": 0.7, "top_p": 1.0, "seed": seed}
+    workers = 2 if next(model.parameters()).device.type == "cpu" else 1
+    asked = [prompt if isinstance(prompt, str) else tokenizer.decode(prompt) for prompt in prompts]
+    conditions = {
+        **settings,
+        "model": model_digest(model),
+        "prompts": hashlib.sha256(json.dumps(asked).encode()).hexdigest(),
+        "workers": workers,
+        "threads": 1 if workers > 1 else torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
+
+    def write() -> list[str]:
+        texts = generate_texts(
+            copy.deepcopy(model).to(torch.bfloat16),
+            tokenizer,
+            prompts,
+            workers=workers,
+            progress=lambda done, total, text: progress("writing text", done, total, text),
+            **settings,
+        )
+        return [tokenizer.decode(text) for text in texts]
+
+    # Prompts come kind by kind: what is taken of them has to be of all kinds.
+    written = cached_texts(
+        Path(os.environ.get("RCP_CACHE_DIR", "~/.cache/rcp_kernels")).expanduser() / "text", conditions, write
+    )
+    order = torch.randperm(len(written), generator=torch.Generator().manual_seed(seed))
+    return [written[i] for i in order.tolist()]
 
 
 def held_out_text(text: Path | None, dataset: str | None, tokens: int) -> tuple[str, str]:

@@ -1,4 +1,4 @@
-"""Text to calibrate and train on, without a download: the docstrings of installed Python sources, in a fixed order.
+"""Text to calibrate and train on, without a download: docstrings and comments of installed Python sources.
 
 The demo's held-out text, ``pydoc_data.topics``, is about the same subject, so every paragraph that shares a run of
 thirteen words with it is dropped (13-grams are the usual unit of contamination checks, Brown et al. 2020, appendix C).
@@ -22,7 +22,19 @@ from torch import Tensor
 
 from .. import extras
 
-__all__ = ["PACKAGES", "Corpus", "dataset_text", "docstring_corpus", "file_text", "overlap", "split_windows"]
+__all__ = [
+    "PACKAGES",
+    "Corpus",
+    "comment_corpus",
+    "dataset_text",
+    "docstring_corpus",
+    "file_text",
+    "held_out_default",
+    "overlap",
+    "python_questions",
+    "split_windows",
+    "without_overlap",
+]
 
 PACKAGES = ("stdlib", "numpy", "torch")
 """What the demo corpus reads: the standard library, and packages that whoever trains has installed."""
@@ -33,6 +45,10 @@ _NGRAM = 13
 # A docstring of one short line says little and there are tens of thousands of them ("See base class.").
 _SHORTEST = 200
 _WORDS = re.compile(r"[a-z0-9]+")
+# A comment is prose if most of what white space separates are words: code that was commented out is not.
+_PROSE_WORD = re.compile(r"[(\"'`]*[A-Za-z][a-z'-]*[.,;:!?)\"'`]*")
+_PROSE_SHARE = 0.7
+_BANNER = re.compile(r"copyright|licen[sc]e|all rights|warrant", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -40,16 +56,22 @@ class Corpus:
     """Text with what is needed to say which text it was.
 
     Attributes:
-        text: the documents, an empty line between two.
-        documents: their number.
+        documents: text each.
         dropped: paragraphs left out because they share 13 words in a row with the excluded text.
-        sha256: of the text, hexadecimal.
     """
 
-    text: str
-    documents: int
+    documents: tuple[str, ...]
     dropped: int
-    sha256: str
+
+    @property
+    def text(self) -> str:
+        """The documents, an empty line between two."""
+        return "\n\n".join(self.documents)
+
+    @property
+    def sha256(self) -> str:
+        """Of the text, hexadecimal."""
+        return hashlib.sha256(self.text.encode()).hexdigest()
 
 
 def _sources(package: str) -> Iterator[Path]:
@@ -92,6 +114,68 @@ def overlap(text: str, other: str) -> float:
     return len(runs & _ngrams(other)) / len(runs) if runs else 0.0
 
 
+def _comments(path: Path) -> Iterator[str]:
+    """Runs of lines that are nothing but comments."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (UnicodeDecodeError, OSError):
+        return
+    run: list[str] = []
+    for line in [*lines, ""]:
+        stripped = line.strip()
+        if stripped.startswith("#"):
+            run.append(stripped.lstrip("#!").removeprefix(" "))
+        elif run:
+            comment = "\n".join(run).strip()
+            run = []
+            if len(comment) >= _SHORTEST and not _BANNER.search(comment):
+                words = comment.split()
+                if sum(_PROSE_WORD.fullmatch(word) is not None for word in words) >= _PROSE_SHARE * len(words):
+                    yield comment
+
+
+def held_out_default() -> str:
+    """The demo's held-out text: the topics of pydoc's help()."""
+    import pydoc_data.topics
+
+    return "\n".join(pydoc_data.topics.topics.values())
+
+
+def without_overlap(documents: Iterable[str], exclude: str | None = None) -> Corpus:
+    """Documents without the paragraphs that occurred before or share a run of 13 words with a text.
+
+    Args:
+        documents: text each, its paragraphs separated by empty lines; of what is left, less than 200 characters are
+            dropped.
+        exclude: the text; None for pydoc's topics, the demo's held-out text.
+    """
+    forbidden = _ngrams(held_out_default() if exclude is None else exclude)
+    seen: set[bytes] = set()
+    kept: list[str] = []
+    dropped = 0
+    for document in documents:
+        paragraphs = []
+        for paragraph in document.split("\n\n"):
+            # Arguments are documented in the same words in every model file of transformers.
+            key = hashlib.sha256(" ".join(paragraph.split()).encode()).digest()
+            if key in seen:
+                continue
+            seen.add(key)
+            paragraphs.append(paragraph)
+        text = "\n\n".join(paragraphs)
+        # Over the whole document, so that a run across two paragraphs counts.
+        if forbidden & _ngrams(text):
+            allowed = [paragraph for paragraph in paragraphs if not forbidden & _ngrams(paragraph)]
+            dropped += len(paragraphs) - len(allowed)
+            text = "\n\n".join(allowed)
+            if forbidden & _ngrams(text):
+                dropped += len(allowed)
+                continue
+        if len(text) >= _SHORTEST:
+            kept.append(text)
+    return Corpus(tuple(kept), dropped)
+
+
 def docstring_corpus(packages: Sequence[str] = PACKAGES, exclude: str | None = None) -> Corpus:
     """The docstrings of at least 200 characters of whole packages, each once, in an order that does not change.
 
@@ -106,38 +190,35 @@ def docstring_corpus(packages: Sequence[str] = PACKAGES, exclude: str | None = N
     Raises:
         ValueError: a package is not installed.
     """
-    if exclude is None:
-        import pydoc_data.topics
+    files = (path for package in packages for path in _sources(package))
+    return without_overlap((text for path in files for text in _docstrings(path)), exclude)
 
-        exclude = "\n".join(pydoc_data.topics.topics.values())
-    forbidden = _ngrams(exclude)
-    seen: set[bytes] = set()
-    documents: list[str] = []
-    dropped = 0
-    for package in packages:
-        for path in _sources(package):
-            for docstring in _docstrings(path):
-                paragraphs = []
-                for paragraph in docstring.split("\n\n"):
-                    # Arguments are documented in the same words in every model file of transformers.
-                    key = hashlib.sha256(" ".join(paragraph.split()).encode()).digest()
-                    if key in seen:
-                        continue
-                    seen.add(key)
-                    paragraphs.append(paragraph)
-                text = "\n\n".join(paragraphs)
-                # Over the whole docstring, so that a run across two paragraphs counts.
-                if forbidden & _ngrams(text):
-                    kept = [paragraph for paragraph in paragraphs if not forbidden & _ngrams(paragraph)]
-                    dropped += len(paragraphs) - len(kept)
-                    text = "\n\n".join(kept)
-                    if forbidden & _ngrams(text):
-                        dropped += len(kept)
-                        continue
-                if len(text) >= _SHORTEST:
-                    documents.append(text)
-    text = "\n\n".join(documents)
-    return Corpus(text, len(documents), dropped, hashlib.sha256(text.encode()).hexdigest())
+
+def comment_corpus(packages: Sequence[str] = PACKAGES, exclude: str | None = None) -> Corpus:
+    """The comments of whole packages that are prose, as :func:`docstring_corpus` has their docstrings.
+
+    A comment is a run of lines that begin with ``#``, of at least 200 characters of which 70 % of the words are
+    words, and no word of a licence.
+    """
+    files = (path for package in packages for path in _sources(package))
+    return without_overlap((text for path in files for text in _comments(path)), exclude)
+
+
+def python_questions() -> list[str]:
+    """Questions about Python that a model can answer in its own words: four for each keyword, builtin and module."""
+    import builtins
+    import keyword
+
+    names = [f"the keyword `{name}`" for name in (*keyword.kwlist, *keyword.softkwlist) if name != "_"]
+    names += [f"the builtin `{name}`" for name in sorted(dir(builtins)) if not name.startswith("_")]
+    names += [f"the standard module `{name}`" for name in sorted(sys.stdlib_module_names) if not name.startswith("_")]
+    forms = (
+        "Explain {} of Python.",
+        "How does {} of Python work in detail?",
+        "When is {} of Python used, and what must be kept in mind?",
+        "Write a page of reference documentation on {} of Python, in full sentences.",
+    )
+    return [form.format(name) for form in forms for name in names]
 
 
 def file_text(path: Path) -> str:

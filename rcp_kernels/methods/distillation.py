@@ -1,8 +1,9 @@
-"""The loss between a student's and its teacher's next-token distributions, without keeping logits in memory."""
+"""Losses of next-token distributions without keeping logits in memory: a student's on its teacher's, and on text."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-__all__ = ["LOSSES", "Head", "distillation_loss", "mean_confidence"]
+__all__ = ["LOSSES", "Head", "distillation_loss", "mean_confidence", "student_perplexity"]
 
 LOSSES = ("cakld", "forward_kl", "reverse_kl", "symmetric_kl")
 """What :func:`reverse_weight` knows."""
@@ -119,3 +120,29 @@ def mean_confidence(hidden_states: Callable[[Tensor], Tensor], head: Head, batch
             logits = head.logits(part)
             largest.append(torch.exp(logits.amax(-1) - logits.logsumexp(-1)))
     return float(torch.cat(largest).mean())
+
+
+def student_perplexity(
+    decoder: Callable[[Tensor], Tensor],
+    head: Head,
+    windows: Tensor,
+    run: Callable[[Callable[[Any], Any], Iterable[Any]], list[Any]] = lambda f, items: list(map(f, items)),
+) -> float:
+    """exp of the mean negative log-likelihood of the windows' tokens, the first of each excepted.
+
+    Args:
+        decoder: int64 [1, tokens] -> hidden states [tokens, hidden_size] after the final norm.
+        head: of the model.
+        windows: int64 [windows, tokens].
+        run: a map, which may use threads.
+    """
+
+    @torch.no_grad()
+    def loss(window: Tensor) -> float:
+        total = 0.0
+        hidden = decoder(window.unsqueeze(0))[:-1]
+        for part, target in zip(hidden.split(_CHUNK), window[1:].split(_CHUNK), strict=True):
+            total += functional.cross_entropy(head.logits(part), target, reduction="sum").item()
+        return total
+
+    return math.exp(sum(run(loss, windows)) / (windows.shape[0] * (windows.shape[1] - 1)))

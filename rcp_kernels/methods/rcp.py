@@ -12,9 +12,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .rcp_config import PRESETS, RcpConfig
-from .rcp_run import Diverged, Run, TrainResult, copy_student, model_digest, start_student, student_perplexity
+from .calibration import check_vocabulary
+from .distillation import student_perplexity
+from .rcp_config import PRESETS, Diverged, RcpConfig, TrainResult
+from .rcp_run import Run
 from .student import students
+from .student_state import copy_student, model_digest, start_student
 from .training_state import load_state
 
 __all__ = ["PRESETS", "Diverged", "RcpConfig", "TrainResult", "load_trained", "student_perplexity", "train"]
@@ -59,9 +62,39 @@ def train(
             make_student and reconstruct_blocks raise.
         Diverged: the loss became NaN or Inf; names the layer and the checkpoint.
     """
+    _check(model, training, validation, config, directory, accelerator, shard)
     return Run(
         model, training, validation, config, teacher, probes or {}, directory, accelerator, shard, progress
     ).run()
+
+
+def _check(
+    model: nn.Module,
+    training: Tensor,
+    validation: Tensor,
+    config: RcpConfig,
+    directory: Path | None,
+    accelerator: Any,
+    shard: bool,
+) -> None:
+    ranks = 1 if accelerator is None else accelerator.num_processes
+    if config.batch % (config.micro_batch * ranks):
+        raise ValueError(
+            f"train: batch must be a multiple of micro_batch times the processes, got {config.batch} and "
+            f"{config.micro_batch} x {ranks}; change one of them"
+        )
+    if shard and (accelerator is None or directory is None):
+        raise ValueError(
+            f"train: shard needs an accelerator and a directory, got {accelerator} and {directory}; pass "
+            f"both, or shard=False"
+        )
+    for name, windows in (("training", training), ("validation", validation)):
+        if windows.dim() != 2 or windows.shape[0] < 1 or windows.shape[1] < 2:
+            raise ValueError(
+                f"train: {name} must be int64 [windows, tokens] with a window at least, got shape "
+                f"{tuple(windows.shape)}; pass more text or shorter windows"
+            )
+        check_vocabulary(model, windows, f"train: {name}")
 
 
 def load_trained(model: nn.Module, config: RcpConfig, directory: Path) -> None:

@@ -10,157 +10,31 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.nn import functional
 
-from ..models import Architecture, describe
-from ..nn.online_rotation import OnlineRotation
+from ..models import describe
 from .block_reconstruction import BlockState, reconstruct_blocks, schedule
-from .distillation import Head, distillation_loss, mean_confidence, reverse_weight
-from .rcp_config import RcpConfig
-from .student import FakeQuantKV, FakeQuantLinear, held, make_student, students
+from .distillation import Head, distillation_loss, mean_confidence, reverse_weight, student_perplexity
+from .rcp_config import Diverged, RcpConfig, TrainResult
+from .student import FakeQuantKV, first_bad_layer, held, is_finite, students
+from .student_state import (
+    copy_student,
+    model_digest,
+    split_optimizer_state,
+    start_student,
+    student_values,
+    whole,
+    whole_optimizer_state,
+)
 from .training_state import LogFile, load_state, save_state
 
-__all__ = [
-    "Diverged",
-    "Run",
-    "TrainResult",
-    "copy_student",
-    "model_digest",
-    "start_student",
-    "student_perplexity",
-]
+__all__ = ["Run"]
 
 _CONFIDENCE_BATCHES = 10
-_CHUNK = 256
-
-
-class Diverged(RuntimeError):
-    """Training met a loss that is not finite; the last checkpoint is as it was."""
-
-
-@dataclass
-class TrainResult:
-    """What :func:`train` did.
-
-    Attributes:
-        steps: updates made, those before a resume included.
-        tokens: trained on in phase two.
-        best_step: with the lowest validation perplexity; the student has its weights.
-        best_perplexity: on the validation windows.
-        confidence: mean largest probability of the teacher: CAKLD's m.
-        cpu_seconds: of this process, those before a resume included.
-    """
-
-    steps: int
-    tokens: int
-    best_step: int
-    best_perplexity: float
-    confidence: float
-    cpu_seconds: float
-
-
-def student_perplexity(
-    decoder: Callable[[Tensor], Tensor],
-    head: Head,
-    windows: Tensor,
-    run: Callable[[Callable[[Any], Any], Iterable[Any]], list[Any]] = lambda f, items: list(map(f, items)),
-) -> float:
-    """exp of the mean negative log-likelihood of the windows' tokens, the first of each excepted.
-
-    Args:
-        decoder: int64 [1, tokens] -> hidden states [tokens, hidden_size] after the final norm.
-        head: of the model.
-        windows: int64 [windows, tokens].
-        run: a map, which may use threads.
-    """
-
-    @torch.no_grad()
-    def loss(window: Tensor) -> float:
-        total = 0.0
-        hidden = decoder(window.unsqueeze(0))[:-1]
-        for part, target in zip(hidden.split(_CHUNK), window[1:].split(_CHUNK), strict=True):
-            total += functional.cross_entropy(head.logits(part), target, reduction="sum").item()
-        return total
-
-    return math.exp(sum(run(loss, windows)) / (windows.shape[0] * (windows.shape[1] - 1)))
-
-
-def model_digest(model: nn.Module) -> str:
-    """Tells one float model, and one rotation of it, from another: sha256, hexadecimal.
-
-    Of every parameter's name, dtype, shape and the sum of the bits of each row, which no order of summation changes;
-    and of every rotation that runs online: where it is, its state and signs.
-    """
-    digest = hashlib.sha256()
-    integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-    for name, parameter in model.named_parameters():
-        digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}".encode())
-        bits = parameter.detach().view(integers[parameter.element_size()])
-        digest.update(bits.sum(-1, dtype=torch.int64).cpu().numpy().tobytes())
-    for name, module in model.named_modules():
-        if isinstance(module, OnlineRotation):
-            signs = None if module.signs is None else module.signs.tolist()
-            digest.update(f"{name} {module.state().tolist()} {signs}".encode())
-    return digest.hexdigest()
-
-
-def start_student(model: nn.Module, config: RcpConfig, init: str) -> Architecture:
-    """:func:`make_student` with the settings of a training."""
-    return make_student(
-        model,
-        bits=config.bits,
-        group_size=config.group_size,
-        act_bits=config.act_bits,
-        act_clip=config.act_clip,
-        init=init,
-        learn_clip=config.learn_clip,
-        learn_partition=config.learn_partition,
-    )
-
-
-def _student_values(layers: list[FakeQuantLinear]) -> dict[str, Tensor]:
-    """What training changes, and the buffers that stand for what it does not, by name."""
-    return {
-        f"{layer.name}.{name}": value.detach()
-        for layer in layers
-        for name, value in (*layer.named_parameters(), *layer.quantizer.named_buffers(prefix="quantizer"))
-    }
-
-
-def copy_student(layers: list[FakeQuantLinear], state: Mapping[str, Tensor]) -> None:
-    """Give layers the values of a checkpoint, in place; ValueError if it is of another model."""
-    with torch.no_grad():
-        for name, value in _student_values(layers).items():
-            if name not in state or state[name].shape != value.shape:
-                raise ValueError(
-                    f"train: the checkpoint must have {name} of shape {list(value.shape)}; it is another's"
-                )
-            value.copy_(_like(state[name], value))
-
-
-def _full(value: Tensor) -> Tensor:
-    """The whole of a tensor that may be split over processes, all of which have to ask for it."""
-    return value.full_tensor() if isinstance(value, DTensor) else value
-
-
-def _like(value: Tensor, other: Tensor) -> Tensor:
-    """A whole tensor, split as another is."""
-    if not isinstance(other, DTensor):
-        return value
-    return distribute_tensor(value.to(other.device), other.device_mesh, other.placements)
-
-
-def _finite(value: Tensor) -> bool:
-    """Whether all of it, or of this process's part, is finite."""
-    part = value.to_local() if isinstance(value, DTensor) else value
-    return bool(torch.isfinite(part).all())
 
 
 class Run:
@@ -189,7 +63,6 @@ class Run:
         self.training, self.validation, self.probes = training, validation, probes
         self.directory = directory
         self.progress = progress or (lambda *_: None)
-        self._check()
         self.dtype = torch.bfloat16 if config.bf16 else torch.float32
         self.teacher = (
             (copy.deepcopy(model) if teacher is None else teacher).to(self.dtype).eval().requires_grad_(False)
@@ -227,25 +100,6 @@ class Run:
         """The results of a function of each item, from several threads if there are any."""
         return list(map(function, items) if self.pool is None else self.pool.map(function, items))
 
-    def _check(self) -> None:
-        config = self.config
-        if config.batch % (config.micro_batch * self.ranks):
-            raise ValueError(
-                f"train: batch must be a multiple of micro_batch times the processes, got {config.batch} and "
-                f"{config.micro_batch} x {self.ranks}; change one of them"
-            )
-        if self.shard and (self.accelerator is None or self.directory is None):
-            raise ValueError(
-                f"train: shard needs an accelerator and a directory, got {self.accelerator} and {self.directory}; pass "
-                f"both, or shard=False"
-            )
-        for name, windows in (("training", self.training), ("validation", self.validation)):
-            if windows.dim() != 2 or windows.shape[0] < 1 or windows.shape[1] < 2:
-                raise ValueError(
-                    f"train: {name} must be int64 [windows, tokens] with a window at least, got shape "
-                    f"{tuple(windows.shape)}; pass more text or shorter windows"
-                )
-
     # --- checkpoint
 
     def _fingerprint(self) -> str:
@@ -268,16 +122,7 @@ class Run:
         return stored
 
     def _student_state(self) -> dict[str, Tensor]:
-        return {name: _full(value) for name, value in _student_values(self.layers).items()}
-
-    def _optimizer_state(self) -> dict[str, Any] | None:
-        if self.optimizer is None:
-            return None
-        state = self.optimizer.state_dict()
-        whole = {
-            index: {name: _full(value) for name, value in entry.items()} for index, entry in state["state"].items()
-        }
-        return {**state, "state": whole}
+        return {name: whole(value) for name, value in student_values(self.layers).items()}
 
     def _begin_phase_two(self) -> None:
         """Make the optimizer, of parameters that are split over the processes before if they are to be."""
@@ -298,14 +143,7 @@ class Run:
             groups.append({"params": quantizers, "peak": config.quantizer_lr})
         self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, config.beta2), weight_decay=0.0)
         if self.optimizer_state is not None:
-            split = {
-                index: {
-                    name: _like(value, self.parameters[index]) if value.dim() else value
-                    for name, value in entry.items()
-                }
-                for index, entry in self.optimizer_state["state"].items()
-            }
-            self.optimizer.load_state_dict({**self.optimizer_state, "state": split})
+            self.optimizer.load_state_dict(split_optimizer_state(self.optimizer_state, self.parameters))
             self.optimizer_state = None
 
     def _held(self) -> contextlib.AbstractContextManager[None]:
@@ -317,13 +155,14 @@ class Run:
             return
         # The checkpoint that is there must not give way to one that cannot be gone on from.
         for layer in self.layers:
-            if not all(_finite(value) for value in layer.parameters()):
+            if not all(is_finite(value) for value in layer.parameters()):
                 raise Diverged(
                     f"train: weights must be finite, got NaN or Inf after step {self.step} in layer {layer.name}; "
                     f"{self._last_good()}"
                 )
         block = self.block_state
-        student, optimizer = self._student_state(), self._optimizer_state()
+        student = self._student_state()
+        optimizer = None if self.optimizer is None else whole_optimizer_state(self.optimizer)
         if self.rank:
             return
         save_state(
@@ -482,7 +321,7 @@ class Run:
             for parameter in self.parameters if not self.shard else ():  # FSDP2 has averaged its own
                 parameter.grad = self.accelerator.reduce(parameter.grad, "mean")
             loss = self.accelerator.reduce(loss, "mean")
-        norm = _full(nn.utils.clip_grad_norm_(self.parameters, config.max_grad_norm))
+        norm = whole(nn.utils.clip_grad_norm_(self.parameters, config.max_grad_norm))
         if not (math.isfinite(float(loss)) and math.isfinite(float(norm))):
             raise Diverged(
                 f"train: loss and gradient must be finite, got {float(loss)} and a norm of {float(norm)} at step "
@@ -506,30 +345,8 @@ class Run:
         )
         self.progress("steps", self.step, config.steps, f"loss {float(loss):.3f}, {rate:.0f} tokens/s")
 
-    @torch.no_grad()
     def _first_bad_layer(self, ids: Tensor) -> str:
-        """Where it began: a weight, else the first output, else the gradient nearest to the loss that is not finite."""
-        bad: list[str] = []
-
-        def watch(layer: FakeQuantLinear) -> Any:
-            def check(module: nn.Module, args: Any, output: Tensor) -> None:
-                if not bool(torch.isfinite(output).all()):
-                    bad.append(layer.name)
-
-            return layer.register_forward_hook(check)
-
-        for layer in self.layers:
-            if not all(_finite(value) for value in layer.parameters()):
-                return layer.name
-        handles = [watch(layer) for layer in self.layers]
-        with contextlib.suppress(ValueError):  # what refuses NaN comes after the layer that gave it
-            self._student(ids)
-        for handle in handles:
-            handle.remove()
-        for layer in reversed(self.layers):
-            if not all(_finite(p.grad) for p in layer.parameters() if p.grad is not None):
-                bad.append(layer.name)
-        return bad[0] if bad else self.architecture.head
+        return first_bad_layer(self.model, lambda: self._student(ids), self.architecture.head)
 
     def _last_good(self) -> str:
         if self.state_path is None or not self.state_path.exists():

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn import functional
 
 from ..models import Architecture, describe
@@ -235,3 +236,42 @@ def export_student(model: nn.Module) -> None:
         if isinstance(module, FakeQuantLinear):
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, module.export().train(module.training))
+
+
+def is_finite(value: Tensor) -> bool:
+    """Whether all of it, or of this process's part, is finite."""
+    part = value.to_local() if isinstance(value, DTensor) else value
+    return bool(torch.isfinite(part).all())
+
+
+@torch.no_grad()
+def first_bad_layer(model: nn.Module, forward: Callable[[], object], otherwise: str) -> str:
+    """Where NaN or Inf began: a weight, else the first output, else the gradient nearest to the loss.
+
+    Args:
+        model: with layers of :func:`make_student`.
+        forward: runs it on what gave the loss.
+        otherwise: the name if no layer has any.
+    """
+    layers = students(model)
+    bad: list[str] = []
+
+    def watch(layer: FakeQuantLinear) -> Any:
+        def check(module: nn.Module, args: Any, output: Tensor) -> None:
+            if not bool(torch.isfinite(output).all()):
+                bad.append(layer.name)
+
+        return layer.register_forward_hook(check)
+
+    for layer in layers:
+        if not all(is_finite(value) for value in layer.parameters()):
+            return layer.name
+    handles = [watch(layer) for layer in layers]
+    with contextlib.suppress(ValueError):  # what refuses NaN comes after the layer that gave it
+        forward()
+    for handle in handles:
+        handle.remove()
+    for layer in reversed(layers):
+        if not all(is_finite(p.grad) for p in layer.parameters() if p.grad is not None):
+            bad.append(layer.name)
+    return bad[0] if bad else otherwise
