@@ -1,8 +1,6 @@
 """torch.compile, torch.export and AOTInductor of whole quantized language models, rotations and caches included."""
 
 import copy
-import runpy
-from pathlib import Path
 
 import pytest
 import torch
@@ -88,9 +86,3 @@ def test_aot_inductor_runs_what_was_compiled(tmp_path):
         for rows in (5, 33):
             x = torch.randn(rows, 96)
             torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-4)
-
-
-def test_the_example_of_the_page(capsys):
-    path = Path(__file__).parents[1] / "examples" / "torch_compile.py"
-    runpy.run_path(str(path), run_name="example")["main"]("aot_eager")
-    assert capsys.readouterr().out.endswith("exported, saved, loaded: bit-equal: True\n")

@@ -1,0 +1,262 @@
+"""Column- and row-parallel QuantLinear for ``torch.distributed.tensor.parallel.parallelize_module``.
+
+Megatron-LM's two ways to divide a linear layer (Shoeybi et al. 2019), as torch's ColwiseParallel and RowwiseParallel do
+it for ``nn.Linear``. docs/integrations/tensor_parallel.md has the numbers each computes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DeviceMesh, DTensor, Partial, Placement, Replicate, Shard
+from torch.distributed.tensor.parallel import ParallelStyle
+from torch.nn import functional
+
+from ..formats import PackedWeight
+from ..nn.quant_linear import QuantLinear
+from ..sharding import shard_columns, shard_rotation, shard_rows
+
+__all__ = ["ColumnParallelLinear", "RcpColwiseParallel", "RcpRowwiseParallel", "RowParallelLinear"]
+
+_Layouts = tuple[Placement, ...]
+
+
+class RcpColwiseParallel(ParallelStyle):
+    """Divide the outputs of a :class:`QuantLinear` among the ranks: bit-equal to the undivided layer.
+
+    Every rank sees all inputs, and so rotates and quantizes them as one process would.
+    """
+
+    def __init__(
+        self,
+        *,
+        input_layouts: Placement | None = None,
+        output_layouts: Placement | None = None,
+        use_local_output: bool = True,
+    ) -> None:
+        """As ``torch.distributed.tensor.parallel.ColwiseParallel``.
+
+        Args:
+            input_layouts: of an input that is no DTensor; None: Replicate(), the same on all ranks.
+            output_layouts: None: Shard(-1), this rank's outputs; Replicate() gathers them.
+            use_local_output: give a plain tensor instead of a DTensor.
+        """
+        super().__init__()
+        self.input_layouts: _Layouts = (input_layouts or Replicate(),)
+        self.output_layouts: _Layouts = (output_layouts or Shard(-1),)
+        self.use_local_output = use_local_output
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        layer, rank, world = _check("RcpColwiseParallel", module, device_mesh)
+        weight = shard_rows(layer.packed_weight(), rank, world)
+        bias = layer.bias
+        if bias is not None:
+            rows = weight.out_features
+            bias = nn.Parameter(bias.detach()[rank * rows : (rank + 1) * rows], requires_grad=bias.requires_grad)
+        shard = QuantLinear.from_packed(weight, bias, layer.act_bits, layer.act_clip, layer.input_rotation)
+        return _become(
+            ColumnParallelLinear,
+            layer,
+            shard,
+            device_mesh,
+            self.input_layouts,
+            self.output_layouts,
+            self.use_local_output,
+        )
+
+
+class RcpRowwiseParallel(ParallelStyle):
+    """Divide the inputs of a :class:`QuantLinear` among the ranks, and sum what these give in float32.
+
+    Cuts run between groups of the weight, and between blocks of an input rotation, or there is an error. With 4- or
+    8-bit activations the ranks agree on each token's scale first, so that their integers are those of one process.
+    """
+
+    def __init__(
+        self,
+        *,
+        input_layouts: Placement | None = None,
+        output_layouts: Placement | None = None,
+        use_local_output: bool = True,
+    ) -> None:
+        """As ``torch.distributed.tensor.parallel.RowwiseParallel``.
+
+        Args:
+            input_layouts: of an input that is no DTensor; None: Shard(-1), this rank's inputs.
+            output_layouts: None: Replicate(), all outputs on all ranks; Shard(1) of [batch, tokens, out_features]
+                scatters the tokens.
+            use_local_output: give a plain tensor instead of a DTensor.
+        """
+        super().__init__()
+        self.input_layouts: _Layouts = (input_layouts or Shard(-1),)
+        self.output_layouts: _Layouts = (output_layouts or Replicate(),)
+        self.use_local_output = use_local_output
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        layer, rank, world = _check("RcpRowwiseParallel", module, device_mesh)
+        weight = shard_columns(layer.packed_weight(), rank, world)
+        rotation = shard_rotation(layer.input_rotation, rank, world)
+        if world > 1 and layer.act_bits < 16:
+            weight = _with_zero_group(weight)
+        shard = QuantLinear.from_packed(weight, None, layer.act_bits, layer.act_clip)
+        bias = layer.bias
+        parallel = _become(
+            RowParallelLinear, layer, shard, device_mesh, self.input_layouts, self.output_layouts, self.use_local_output
+        )
+        parallel.bias = bias
+        parallel.input_rotation = rotation
+        return parallel
+
+
+class _ParallelLinear(nn.Module):
+    """What a QuantLinear becomes on each rank.
+
+    Attributes:
+        shard: the QuantLinear of this rank's part.
+        in_features, out_features: of the whole layer.
+    """
+
+    shard: QuantLinear
+    in_features: int
+    out_features: int
+    _mesh: DeviceMesh
+    _input_layouts: _Layouts
+    _output_layouts: _Layouts
+    _use_local_output: bool
+
+    def _enter(self, x: Tensor, wanted: Placement, gradient: Placement) -> Tensor:
+        """This rank's tensor of x laid out as wanted; its gradient comes back laid out as ``gradient``."""
+        if not isinstance(x, DTensor):
+            # DTensor's own steps cost more than a small layer: not where they would change nothing.
+            if self._input_layouts == (wanted,) and (
+                wanted == gradient or not (torch.is_grad_enabled() and x.requires_grad)
+            ):
+                return x
+            x = DTensor.from_local(x, self._mesh, self._input_layouts, run_check=False)
+        return x.redistribute(placements=(wanted,)).to_local(grad_placements=(_positive(gradient, x.dim()),))
+
+    def _leave(self, y: DTensor) -> Tensor:
+        y = y.redistribute(placements=self._output_layouts)
+        return y.to_local() if self._use_local_output else y
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, ranks={self._mesh.size()}, "
+            f"input_layouts={self._input_layouts}, output_layouts={self._output_layouts}"
+        )
+
+
+class ColumnParallelLinear(_ParallelLinear):
+    """A QuantLinear whose outputs are divided among the ranks (:class:`RcpColwiseParallel`)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in_features] -> [..., out_features / ranks], or as output_layouts says; in the dtype of x."""
+        y = self.shard(self._enter(x, Replicate(), Partial()))
+        if self._use_local_output and self._output_layouts == (Shard(-1),):
+            return y
+        return self._leave(DTensor.from_local(y, self._mesh, (Shard(-1),), run_check=False))
+
+
+class RowParallelLinear(_ParallelLinear):
+    """A QuantLinear whose inputs are divided among the ranks (:class:`RcpRowwiseParallel`).
+
+    The operator takes a token's scale from the largest magnitude among its inputs. With 4- or 8-bit activations that is
+    to be the largest on all ranks: it comes as the first entry of one more group, whose levels in ``shard`` are zeros.
+
+    Attributes:
+        bias: Parameter [out_features], the same on every rank, or None.
+        input_rotation: of this rank's inputs, or None.
+    """
+
+    bias: nn.Parameter | None
+    input_rotation: nn.Module | None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in_features / ranks], or as input_layouts says -> [..., out_features], in the dtype of x.
+
+        Raises:
+            ValueError: on every rank, NaN or Inf in an x to quantize on any of them.
+        """
+        local = self._enter(x, Shard(-1), Shard(-1))
+        if self.input_rotation is not None:
+            local = self.input_rotation(local)
+        # float32 in, float32 out: a part that is rounded to x.dtype before the sum would be outside the contract.
+        values = local.to(torch.float32)
+        spare = self.shard.in_features - local.shape[-1]
+        if spare:
+            values = torch.cat((values, functional.pad(self._largest(values), (0, spare - 1))), dim=-1)
+        partial = DTensor.from_local(self.shard(values), self._mesh, (Partial(),), run_check=False)
+        y = partial.redistribute(placements=self._output_layouts)
+        if self.bias is not None:
+            y = y + DTensor.from_local(self.bias.to(torch.float32), self._mesh, (Replicate(),), run_check=False)
+        return self._leave(y.to(local.dtype))
+
+    def _largest(self, values: Tensor) -> Tensor:
+        """[..., 1]: each token's largest magnitude on all ranks, and Inf on all where any has NaN or Inf.
+
+        An error that one rank alone finds would leave the others waiting for it.
+        """
+        own = values.detach().abs().amax(dim=-1, keepdim=True)
+        own = torch.where(own.isfinite(), own, torch.inf)
+        largest = DTensor.from_local(own, self._mesh, (Partial("max"),), run_check=False)
+        return largest.redistribute(placements=(Replicate(),)).to_local()
+
+
+def _become(
+    cls: type[_ParallelLinear],
+    layer: nn.Module,
+    shard: QuantLinear,
+    mesh: DeviceMesh,
+    input_layouts: _Layouts,
+    output_layouts: _Layouts,
+    use_local_output: bool,
+) -> _ParallelLinear:
+    """Turn a module into another, in place: parallelize_module has the parent keep the object that it has."""
+    in_features, out_features, training = layer.in_features, layer.out_features, layer.training
+    vars(layer).clear()
+    layer.__class__ = cls
+    assert isinstance(layer, cls)
+    nn.Module.__init__(layer)
+    layer.shard = shard
+    layer.in_features, layer.out_features = in_features, out_features
+    layer._mesh = mesh
+    layer._input_layouts, layer._output_layouts = input_layouts, output_layouts
+    layer._use_local_output = use_local_output
+    return layer.train(training)
+
+
+def _positive(placement: Placement, dimensions: int) -> Placement:
+    """to_local, other than from_local and redistribute, does not count dimensions from the end."""
+    return Shard(placement.dim % dimensions) if isinstance(placement, Shard) else placement
+
+
+def _check(style: str, module: nn.Module, mesh: DeviceMesh) -> tuple[QuantLinear, int, int]:
+    """The layer, this process's rank in the mesh, and the number of ranks."""
+    if not isinstance(module, QuantLinear):
+        raise TypeError(
+            f"{style}: the module must be a QuantLinear, got {type(module).__name__}; quantize the model first, and "
+            f"use torch's own styles for layers in floating point"
+        )
+    if mesh.ndim != 1:
+        raise ValueError(
+            f'{style}: the mesh must have one dimension, got {mesh.ndim}; pass the one to divide over: mesh["tp"]'
+        )
+    if module.packed.device.type != mesh.device_type:
+        raise ValueError(
+            f"{style}: the layer must be on a device of the mesh, {mesh.device_type}, got {module.packed.device}; move "
+            f"the model there, or load its weights, first"
+        )
+    return module, mesh.get_local_rank(), mesh.size()
+
+
+def _with_zero_group(weight: PackedWeight) -> PackedWeight:
+    """The same weight with group_size more columns, all zero."""
+    return replace(
+        weight,
+        codes=functional.pad(weight.codes, (0, weight.group_size * weight.bits // 8)),
+        levels=functional.pad(weight.levels, (0, 0, 0, 1)),
+        scales=functional.pad(weight.scales, (0, 1)),
+        in_features=weight.in_features + weight.group_size,
+    )
