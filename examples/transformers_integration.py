@@ -1,53 +1,56 @@
-"""Load, run and save quantized models through transformers: python examples/transformers_integration.py [DIRECTORY]
+"""A quantized SmolLM2-135M through transformers: python examples/transformers_integration.py [DIRECTORY]
 
-DIRECTORY is one that `rcp-kernels quantize` wrote. Without it, a tiny random model is quantized while it loads.
+DIRECTORY is one that `rcp-kernels quantize` wrote. Without it, the model is quantized while it loads.
 """
 
-import argparse
+import sys
 import tempfile
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from smollm2 import write
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from rcp_kernels.checkpoint import load_quantized
 from rcp_kernels.integrations.transformers import RcpConfig  # also registers the method "rcp" with transformers
+from rcp_kernels.model_card import write_model_card
 from rcp_kernels.nn import QuantizedKVCache
 
 
-def tiny_model(directory: Path) -> None:
-    """Write a random two-layer model in floating point."""
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "vocab_size": 96}
-    config = LlamaConfig(**sizes, num_hidden_layers=2, bos_token_id=1, eos_token_id=2, pad_token_id=0)
-    LlamaForCausalLM(config).save_pretrained(directory)
-
-
 @torch.no_grad()
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("directory", nargs="?")
-    directory = parser.parse_args(arguments).directory
-    ids = torch.tensor([[3, 14, 15, 9, 26, 5]])
+def main(directory: str | None = None) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         if directory is None:
-            torch.manual_seed(0)
-            tiny_model(Path(scratch, "float"))
-            config = RcpConfig(bits=3, group_size=32, act_bits=8, rotation="gsr")
-            model = AutoModelForCausalLM.from_pretrained(Path(scratch, "float"), quantization_config=config)
+            directory = str(Path(scratch, "float"))
+            write(Path(directory))
+            config = RcpConfig(bits=3, group_size=64, act_bits=8, kv_bits=4, rotation="gsr")
+            model = AutoModelForCausalLM.from_pretrained(directory, quantization_config=config)
         else:
             model = AutoModelForCausalLM.from_pretrained(directory)
+        tokenizer = AutoTokenizer.from_pretrained(directory)
+        chat = [{"role": "user", "content": "What is the capital of France? Answer in one sentence."}]
+        ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt")["input_ids"]
 
-        model.save_pretrained(Path(scratch, "saved"))
-        again = AutoModelForCausalLM.from_pretrained(Path(scratch, "saved"))
-    same = torch.equal(again(ids).logits, model(ids).logits)
-    print(f"{model.config.quantization_config.stored.bits} bits, saved and loaded: bit-equal logits: {same}")
-    assert same
+        saved = Path(scratch, "saved")
+        model.save_pretrained(saved)
+        tokenizer.save_pretrained(saved)
+        write_model_card(saved)
+        again = AutoModelForCausalLM.from_pretrained(saved)
+        plain, stored = load_quantized(saved)
+        logits = model(ids).logits
+        same = torch.equal(again(ids).logits, logits) and torch.equal(plain(ids).logits, logits)
+        print(f"{stored.bits} bits, saved and loaded, with transformers and without: bit-equal logits: {same}")
 
     how = {"max_new_tokens": 8, "do_sample": False}
-    print("dynamic cache  ", model.generate(ids, **how)[0].tolist())
-    print("static cache   ", model.generate(ids, cache_implementation="static", **how)[0].tolist())
-    cache = QuantizedKVCache(model.config)
-    print("4-bit cache    ", model.generate(ids, past_key_values=cache, **how)[0].tolist())
+    caches = {
+        "dynamic cache": {},
+        "static cache": {"cache_implementation": "static"},
+        "4-bit cache": {"past_key_values": QuantizedKVCache(model.config)},
+    }
+    for name, cache in caches.items():
+        tokens = model.generate(ids, attention_mask=torch.ones_like(ids), **cache, **how)[0, ids.shape[1] :]
+        print(f"{name}: {tokenizer.decode(tokens)!r}")
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from . import extras
 from .formats import FORMAT_VERSION, check_bits
 from .methods.rotate import Rotated, apply_structure
+from .model_card import write_model_card
 from .models import describe
 from .nn import OnlineRotation, QuantLinear
 
@@ -44,7 +45,7 @@ _FILES = re.compile(
     r"(config|generation_config|report|processor_config|preprocessor_config"
     r"|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab|normalizer|chat_template)\.json"
     r"|model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json"
-    r"|recipe\.yaml|curve\.csv|log\.jsonl|merges\.txt|vocab\.txt|chat_template\.jinja"
+    r"|README\.md|recipe\.yaml|curve\.(csv|png)|log\.jsonl|merges\.txt|vocab\.txt|chat_template\.jinja"
     r"|(tokenizer|spiece|sentencepiece|sentencepiece\.bpe)\.model"
 )
 
@@ -191,7 +192,7 @@ def save_quantized(
     config: QuantizationConfig,
     *,
     tokenizer: Any = None,
-    files: Mapping[str, str] | None = None,
+    files: Mapping[str, str | bytes] | None = None,
 ) -> None:
     """Write a model so that the directory is there whole or as it was before, whatever happens on the way.
 
@@ -203,7 +204,7 @@ def save_quantized(
         directory: to make, or to replace if it holds a model.
         config: must say what the layers are; sha256 and modules_to_not_convert are filled in here.
         tokenizer: its files are written too; None for none.
-        files: more text files by name (a recipe, a report).
+        files: more files by name (a recipe, a report, a plot).
 
     Raises:
         MissingExtra: transformers or safetensors is missing.
@@ -213,7 +214,6 @@ def save_quantized(
     """
     extras.require("transformers", "safetensors")
     from safetensors import SafetensorError
-    from safetensors.torch import save_file
 
     directory = directory.resolve()
     check_output(directory)
@@ -222,34 +222,52 @@ def save_quantized(
     if fields.get("dtype") is None:  # transformers would take it from the first tensor of the file
         fields["dtype"] = str(model.dtype).removeprefix("torch.")
     _check_buffers(model, fields)
-    kept = tuple(name for name, module in model.named_modules() if isinstance(module, nn.Linear))
     temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
     try:
-        weights = temporary / _WEIGHTS
         try:
-            save_file(_tensors(model), weights, metadata={"format": "pt"})
-        except SafetensorError as error:
-            raise OSError(f"save_quantized: cannot write {directory}: {error}; free space on the disk") from error
-        config = dataclasses.replace(config, modules_to_not_convert=kept, sha256=file_sha256(weights))
-        fields.update(architectures=[type(model).__name__], quantization_config=config.to_dict())
-        (temporary / _CONFIG).write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")
-        generation = getattr(model, "generation_config", None)
-        if generation is not None:
-            generation.save_pretrained(temporary)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(temporary)
-        for name, text in (files or {}).items():
-            (temporary / name).write_text(text)
-        for path in temporary.iterdir():
-            if path.is_file():
-                path.chmod(0o644)
-                _flush(path)
-        temporary.chmod(0o755)
-        _flush(temporary)
+            _fill(temporary, model, fields, config, tokenizer, files or {})
+        except (OSError, SafetensorError) as error:
+            raise OSError(
+                f"save_quantized: {directory} must be on a disk with space for the model, got {error}; free some, or "
+                f"choose another: what was there before is untouched"
+            ) from error
         _take_name(temporary, directory)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def _fill(
+    folder: Path,
+    model: nn.Module,
+    fields: dict[str, Any],
+    config: QuantizationConfig,
+    tokenizer: Any,
+    files: Mapping[str, str | bytes],
+) -> None:
+    """Write all files of a model, README.md last as it is of the others, flushed to the disk."""
+    from safetensors.torch import save_file
+
+    weights = folder / _WEIGHTS
+    save_file(_tensors(model), weights, metadata={"format": "pt"})
+    kept = tuple(name for name, module in model.named_modules() if isinstance(module, nn.Linear))
+    config = dataclasses.replace(config, modules_to_not_convert=kept, sha256=file_sha256(weights))
+    fields.update(architectures=[type(model).__name__], quantization_config=config.to_dict())
+    (folder / _CONFIG).write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")
+    generation = getattr(model, "generation_config", None)
+    if generation is not None:
+        generation.save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    for name, content in files.items():
+        (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    write_model_card(folder)
+    for path in folder.iterdir():
+        if path.is_file():
+            path.chmod(0o644)
+            _flush(path)
+    folder.chmod(0o755)
+    _flush(folder)
 
 
 def read_quantization_config(directory: Path) -> tuple[dict[str, Any], QuantizationConfig]:

@@ -1,29 +1,29 @@
 """Quantized models through transformers' own from_pretrained, save_pretrained and generate."""
 
 import json
-import runpy
 import shutil
-from pathlib import Path
+import sys
 
 import pytest
 import torch
 
 pytest.importorskip("transformers", minversion="5")
 pytest.importorskip("safetensors")
+pytest.importorskip("typer")
 
 import transformers
+from language_of_numbers import write_model
 from rotated_models import IDS, logits, make_model
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
+from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import AutoModel, AutoModelForCausalLM
 
-from rcp_kernels import QuantLinear, quantize_model
+from rcp_kernels import QuantLinear, cli, quantize_model
 from rcp_kernels.checkpoint import QuantizationConfig, load_quantized, save_quantized
 from rcp_kernels.integrations.transformers import RcpConfig
 from rcp_kernels.methods.rotate import rotate_model
 from rcp_kernels.nn import QuantizedKVCache
-
-ROOT = Path(__file__).parents[1]
 
 
 def quantized(name="llama", rotation="gsr", bits=2, act_bits=4, dtype=torch.float32):
@@ -284,10 +284,35 @@ def test_generate_with_every_cache(saved):
     assert torch.equal(found, quantized_cache)
 
 
-def test_the_example_of_the_page(capsys, saved):
-    scope = runpy.run_path(str(ROOT / "examples" / "transformers_integration.py"), run_name="example")
-    scope["main"]([])
-    scope["main"]([str(saved[1])])
-    out = capsys.readouterr().out
-    assert [line.split(":")[-1] for line in out.splitlines() if "bit-equal" in line] == [" True", " True"]
-    assert out.count(" cache ") == 6
+def test_generate_with_a_compiled_forward(saved):
+    """One graph for the prompt and one for all steps after it, with the static cache that keeps shapes."""
+    loaded = AutoModelForCausalLM.from_pretrained(saved[1])
+    how = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, "cache_implementation": "static"}
+    expected = loaded.generate(IDS, **how)
+    torch.compiler.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    loaded.forward = torch.compile(loaded.forward, backend=counter)
+    assert torch.equal(loaded.generate(IDS, disable_compile=True, **how), expected)
+    assert counter.frame_count == 2
+
+
+def test_what_the_command_wrote_loads_bit_equal(tmp_path, monkeypatch):
+    """`rcp-kernels quantize` and then nothing but transformers, against the package's own loader."""
+    model, out = write_model(tmp_path / "float"), tmp_path / "out"
+    options = "--method rtn --w-bits 3 --a-bits 8 --kv-bits 4 --group-size 32 --rotation gsr --levels uniform"
+    monkeypatch.setattr(sys, "argv", ["rcp-kernels", "quantize", str(model), "-o", str(out), *options.split()])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert not stop.value.code
+    loaded = AutoModelForCausalLM.from_pretrained(out)
+    plain, _ = load_quantized(out)
+    ids = torch.arange(10).view(1, 10)
+    with torch.no_grad():
+        assert torch.equal(loaded(ids).logits, plain(ids).logits)
+    assert loaded.model.layers[0].mlp.down_proj.input_rotation is not None
+    assert "method: rtn" in (out / "README.md").read_text()
+    data = bytearray((out / "model.safetensors").read_bytes())
+    data[-5] ^= 1
+    (out / "model.safetensors").write_bytes(data)
+    with pytest.raises(ValueError, match=r"sha256 of .* must be the one in config.json"):
+        AutoModelForCausalLM.from_pretrained(out)

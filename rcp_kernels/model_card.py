@@ -1,0 +1,109 @@
+"""README.md of a quantized model's directory: the card that the hub shows, of nothing but what the directory says."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+__all__ = ["model_card", "write_model_card"]
+
+# What `rcp-kernels quantize demo` reads.
+_NAMES = {"demo": "HuggingFaceTB/SmolLM2-135M-Instruct"}
+_CLIPS = ("act_clip", "kv_clip")
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def write_model_card(directory: Path) -> None:
+    """Write README.md into a directory with a quantized model's config.json and weights; one that is there is replaced.
+
+    Raises:
+        OSError, ValueError, KeyError: as :func:`model_card`.
+    """
+    (directory / "README.md").write_text(model_card(directory))
+
+
+def model_card(directory: Path) -> str:
+    """The card of a model: how it is stored, how it was made as far as recipe.yaml says, and how to load it.
+
+    Args:
+        directory: with config.json, safetensors files, and recipe.yaml and tokenizer files if there are any.
+
+    Returns:
+        Markdown with the hub's metadata in front.
+
+    Raises:
+        OSError: no config.json.
+        ValueError, KeyError: it is not the config of a quantized model.
+    """
+    fields = json.loads((directory / "config.json").read_text())
+    stored = fields["quantization_config"]
+    recipe = directory / "recipe.yaml"
+    text = recipe.read_text().strip() if recipe.is_file() else None
+    base = None
+    if text is not None and (found := re.search(r"^model: *['\"]?([^'\"\n]+)", text, re.MULTILINE)):
+        base = _NAMES.get(found[1].strip(), found[1].strip())
+    has_tokenizer = any(directory.glob("tokenizer*"))
+    parts = [
+        _metadata(base, stored["bits"]),
+        f"# {Path(base).name if base else fields['model_type']}, {stored['bits']} bits a weight",
+        f"A causal language model ({fields['architectures'][0]}) whose linear layers were quantized by "
+        f"[rcp-kernels](https://pypi.org/project/rcp-kernels/)."
+        + (f" Base model: `{base}`; its license holds for this one too." if base else ""),
+        _table(stored, directory),
+        _loading(stored, has_tokenizer),
+    ]
+    if text is not None:
+        parts.append(f"## How it was made\n\n`rcp-kernels quantize` with this recipe:\n\n```yaml\n{text}\n```")
+    return "\n\n".join(parts) + "\n"
+
+
+def _metadata(base: str | None, bits: int) -> str:
+    lines = ["library_name: transformers", "pipeline_tag: text-generation"]
+    # A directory of somebody's disk has the form of a hub's name too, where it is relative: then it exists.
+    if base is not None and _HUB_NAME.fullmatch(base) and not Path(base).exists():
+        lines += [f"base_model: {base}", "base_model_relation: quantized"]
+    return "\n".join(["---", *lines, "tags:", "- rcp-kernels", f"- {bits}-bit", "---"])
+
+
+def _table(stored: dict[str, Any], directory: Path) -> str:
+    bits, group = stored["bits"], stored["group_size"]
+    clip = {name: "" if stored[name] == 1.0 else f", clipped at {stored[name]:.4g} of the largest" for name in _CLIPS}
+    rotation = stored["rotation"]
+    online = [] if rotation is None else [name.upper() for name in ("r2", "r3", "r4") if rotation[name]]
+    kept = stored["modules_to_not_convert"]
+    size = sum(path.stat().st_size for path in directory.glob("*.safetensors"))
+    rows = {
+        "weights": f"{bits} bits, {2**bits} levels for each group of {group}: "
+        f"{bits + (8 * 2**bits + 16) / group:.4g} bits a weight with tables and scales",
+        "activations": "16 bits" if stored["act_bits"] == 16 else f"{stored['act_bits']} bits{clip['act_clip']}",
+        "keys and values": "16 bits" if stored["kv_bits"] == 16 else f"{stored['kv_bits']} bits{clip['kv_clip']}",
+        "rotation": "none" if rotation is None else ", ".join([f"R1 {rotation['rotation']}", *online]),
+        "in floating point": ", ".join(kept[:3]) + (f" and {len(kept) - 3} more" if len(kept) > 3 else "") or "none",
+        "weight files": f"{size / 1e6:.1f} MB",
+    }
+    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())])
+
+
+def _loading(stored: dict[str, Any], has_tokenizer: bool) -> str:
+    classes = "AutoModelForCausalLM, AutoTokenizer" if has_tokenizer else "AutoModelForCausalLM"
+    lines = [
+        'import rcp_kernels.integrations.transformers  # registers the method "rcp"',
+        f"from transformers import {classes}",
+        "",
+        'name = "."  # this directory, or the hub\'s name of this repository',
+        "model = AutoModelForCausalLM.from_pretrained(name)",
+    ]
+    if has_tokenizer:
+        lines.append("tokenizer = AutoTokenizer.from_pretrained(name)")
+    if stored["kv_bits"] != 16:
+        lines += [
+            "",
+            "from rcp_kernels.nn import QuantizedKVCache",
+            "",
+            "# A new one for each text: model.generate(..., past_key_values=cache)",
+            f"cache = QuantizedKVCache(model.config, clip={stored['kv_clip']})",
+        ]
+    code = "\n".join(lines)
+    return f"## How to load it\n\n`pip install 'rcp-kernels[integrations]'`, then:\n\n```python\n{code}\n```"
