@@ -6,8 +6,10 @@ several runs after each other, and a run that was stopped loses one cell at most
 
 from __future__ import annotations
 
+import copy
 import csv
 import dataclasses
+import functools
 import itertools
 import json
 import math
@@ -18,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from . import extras, hardware
 from .atomic import write_atomic
@@ -28,7 +31,10 @@ from .commands.sources import encode, group_size_of, held_out_text, load_float
 from .methods.rotate import ROTATIONS, rotate_model
 from .perplexity import perplexity
 
-__all__ = ["CLAIMS", "Cell", "cells", "checks", "read", "run", "table", "write"]
+__all__ = ["CLAIMS", "Cell", "Source", "cells", "checks", "measure", "read", "run", "table", "write"]
+
+Rows = dict[tuple[str, str, str], list[dict[str, Any]]]
+"""Measured cells by format, method and variant, one for each seed."""
 
 FORMATS = {"W2A16": (2, 16, 16), "W2A4": (2, 4, 16), "W2A4KV4": (2, 4, 4)}
 """Bits of weights, activations, and keys and values."""
@@ -41,10 +47,11 @@ _TRAINING = {
     "steps": 0,
     "batch": 8,
     "micro_batch": 4,
+    "warmup": 2,
     "weight_lr": 4e-4,
     "validate_every": 1000,
     "checkpoint_every": 1000,
-    "blocks": {"sequences": 24, "epochs": 1, "batch": 4},
+    "blocks": {"sequences": 16, "epochs": 1, "batch": 4},
 }
 _PARTS: dict[str, tuple[str, dict[str, Any]]] = {
     "uniform": ("none", {"init": "uniform", "learn_clip": False, "learn_partition": False}),
@@ -67,15 +74,22 @@ class Cell:
     @property
     def name(self) -> str:
         """Name of the file, less its suffix."""
-        return "_".join((self.format, self.method, self.variant)).replace("+", "plus_")
+        name = "_".join((self.format, self.method, self.variant)).replace("+", "plus_")
+        return f"{name}_seed{self.seed}" if self.seed else name
+
+    @property
+    def seed(self) -> int:
+        """Of the calibration windows, of random signs and of the training."""
+        return 0 if self.recipe is None else self.recipe.seed
 
 
-def cells(model: str = "demo", steps: int = 10) -> Iterator[Cell]:
+def cells(model: str = "demo", steps: int = 6, seed: int = 0) -> Iterator[Cell]:
     """All cells, the cheap ones and the ones that others are compared with first.
 
     Args:
         model: what quantize takes as MODEL.
         steps: updates of a trained cell, of 8 windows of 256 tokens each.
+        seed: of everything random; which windows of the text are calibrated on depends on it too.
     """
     yield Cell("FP", "float", "none", None)
     for name, (w_bits, a_bits, kv_bits) in FORMATS.items():
@@ -90,12 +104,45 @@ def cells(model: str = "demo", steps: int = 10) -> Iterator[Cell]:
                     kv_bits,
                     levels="kmeans",
                     samples=CALIBRATION,
+                    seed=seed,
                 )
                 yield Cell(name, method, rotation, recipe)
-    yield Cell("W3A16", "gptq", "gsr", Recipe(model, "gptq", "gsr", 3, 16, 16, levels="kmeans", samples=CALIBRATION))
+    three_bits = Recipe(model, "gptq", "gsr", 3, 16, 16, levels="kmeans", samples=CALIBRATION, seed=seed)
+    yield Cell("W3A16", "gptq", "gsr", three_bits)
     for part, (rotation, fields) in _PARTS.items():
         training = {**_TRAINING, **fields, "steps": steps}
-        yield Cell("W2A4KV4", "rcp", part, Recipe(model, "rcp", rotation, 2, 4, 4, training=training))
+        recipe = Recipe(model, "rcp", rotation, 2, 4, 4, sequence=256, training=training, seed=seed)
+        yield Cell("W2A4KV4", "rcp", part, recipe)
+
+
+class Source:
+    """The float model and the texts, each read once for all cells."""
+
+    def __init__(self, name: str) -> None:
+        """Take the name of a model, as quantize does; nothing is read yet."""
+        self._name = name
+        self._windows: dict[tuple[str, int, int, int], tuple[Tensor, dict[str, Any]]] = {}
+
+    @functools.cached_property
+    def _loaded(self) -> tuple[nn.Module, Any]:
+        return load_float(self._name)
+
+    def model(self) -> nn.Module:
+        """A float model of one's own."""
+        return copy.deepcopy(self._loaded[0])
+
+    def windows(self, recipe: Recipe) -> tuple[Tensor, dict[str, Any]]:
+        """What ``quantize.windows_of`` gives for docstrings."""
+        key = (recipe.method, recipe.window, recipe.samples, recipe.seed)
+        if key not in self._windows:
+            self._windows[key] = windows_of(recipe, self._loaded[1])
+        return self._windows[key]
+
+    @functools.cached_property
+    def held_out(self) -> tuple[Tensor, str]:
+        """int64 [tokens] of a text that nothing was calibrated on, all of it, and its name."""
+        text, name = held_out_text(None, None, 0)
+        return encode(self._loaded[1], text), name
 
 
 def run(
@@ -103,8 +150,9 @@ def run(
     *,
     model: str = "demo",
     only: str | None = None,
-    steps: int = 10,
+    steps: int = 6,
     tokens: int = 4096,
+    seed: int = 0,
     log: Callable[[str], None] = lambda _: None,
 ) -> None:
     """Measure the cells that are not there yet.
@@ -115,34 +163,58 @@ def run(
         only: measure cells whose name contains this.
         steps: see :func:`cells`.
         tokens: of pydoc's topics that the perplexity is measured on, in windows of 512.
+        seed: see :func:`cells`; other seeds' cells lie beside each other, and the table shows them all.
         log: called with a line after each cell.
 
     Raises:
-        ValueError: a cell that is there was measured on another number of tokens; or as quantizing raises.
+        ValueError: no cell of this name; a cell that is there was measured on another number of tokens, or by another
+            recipe; or as quantizing raises.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    for cell in cells(model, steps):
+    chosen = [cell for cell in cells(model, steps, seed) if only is None or only in cell.name]
+    if not chosen:
+        raise ValueError(
+            f"ablation: --only must be part of a cell's name, got {only!r}; the names are "
+            f"{', '.join(cell.name for cell in cells(model, steps, seed))}"
+        )
+    source = Source(model)
+    for cell in chosen:
         path = folder / f"{cell.name}.json"
-        if only is not None and only not in cell.name:
-            continue
         if path.exists():
-            found = json.loads(path.read_text())["tokens"]
-            if found != tokens // WINDOW * WINDOW:
-                raise ValueError(
-                    f"ablation: {path} must be measured on {tokens} tokens as this run is, got {found}; use another "
-                    f"folder"
-                )
+            _check_same(path, cell, tokens // WINDOW * WINDOW)
             continue
         log(f"{cell.name}: ...")
-        row = measure(cell, model, tokens)
+        row = measure(cell, source, tokens)
         write_atomic(path, (json.dumps(row, indent=2) + "\n").encode())
         log(f"{cell.name}: perplexity {row['perplexity']:.2f}, {row['cpu_seconds']:.0f} CPU seconds")
 
 
-def measure(cell: Cell, name: str, tokens: int) -> dict[str, Any]:
-    """Quantize a model as a cell says, and measure it."""
+def _check_same(path: Path, cell: Cell, tokens: int) -> None:
+    """Refuse a cell that was measured in another way than this run would."""
+    row = json.loads(path.read_text())
+    if row["tokens"] != tokens:
+        raise ValueError(
+            f"ablation: {path} must be measured on {tokens} tokens as this run is, got {row['tokens']}; use another "
+            f"folder"
+        )
+    recipe = row.get("recipe") or {}
+    for name, value in {} if cell.recipe is None else dataclasses.asdict(cell.recipe).items():
+        if name != "group_size" and name in recipe and recipe[name] != value:
+            raise ValueError(
+                f"ablation: {name} of {path} must be {value!r} as this run's, got {recipe[name]!r}; use another folder"
+            )
+
+
+def measure(cell: Cell, source: Source, tokens: int) -> dict[str, Any]:
+    """Quantize a model as a cell says, and measure it; the seconds are without reading the model and the texts."""
+    ids, text = source.held_out
+    ids = ids[:tokens]
+    calibration: Tensor | None = None
+    trained_on: dict[str, Any] = {}
+    if cell.recipe is not None and cell.recipe.method != "rtn":
+        calibration, trained_on = source.windows(cell.recipe)
+    model = source.model()
     started = time.perf_counter(), time.process_time()
-    model, tokenizer = load_float(name)
     facts: dict[str, Any] = {}
     kv_bits = 16
     if cell.recipe is not None:
@@ -151,21 +223,21 @@ def measure(cell: Cell, name: str, tokens: int) -> dict[str, Any]:
         kv_bits = recipe.kv_bits
         if recipe.rotation != "none":
             rotate_model(model, recipe.rotation, group_size=recipe.group_size, r3=kv_bits != 16, seed=recipe.seed)
-        ids = None
-        if recipe.method != "rtn":
-            ids, facts = windows_of(recipe, tokenizer)
-        result = quantize_layers(model, recipe, ids, None)
-        facts = {"recipe": dataclasses.asdict(recipe), "text_trained_on": facts, "training": result.get("training")}
-    text, source = held_out_text(None, None, tokens)
-    ids = encode(tokenizer, text)[:tokens]
+        result = quantize_layers(model, recipe, calibration, None)
+        facts = {
+            "recipe": dataclasses.asdict(recipe),
+            "text_trained_on": trained_on,
+            "training": result.get("training"),
+        }
     value = perplexity(with_quantized_cache(model, kv_bits), ids, WINDOW)  # type: ignore[arg-type]
     return {
         "format": cell.format,
         "method": cell.method,
         "variant": cell.variant,
+        "seed": cell.seed,
         "perplexity": value,
         "tokens": ids.numel() // WINDOW * WINDOW,
-        "text": source,
+        "text": text,
         "seconds": time.perf_counter() - started[0],
         "cpu_seconds": time.process_time() - started[1],
         "torch_threads": torch.get_num_threads(),
@@ -174,18 +246,23 @@ def measure(cell: Cell, name: str, tokens: int) -> dict[str, Any]:
     }
 
 
-def read(folder: Path) -> dict[tuple[str, str, str], dict[str, Any]]:
-    """The cells that are there, by format, method and variant."""
-    rows = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
-    return {(row["format"], row["method"], row["variant"]): row for row in rows}
+def read(folder: Path) -> Rows:
+    """The cells that are there, by format, method and variant; of several seeds the lowest first."""
+    found: Rows = {}
+    for path in sorted(folder.glob("*.json")):
+        row = json.loads(path.read_text())
+        found.setdefault((row["format"], row["method"], row["variant"]), []).append(row)
+    for rows in found.values():
+        rows.sort(key=lambda row: row.get("seed", 0))
+    return found
 
 
 def table(folder: Path) -> str:
-    """The cells as a Markdown table, and what became of the papers' claims."""
+    """The cells as a Markdown table, several seeds side by side, and what became of the papers' claims."""
     found = read(folder)
 
-    def text(*key: str) -> str:
-        return f"{found[key]['perplexity']:.4g}" if key in found else "-"
+    def text(name: str, method: str, variant: str) -> str:
+        return " / ".join(f"{row['perplexity']:.4g}" for row in found.get((name, method, variant), [])) or "-"
 
     lines = [f"| | {' | '.join(ROTATIONS)} |", "| --- |" + " ---: |" * len(ROTATIONS)]
     lines.append(f"| FP | {text('FP', 'float', 'none')} |" + " |" * (len(ROTATIONS) - 1))
@@ -206,23 +283,30 @@ CLAIMS = (
 """Method, variants from best to worst, and who says so."""
 
 
-def checks(found: dict[tuple[str, str, str], dict[str, Any]]) -> list[str]:
-    """One line for each claim and format whose cells are all there: whether the order holds here."""
+def checks(found: Rows) -> list[str]:
+    """One line for each claim and format whose cells are all there: whether the order holds, of means over seeds."""
+    means = {key: _mean(rows) for key, rows in found.items()}
     lines = []
     for name in FORMATS:
         for method, order, claim in CLAIMS:
             keys = [(name, method, variant) for variant in order]
-            if not all(key in found for key in keys):
+            if not all(key in means for key in keys):
                 continue
-            values = [found[key]["perplexity"] for key in keys]
+            values = [means[key] for key in keys]
             holds = all(a <= b for a, b in itertools.pairwise(values))
             shown = ", ".join(f"{variant} {value:.4g}" for variant, value in zip(order, values, strict=True))
             lines.append(f"{name}: {claim}: {'holds' if holds else 'does not hold'} ({shown})")
-        same = [found.get((name, "rtn", rotation)) for rotation in ("gsr", "local_hadamard")]
+        same = [means.get((name, "rtn", rotation)) for rotation in ("gsr", "local_hadamard")]
         if same[0] and same[1]:
-            ratio = same[0]["perplexity"] / same[1]["perplexity"]
-            lines.append(f"{name}: GSR equals LH under RTN (the same columns in each group): ratio {ratio:.6f}")
+            lines.append(
+                f"{name}: GSR equals LH under RTN (the same columns in each group): ratio {same[0] / same[1]:.6f}"
+            )
     return lines
+
+
+def _mean(rows: list[dict[str, Any]]) -> float:
+    """Of perplexities: the geometric one, as a perplexity is the exponential of what is averaged over text."""
+    return math.exp(sum(math.log(row["perplexity"]) for row in rows) / len(rows))
 
 
 def write(folder: Path, results: Path) -> None:
@@ -236,30 +320,36 @@ def write(folder: Path, results: Path) -> None:
 
     found = read(folder)
     results.mkdir(parents=True, exist_ok=True)
-    fields = ["format", "method", "variant", "perplexity", "tokens", "text", "cpu_seconds"]
+    fields = ["format", "method", "variant", "seed", "perplexity", "tokens", "text", "cpu_seconds"]
     with (results / "ablation.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, fields, extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
-        writer.writerows({**row, "cpu_seconds": round(row["cpu_seconds"], 1)} for row in found.values())
+        for row in itertools.chain.from_iterable(found.values()):
+            writer.writerow({"seed": 0, **row, "cpu_seconds": round(row["cpu_seconds"], 1)})
     panels = [name for name in FORMATS if any(key[0] == name for key in found)]
     if not panels:
         return
     figure = Figure(figsize=(4.5 * len(panels), 4), layout="constrained")
     for axes, name in zip(figure.subplots(1, len(panels), sharey=True, squeeze=False)[0], panels, strict=True):
-        labels, heights, colors = [], [], []
+        labels: list[str] = []
+        heights: list[float] = []
+        colors: list[str] = []
+        seeds: list[tuple[int, float]] = []
         for method, color in (("rtn", "0.6"), ("gptq", "tab:blue"), ("rcp", "tab:orange")):
             for variant in ROTATIONS if method != "rcp" else _PARTS:
-                row = found.get((name, method, variant))
-                if row is not None and math.isfinite(row["perplexity"]):
+                rows = found.get((name, method, variant), [])
+                if rows and math.isfinite(_mean(rows)):
+                    seeds += [(len(labels), row["perplexity"]) for row in rows if len(rows) > 1]
                     labels.append(f"{method} {variant}")
-                    heights.append(row["perplexity"])
+                    heights.append(_mean(rows))
                     colors.append(color)
         axes.bar_label(axes.bar(labels, heights, color=colors), fmt="{:.3g}", fontsize=7)
+        axes.plot([place for place, _ in seeds], [value for _, value in seeds], "k.", ms=3)
         axes.set_title(name)
         axes.set_yscale("log")
         axes.tick_params(axis="x", rotation=90)
         axes.spines[["top", "right"]].set_visible(False)
         if ("FP", "float", "none") in found:
-            axes.axhline(found["FP", "float", "none"]["perplexity"], color="k", lw=0.8, ls="--")
-    figure.supylabel("perplexity (log scale; dashed: float)")
+            axes.axhline(_mean(found["FP", "float", "none"]), color="k", lw=0.8, ls="--")
+    figure.supylabel("perplexity (log scale; dashed: float; dots: seeds)")
     figure.savefig(results / "ablation.png", dpi=120)

@@ -127,6 +127,7 @@ def demo(
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; torch's default without it.")] = None,
     json_path: JsonPath = None,
     plot: Annotated[Path | None, typer.Option(help="Also write a PNG there.", dir_okay=False)] = None,
+    calibrate: Annotated[bool, typer.Option(help="Also 3 and 2 bits by GPTQ + GSR, which takes minutes.")] = True,
 ) -> None:
     """Swap the linear layers of SmolLM2-135M and compare memory, speed and perplexity with torch. Works offline."""
     if tokens < window:
@@ -136,20 +137,18 @@ def demo(
     extras.require(*modules, *(("matplotlib",) if plot else ()))
     _set_threads(threads)
     from . import demo as implementation
+    from . import demo_report
 
     with _progress() as progress:
-        report = implementation.run(progress, tokens=tokens, window=window, new_tokens=new_tokens)
+        report = implementation.run(progress, tokens=tokens, window=window, new_tokens=new_tokens, calibrate=calibrate)
     console = Console()
-    console.print(f'\n"{report.prompt}"', markup=False)
-    for result in report.results:
-        text = " ".join(result.text.split())
-        console.print(f"  {result.name:>10}: {text}", markup=False, highlight=False)
+    console.print(demo_report.texts(report), markup=False, highlight=False)
     console.print()
-    console.print(implementation.table(report))
+    console.print(demo_report.table(report))
     if json_path:
         _write_json(json_path, report.to_dict())
     if plot:
-        implementation.plot(report, plot)
+        demo_report.plot(report, plot)
 
 
 @app.command()

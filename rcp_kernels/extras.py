@@ -52,6 +52,7 @@ EXTRAS = {
         Extra("safetensors", "safetensors", "bench --save", _DEMO),
         Extra("matplotlib", "matplotlib", "plots", _BENCH),
         Extra("torchao", "torchao", "quantize_ with RcpWeightConfig", "pip install 'rcp-kernels[integrations]'"),
+        Extra("vllm", "vllm", "the vLLM plugin", "pip install vllm"),
         Extra("datasets", "datasets", "calibration text by the name of a dataset", "pip install datasets"),
         Extra("pytest_benchmark", "pytest-benchmark", "pytest benchmarks/", _BENCH),
         Extra("llama_cpp", "llama-cpp-python", "bench: ggml as a peer", "pip install llama-cpp-python"),

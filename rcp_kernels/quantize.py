@@ -10,11 +10,12 @@ from torch import Tensor
 
 from .formats import PackedWeight, check_bits, check_group_size, num_groups, snap_levels
 
-__all__ = ["quantize_weight"]
+__all__ = ["KMEANS_ITERATIONS", "kmeans_levels", "quantize_weight", "uniform_levels", "whole_and_tail"]
 
 # Small enough for a chunk and its temporaries to stay in a core's cache while it is passed over several times.
 _CHUNK_WEIGHTS = 1 << 20
-_KMEANS_ITERATIONS = 20
+KMEANS_ITERATIONS = 20
+"""Of Lloyd's algorithm, at most."""
 
 
 def quantize_weight(
@@ -93,7 +94,7 @@ def quantize_weight(
     return PackedWeight.pack(codes, snapped, scales, tensor_scale, bits=bits, group_size=group_size)
 
 
-def _whole_and_tail(in_features: int, group_size: int) -> list[tuple[slice, slice, int]]:
+def whole_and_tail(in_features: int, group_size: int) -> list[tuple[slice, slice, int]]:
     """Columns, groups and group length of the whole groups of a row, then of a shorter last one, if any."""
     whole = in_features // group_size
     tail = in_features % group_size
@@ -117,13 +118,13 @@ def _choose_levels(
     step = _row_step(in_features)
     for start in range(0, rows, step):
         chunk = slice(start, start + step)
-        for columns, groups, length in _whole_and_tail(in_features, group_size):
+        for columns, groups, length in whole_and_tail(in_features, group_size):
             group_rows = weight[chunk, columns].reshape(-1, length)
             values[chunk, groups] = choose(group_rows, shape[2]).view(-1, values[chunk, groups].shape[1], shape[2])
     return values
 
 
-def _uniform_levels(groups: Tensor, count: int) -> Tensor:
+def uniform_levels(groups: Tensor, count: int) -> Tensor:
     """[C, length] -> [C, count], evenly spaced from each group's minimum to its maximum."""
     # In float64, where the span of a group cannot overflow. Rounding keeps this form ascending; a weighted sum of the
     # two ends would not be for a constant group.
@@ -132,7 +133,7 @@ def _uniform_levels(groups: Tensor, count: int) -> Tensor:
     return (low + (high - low) * position).to(torch.float32)
 
 
-def _kmeans_levels(groups: Tensor, count: int) -> Tensor:
+def kmeans_levels(groups: Tensor, count: int) -> Tensor:
     """[C, length] -> [C, count], Lloyd's algorithm in one dimension on each group.
 
     A sorted group's clusters are intervals, so after one sort and one prefix sum an iteration costs a binary search for
@@ -150,7 +151,7 @@ def _kmeans_levels(groups: Tensor, count: int) -> Tensor:
     centers = 0.5 * (ordered[:, (position * length).to(torch.int64)] + low + (high - low) * position)
     edges = torch.zeros((ordered.shape[0], count + 1), dtype=torch.int64, device=groups.device)
     edges[:, -1] = length
-    for _ in range(_KMEANS_ITERATIONS):
+    for _ in range(KMEANS_ITERATIONS):
         bounds = (centers[:, 1:] + centers[:, :-1]).mul_(0.5).to(torch.float32)
         inner = torch.searchsorted(ordered, bounds)
         if torch.equal(inner, edges[:, 1:-1]):
@@ -169,7 +170,7 @@ def _sort_rows(groups: Tensor) -> Tensor:
     return groups.sort(dim=1).values
 
 
-_CHOOSERS: dict[str, Callable[[Tensor, int], Tensor]] = {"uniform": _uniform_levels, "kmeans": _kmeans_levels}
+_CHOOSERS: dict[str, Callable[[Tensor, int], Tensor]] = {"uniform": uniform_levels, "kmeans": kmeans_levels}
 
 
 def _nearest_codes(weight: Tensor, group_size: int, table: Tensor) -> Tensor:
@@ -181,7 +182,7 @@ def _nearest_codes(weight: Tensor, group_size: int, table: Tensor) -> Tensor:
     step = _row_step(in_features)
     for start in range(0, rows, step):
         chunk = slice(start, start + step)
-        for columns, groups, length in _whole_and_tail(in_features, group_size):
+        for columns, groups, length in whole_and_tail(in_features, group_size):
             values = weight[chunk, columns].reshape(-1, length)
             bounds = midpoints[chunk, groups].reshape(-1, midpoints.shape[2])
             nearest = torch.zeros(values.shape, dtype=torch.uint8, device=weight.device)

@@ -77,7 +77,7 @@ def test_the_directory_is_one_of_transformers(tmp_path):
     model, config = quantized()
     save_quantized(model, tmp_path / "out", config, files={"recipe.yaml": "method: rtn\n"})
     names = sorted(path.name for path in (tmp_path / "out").iterdir())
-    assert names == ["config.json", "generation_config.json", "model.safetensors", "recipe.yaml"]
+    assert names == ["README.md", "config.json", "generation_config.json", "model.safetensors", "recipe.yaml"]
     fields = json.loads((tmp_path / "out" / "config.json").read_text())
     assert fields["dtype"] == "float32"
     assert fields["architectures"] == ["LlamaForCausalLM"]

@@ -1,5 +1,6 @@
-"""quantize, eval, generate and ablation from the command line, end to end on a tiny model with its own tokenizer."""
+"""quantize, eval and generate from the command line, end to end on a tiny model with its own tokenizer."""
 
+import errno
 import json
 import shutil
 import sys
@@ -10,19 +11,18 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("typer")
 
-import tokenizers
 import transformers
 import yaml
+from language_of_numbers import WORDS, write_model, write_text
 from safetensors.torch import load_file, save_file
 
-from rcp_kernels import ablation, cli
+from rcp_kernels import checkpoint, cli
 from rcp_kernels.checkpoint import load_quantized
 from rcp_kernels.commands.recipe import Recipe, read_recipe
 from rcp_kernels.commands.sources import group_size_of, is_quantized
-from rcp_kernels.methods import corpus
+from rcp_kernels.methods import rcp_run
 from rcp_kernels.methods.rcp import Diverged
 
-WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "[UNK]", "[EOS]"]
 TRAINING = {
     "steps": 3,
     "batch": 2,
@@ -37,37 +37,12 @@ TRAINING = {
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """A transformers directory with a two-layer model of a twelve-word language."""
-    folder = tmp_path_factory.mktemp("model")
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=len(WORDS),
-        max_position_embeddings=128,
-        eos_token_id=11,
-        bos_token_id=11,
-        pad_token_id=11,
-    )
-    transformers.LlamaForCausalLM(config).save_pretrained(folder)
-    model = tokenizers.models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="[UNK]")
-    tokenizer = tokenizers.Tokenizer(model)
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="[UNK]", eos_token="[EOS]", pad_token="[EOS]"
-    ).save_pretrained(folder)
-    return folder
+    return write_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
-    path = tmp_path_factory.mktemp("text") / "numbers.txt"
-    digits = torch.randint(10, (700,), generator=torch.Generator().manual_seed(0))
-    path.write_text(" ".join(WORDS[i] for i in digits))
-    return path
+    return write_text(tmp_path_factory.mktemp("text") / "numbers.txt")
 
 
 @pytest.fixture
@@ -248,7 +223,74 @@ def test_other_quantized_and_incomplete_models_are_not_float_models(run, model, 
     save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
     code, _, err = run("eval", other)
     assert code == 1
-    assert "must have every weight, got 1 missing, ['model.norm.weight']" in err
+    assert "must have every weight that config.json asks for, got 1 that break this, ['model.norm.weight']" in err
+
+
+def test_files_that_do_not_fit_their_config_are_named(run, model, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(model, other)
+    fields = json.loads((other / "config.json").read_text())
+    for change, message in (
+        ({"num_hidden_layers": 1}, "must have no layer that config.json does not ask for, got 9 that break this"),
+        ({"intermediate_size": 96}, "must have weights of the sizes in config.json, got 6 that break this"),
+    ):
+        (other / "config.json").write_text(json.dumps({**fields, **change}))
+        code, _, err = run("quantize", other, "-o", tmp_path / "out", "--method", "rtn", "--group-size", 32)
+        assert code == 1
+        assert message in err
+    weights = (other / "model.safetensors").read_bytes()
+    (other / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+    code, _, err = run("quantize", other, "-o", tmp_path / "out", "--method", "rtn", "--group-size", 32)
+    assert code == 1
+    assert "must be whole safetensors files, got" in err
+    (tmp_path / "bad.gguf").write_bytes(b"GGUFxxxx")
+    code, _, err = run("quantize", tmp_path / "bad.gguf", "-o", tmp_path / "out")
+    assert code == 1
+    assert "bad.gguf must be a GGUF file of a language model that transformers knows" in err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["model.embed_tokens", "model.norm"])
+def test_values_that_are_not_finite_are_named(run, tmp_path, name):
+    """No layer that is quantized shows them."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(write_model(tmp_path / "model"))
+    with torch.no_grad():
+        model.get_submodule(name).weight.view(-1)[3] = float("nan")
+    model.save_pretrained(tmp_path / "model")
+    arguments = ["--method", "rtn", "--rotation", "none", "--group-size", 32]
+    code, _, err = run("quantize", tmp_path / "model", "-o", tmp_path / "out", *arguments)
+    assert code == 1
+    assert f"quantize: {name}.weight must be finite, got NaN or Inf" in err
+
+
+def test_an_architecture_that_is_not_known_is_named(run, model, tmp_path):
+    config = transformers.GPT2Config(n_embd=64, n_layer=1, n_head=2, vocab_size=12, n_positions=64)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "gpt2")
+    transformers.AutoTokenizer.from_pretrained(model).save_pretrained(tmp_path / "gpt2")
+    code, _, err = run("quantize", tmp_path / "gpt2", "-o", tmp_path / "out", "--method", "rtn", "--rotation", "none")
+    assert code == 1
+    assert "config.model_type must be one of" in err
+    assert "got 'gpt2'" in err
+
+
+def test_a_full_disk_is_named(run, model, text, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(rcp_run, "save_state", full)
+        (tmp_path / "r.yaml").write_text(yaml.safe_dump({"training": TRAINING}))
+        arguments = ["--method", "rcp", "--recipe", tmp_path / "r.yaml", *common(text)]
+        code, _, err = run("quantize", model, "-o", tmp_path / "out", *arguments)
+        assert code == 1
+        assert "out.training must be on a disk with space for the training's state" in err
+        assert "pass --resume" in err
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "_flush", full)
+        code, _, err = run("quantize", model, "-o", tmp_path / "new", "--method", "rtn", "--group-size", 32)
+        assert code == 1
+        assert "new must be on a disk with space for the model, got [Errno 28]" in err
+        assert not (tmp_path / "new").exists()
 
 
 def test_a_config_is_read_as_json(run, model, text, tmp_path):
@@ -304,42 +346,3 @@ def test_an_unknown_training_field_is_named():
         Recipe("demo", "rcp", training={"stepz": 1}).training_config(64)
     with pytest.raises(ValueError, match=r"training\.blocks"):
         Recipe("demo", "rcp", training={"blocks": {"layers": 1}}).training_config(64)
-
-
-def test_the_ablation_measures_each_cell_once(model, text, tmp_path, monkeypatch):
-    words = text.read_text()
-    monkeypatch.setattr(ablation, "WINDOW", 16)
-    monkeypatch.setattr(ablation, "CALIBRATION", 2)
-    monkeypatch.setattr(ablation, "held_out_text", lambda *_: (words, "numbers"))
-    monkeypatch.setattr(corpus, "docstring_corpus", lambda *_: corpus.Corpus(words * 20, 1, 0, "0"))
-    lines = []
-    arguments = {"model": str(model), "steps": 1, "tokens": 64, "log": lines.append}
-    for only in ("FP", "W2A16_gptq_gsr", "W2A4_rtn", "rcp_plus_partition"):
-        ablation.run(tmp_path / "cells", only=only, **arguments)
-    found = ablation.read(tmp_path / "cells")
-    assert len(found) == 8
-    assert {row["tokens"] for row in found.values()} == {64}
-    assert min(row["perplexity"] for row in found.values()) > 1
-    # The same columns in each group, and the same activations in another order (docs/rotate.md): up to float sums.
-    same = [found["W2A4", "rtn", name]["perplexity"] for name in ("gsr", "local_hadamard")]
-    assert same[0] == pytest.approx(same[1], rel=1e-2)
-    before = len(lines)
-    ablation.run(tmp_path / "cells", only="FP", **arguments)
-    assert len(lines) == before
-    with pytest.raises(ValueError, match="must be measured on 32 tokens as this run is, got 64"):
-        ablation.run(tmp_path / "cells", only="FP", **{**arguments, "tokens": 32})
-    text_ = ablation.table(tmp_path / "cells")
-    assert "GSR equals LH under RTN" in text_
-    ablation.write(tmp_path / "cells", tmp_path / "results")
-    assert len((tmp_path / "results" / "ablation.csv").read_text().splitlines()) == 9
-    assert (tmp_path / "results" / "ablation.png").stat().st_size > 1000
-
-
-def test_claims_are_checked_on_numbers():
-    def rows(*values):
-        order = ablation.CLAIMS[0][1]
-        return {("W2A16", "gptq", name): {"perplexity": value} for name, value in zip(order, values, strict=True)}
-
-    assert "under GPTQ (GSR, table 1): holds" in ablation.checks(rows(1.0, 2.0, 2.0, 3.0))[0]
-    assert "does not hold" in ablation.checks(rows(2.0, 1.0, 2.0, 3.0))[0]
-    assert ablation.checks({}) == []

@@ -17,7 +17,9 @@ import transformers
 from rich.console import Console
 from rich.progress import Progress
 
-from rcp_kernels import QuantLinear, demo, extras
+from rcp_kernels import QuantLinear, demo, demo_gptq, demo_report, extras
+from rcp_kernels.demo_decode import decode_seconds, generate
+from rcp_kernels.demo_gptq import Calibration, calibrated, read_calibration
 from rcp_kernels.perplexity import perplexity
 
 
@@ -56,6 +58,15 @@ def report(tiny):
     return demo.measure(tiny, Tokenizer(), ids, ids[None, :9], quiet(), 1.5, window=64, new_tokens=3, text_tokens=4)
 
 
+@pytest.fixture(scope="module")
+def full_report(tiny, report):
+    """With GPTQ: calibrated and measured on windows of one random text, which a tiny model can only learn by heart."""
+    ids = torch.randint(3, 128, (200,), generator=torch.Generator().manual_seed(1))
+    calibration = Calibration(ids[:192].view(3, 64), "0" * 64)
+    found = calibrated(tiny, Tokenizer(), ids, "why?", ids[None, :9], calibration, quiet(), 64, 64, new_tokens=5)
+    return dataclasses.replace(report, calibrated=found)
+
+
 class Uniform(torch.nn.Module):
     def forward(self, ids):
         return SimpleNamespace(logits=torch.zeros(*ids.shape, 37))
@@ -84,17 +95,17 @@ def test_perplexity_rejects(tokens, window, message):
 def test_generate_is_greedy_decoding(tiny):
     prompt = torch.randint(3, 128, (1, 11))
     expected = tiny.generate(prompt, max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=0)[0, 11:]
-    assert demo.generate(tiny, prompt, 8) == expected.tolist()
+    assert generate(tiny, prompt, 8) == expected.tolist()
 
 
 def test_generate_stops(tiny):
     prompt = torch.randint(3, 128, (1, 5))
-    tokens = demo.generate(tiny, prompt, 6)
-    assert demo.generate(tiny, prompt, 6, stop_token=tokens[0]) == []
+    tokens = generate(tiny, prompt, 6)
+    assert generate(tiny, prompt, 6, stop_token=tokens[0]) == []
 
 
 def test_decode_seconds_decodes_as_many_as_asked(tiny):
-    seen = list(demo.decode_seconds({"a": tiny, "b": tiny}, torch.ones(1, 4, dtype=torch.int64), 5, burst=2))
+    seen = list(decode_seconds({"a": tiny, "b": tiny}, torch.ones(1, 4, dtype=torch.int64), 5, burst=2))
     assert [done for done, _ in seen] == [2, 4, 5]
     assert set(seen[-1][1]) == {"a", "b"}
     assert all(value > 0 for value in seen[-1][1].values())
@@ -174,24 +185,68 @@ def test_report_is_json(report):
     assert again["rotated"]["W2A4"].keys() == report.rotated["W2A4"].keys()
 
 
-def test_table_fits_eighty_columns_and_hides_nothing(report):
-    bad = dataclasses.replace(report.results[4], perplexity=123456.0)
-    changed = dataclasses.replace(report, results=[*report.results[:4], bad])
+def test_calibrated_formats_are_measured_beside_the_float_model(tiny, report, full_report):
+    found = full_report.calibrated
+    fp32, three, two = found.results
+    assert [result.name for result in found.results] == ["torch fp32", "W3A16 GPTQ", "W2A4 GPTQ"]
+    assert fp32.perplexity == report.results[0].perplexity
+    assert fp32.perplexity == pytest.approx(three.perplexity, rel=0.1)
+    assert [fp32.bits_per_weight, fp32.seconds] == [32, 0]
+    for result, bits in ((three, 3), (two, 2)):
+        assert result.bits_per_weight == pytest.approx(bits + (8 * 2**bits + 16) / 64, rel=0.01)
+        assert result.perplexity > 1
+        assert result.seconds > 0
+        assert len(result.text.split()) == 5
+    assert (found.windows, found.window, found.prompt) == (3, 64, "why?")
+    assert not any(isinstance(layer, QuantLinear) for layer in demo.linear_layers(tiny)), "the base is left alone"
+    assert json.loads(json.dumps(full_report.to_dict()))["calibrated"]["results"][1]["name"] == "W3A16 GPTQ"
+    assert report.to_dict()["calibrated"] is None
+
+
+def test_calibration_text_is_windows_of_docstrings(monkeypatch):
+    asked = []
+    corpus = SimpleNamespace(text="word " * 420, sha256="f" * 64)
+    monkeypatch.setattr(demo_gptq, "docstring_corpus", lambda packages: (asked.append(packages), corpus)[1])
+
+    def tokenizer(text, **_):
+        return SimpleNamespace(input_ids=torch.arange(len(text.split()))[None])
+
+    found = read_calibration(tokenizer, windows=3, window=50)
+    assert asked == [("stdlib",)]
+    assert found.ids.shape == (3, 50)
+    assert all(torch.equal(row, torch.arange(int(row[0]), int(row[0]) + 50)) for row in found.ids)
+    assert found.sha256 == "f" * 64
+
+
+def test_texts_have_every_prompt_and_answer(report, full_report):
+    lines = demo_report.texts(full_report).splitlines()
+    assert '"why?"' in lines
+    for result in (*full_report.results, *full_report.calibrated.results):
+        assert any(line.endswith(f"{result.name}: {result.text}") for line in lines)
+    assert '"why?"' not in demo_report.texts(report)
+
+
+def test_table_fits_eighty_columns_and_hides_nothing(full_report):
+    bad = dataclasses.replace(full_report.results[4], perplexity=123456.0)
+    changed = dataclasses.replace(full_report, results=[*full_report.results[:4], bad])
     console = Console(file=io.StringIO(), width=80)
-    console.print(demo.table(changed))
+    console.print(demo_report.table(changed))
     text = console.file.getvalue()
     assert "…" not in text
     assert "1.23e+05" in text
-    for result in report.results:
+    for result in full_report.results:
         assert result.name in text
         assert f"{1 / result.seconds_per_token:.1f}" in text
+    for result in full_report.calibrated.results:
+        assert f"{result.name} " in text
+        assert f"{result.perplexity:.2f}" in text
     for row in changed.rotated.values():
         assert all(f"{value:.2f}" in text for value in row.values())
 
 
 def test_plot(report, tmp_path):
     pytest.importorskip("matplotlib")
-    demo.plot(report, tmp_path / "demo.png")
+    demo_report.plot(report, tmp_path / "demo.png")
     assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -219,6 +274,7 @@ def test_the_real_model_end_to_end(tmp_path, monkeypatch, capsys):
     run = demo.run
     monkeypatch.setattr(demo, "run", lambda *args, **kwargs: run(*args, **kwargs, **less))
     arguments = ["--tokens", "256", "--window", "256", "--new-tokens", "8", "--json", str(tmp_path / "demo.json")]
+    arguments.append("--no-calibrate")
     monkeypatch.setattr(sys, "argv", ["rcp-kernels", "demo", *arguments])
     with pytest.raises(SystemExit) as stop:
         cli.main()

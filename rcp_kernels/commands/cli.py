@@ -85,7 +85,8 @@ def quantize(
     text: Annotated[
         str | None,
         typer.Option(
-            help="To calibrate or train on: a file, or dataset:NAME; docstrings of what is installed without."
+            help="To calibrate or train on: a file, dataset:NAME, mixed (docstrings, comments, and what the model "
+            "writes) or generated (what the model writes); without it mixed for rcp, else docstrings."
         ),
     ] = None,
     sequence: Annotated[int | None, typer.Option(min=2, help="Tokens of a window.")] = None,
@@ -94,7 +95,7 @@ def quantize(
     recipe: Annotated[
         Path | None, typer.Option(help="Take what is not given here from this YAML file.", exists=True, dir_okay=False)
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with a training of rcp that was stopped.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with a training that was stopped.")] = False,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; torch's default without it.")] = None,
 ) -> None:
     """Quantize a language model into a directory, with the recipe that makes it again."""
@@ -135,6 +136,10 @@ def evaluate(
     dataset: Annotated[str | None, typer.Option(help="wikitext, or another dataset of the hub.")] = None,
     tokens: Annotated[int, typer.Option(min=2, help="Of the text, at most.")] = 4096,
     window: Annotated[int, typer.Option(min=2, help="Tokens of a window.")] = 512,
+    divergence_from: Annotated[
+        str | None, typer.Option(help="Also measure where greedy decoding leaves that of this model.")
+    ] = None,
+    new_tokens: Annotated[int, typer.Option(min=1, help="Decoded for that after each of 16 prompts.")] = 128,
     json_path: Annotated[Path | None, typer.Option("--json", help="Also write the result there.")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; torch's default without it.")] = None,
 ) -> None:
@@ -154,9 +159,18 @@ def evaluate(
             dataset,
             tokens=tokens,
             window=window,
+            divergence_from=divergence_from,
+            new_tokens=new_tokens,
             progress=lambda done: bars.update(task, completed=done),
         )
     print(f"perplexity {result.perplexity:.3f}  ({result.tokens} tokens of {result.text}, windows of {result.window})")
+    if result.divergence is not None:
+        found = result.divergence
+        print(
+            f"greedy decoding leaves {found.reference} after {found.mean:.1f} tokens on average, {found.median:g} in "
+            f"the median, of {found.new_tokens} ({len(found.positions)} prompts of {found.prompt_tokens} tokens); "
+            f"{found.agreement:.1%} of its tokens agree"
+        )
     if json_path is not None:
         json_path.write_text(json.dumps(dataclasses.asdict(result), indent=2) + "\n")
 
@@ -182,15 +196,16 @@ def ablation(
     model: Annotated[str, typer.Option(help="What quantize takes as MODEL.")] = "demo",
     results: Annotated[Path | None, typer.Option(help="Folder for CSV and PNG.", file_okay=False)] = None,
     only: Annotated[str | None, typer.Option(help="Cells whose name contains this.")] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Updates of a trained cell.")] = 10,
-    tokens: Annotated[int, typer.Option(min=2, help="Held-out tokens.")] = 4096,
+    steps: Annotated[int, typer.Option(min=1, help="Updates of a trained cell.")] = 6,
+    tokens: Annotated[int, typer.Option(min=512, help="Held-out tokens, in windows of 512.")] = 4096,
+    seed: Annotated[int, typer.Option(help="Of calibration windows, random signs and training.")] = 0,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; torch's default without it.")] = None,
 ) -> None:
     """Measure every method with every rotation; cells that are there already are not measured again."""
     _set_threads(threads)
     from .. import ablation as implementation
 
-    implementation.run(out, model=model, only=only, steps=steps, tokens=tokens, log=_log)
+    implementation.run(out, model=model, only=only, steps=steps, tokens=tokens, seed=seed, log=_log)
     print(implementation.table(out))
     if results is not None:
         implementation.write(out, results)

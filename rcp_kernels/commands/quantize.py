@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
+import importlib.util
 import json
 import os
 import shutil
@@ -16,12 +18,15 @@ from torch import Tensor, nn
 
 from .. import __version__, extras, hardware
 from ..checkpoint import QuantizationConfig, check_output, save_quantized
+from ..methods.calibration import check_vocabulary
 from ..methods.corpus import split_windows
-from ..methods.gptq import check_vocabulary, gptq_quantize_model
+from ..methods.gptq import gptq_quantize_model
+from ..methods.layer_losses import losses_csv, losses_png
 from ..methods.rcp import RcpConfig, train
 from ..methods.rotate import rotate_model
 from ..methods.student import export_student
 from ..methods.training_state import write_curve
+from ..models import describe
 from ..nn import quantize_model
 from .recipe import Recipe, recipe_text
 from .sources import encode, group_size_of, load_float, training_text
@@ -57,41 +62,59 @@ def quantize(recipe: Recipe, out: Path, *, resume: bool = False, progress: Progr
         )
     check_output(out)
     work = out.with_name(out.name + ".training")
-    if recipe.method != "rcp" and resume:
-        raise ValueError(f"quantize: --resume is for method rcp, got {recipe.method}; leave it out")
-    if (work / "state.pt").exists() and not resume:
+    trained = recipe.method in ("rcp", "laquant")
+    if resume and not trained:
+        raise ValueError(f"quantize: --resume is for method rcp or laquant, got {recipe.method}; leave it out")
+    if any((work / name).exists() for name in ("state.pt", "run.json")) and not resume:
         raise ValueError(
             f"quantize: {work} must not hold a training that was not finished, got one; pass --resume to go on with "
             f"it, or delete the directory"
         )
     started = time.perf_counter(), time.process_time()
     model, tokenizer = load_float(recipe.model)
+    describe(model)  # an unknown architecture is refused before work is done for it
+    _check_finite(model)
     recipe = dataclasses.replace(recipe, group_size=group_size_of(model, recipe.group_size))
+    facts: dict[str, Any] = {}
+    ids = None
+    if recipe.method != "rtn":  # before the rotation: the float model may have to write the text
+        ids, facts = windows_of(recipe, tokenizer, model, progress)
+        check_vocabulary(model, ids, "quantize")
     rotated = None
     if recipe.rotation != "none":
         assert recipe.group_size is not None
         rotated = rotate_model(
             model, recipe.rotation, group_size=recipe.group_size, r3=recipe.kv_bits != 16, seed=recipe.seed
         )
-    facts: dict[str, Any] = {}
-    ids = None
-    if recipe.method != "rtn":
-        ids, facts = windows_of(recipe, tokenizer)
-        check_vocabulary(model, ids, "quantize")
-    if recipe.method == "rcp":
+    if trained:
         work.mkdir(parents=True, exist_ok=True)
-    facts.update(quantize_layers(model, recipe, ids, work, progress))
+    try:
+        facts.update(quantize_layers(model, recipe, ids, work, progress))
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        raise OSError(
+            f"quantize: {work} must be on a disk with space for the training's state, got {error}; free some, and pass "
+            f"--resume to go on from the last checkpoint"
+        ) from error
     if int(os.environ.get("RANK", "0")):
         return out  # of several processes under torchrun, the first one writes
     facts["seconds"] = time.perf_counter() - started[0]
     facts["cpu_seconds"] = time.process_time() - started[1]
     facts["rcp_kernels"] = __version__
     facts["conditions"] = hardware.conditions()
-    files = {"recipe.yaml": recipe_text(recipe), "report.json": json.dumps(facts, indent=2) + "\n"}
+    files: dict[str, str | bytes] = {
+        "recipe.yaml": recipe_text(recipe),
+        "report.json": json.dumps(facts, indent=2) + "\n",
+    }
     if recipe.method == "rcp":
         write_curve(work / "log.jsonl", work / "curve.csv")
         files["curve.csv"] = (work / "curve.csv").read_text()
         files["log.jsonl"] = (work / "log.jsonl").read_text()
+    if recipe.method == "laquant":
+        files["curve.csv"] = losses_csv(facts["layers"])
+        if importlib.util.find_spec("matplotlib") is not None:
+            files["curve.png"] = losses_png({f"lookahead {facts['lookahead']}": facts["layers"]})
     config = QuantizationConfig(
         bits=recipe.w_bits,
         group_size=recipe.group_size or 0,
@@ -107,8 +130,24 @@ def quantize(recipe: Recipe, out: Path, *, resume: bool = False, progress: Progr
     return out
 
 
-def windows_of(recipe: Recipe, tokenizer: Any) -> tuple[Tensor, dict[str, Any]]:
+def _check_finite(model: nn.Module) -> None:
+    """Refuse weights that would only show in the quantized model: not every method looks at all of them."""
+    for name, parameter in model.named_parameters():
+        if not bool(torch.isfinite(parameter).all()):
+            raise ValueError(f"quantize: {name} must be finite, got NaN or Inf; check the checkpoint for overflow")
+
+
+def windows_of(
+    recipe: Recipe, tokenizer: Any, model: nn.Module | None = None, progress: Progress = lambda *_: None
+) -> tuple[Tensor, dict[str, Any]]:
     """int64 [windows, tokens] to calibrate or train on, shuffled, and what a report should say of the text.
+
+    Args:
+        recipe: its text is, where it does not say, "mixed" for rcp if there is a model and one process, else
+            docstrings.
+        tokenizer: of the model.
+        model: the float one, which writes a part of "mixed" and all of "generated".
+        progress: see `Progress`.
 
     Raises:
         ValueError: the text is too short.
@@ -117,7 +156,10 @@ def windows_of(recipe: Recipe, tokenizer: Any) -> tuple[Tensor, dict[str, Any]]:
     if recipe.method == "rcp":
         config = recipe.training_config(128)
         needed = (config.steps * config.batch + _VALIDATION_WINDOWS) * recipe.window
-    text, facts = training_text(recipe.text, needed)
+    name = recipe.text
+    if name is None and recipe.method == "rcp" and model is not None and os.environ.get("WORLD_SIZE", "1") == "1":
+        name = "mixed"
+    text, facts = training_text(name, needed, model=model, tokenizer=tokenizer, seed=recipe.seed, progress=progress)
     ids = encode(tokenizer, text)
     facts["tokens"] = ids.numel()
     windows, _ = split_windows(ids, recipe.window, seed=recipe.seed)
@@ -179,10 +221,15 @@ def quantize_layers(
             seed=recipe.seed,
             **{"dtype": "bfloat16", **recipe.training},
         )
+        count = len(describe(model).layers)
         result = laquant_quantize_model(
-            model, ids, config, progress=lambda done, total, loss: progress("layers", done, total, f"loss {loss:.4g}")
+            model,
+            ids,
+            config,
+            directory=work,
+            progress=lambda layer, step, loss: progress("layers", layer, count, f"step {step}, loss {loss:.4g}"),
         )
-        return {"layers": result.losses}
+        return {"layers": result.losses, "lookahead": config.lookahead}
     return _train(model, recipe.training_config(recipe.group_size), ids, work, progress)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..models import describe
 
-__all__ = ["check_calibration_ids", "first_layer_inputs", "run_layer"]
+__all__ = ["check_calibration_ids", "check_vocabulary", "first_layer_inputs", "run_layer"]
 
 
 class _Stop(Exception):
@@ -43,6 +43,26 @@ def check_calibration_ids(ids: Tensor, where: str) -> Tensor:
     return ids
 
 
+def check_vocabulary(model: nn.Module, ids: Tensor, where: str) -> None:
+    """Refuse token ids that a model has no embedding of, which would be an IndexError without a name.
+
+    Args:
+        model: of ``transformers``.
+        ids: integers of any shape.
+        where: the function to name in the error.
+
+    Raises:
+        ValueError: an id below 0 or not below the rows of the embedding.
+    """
+    size: int = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+    outside = ids[(ids < 0) | (ids >= size)]
+    if outside.numel():
+        raise ValueError(
+            f"{where}: token ids must be in [0, {size}), the model's vocabulary, got {int(outside[0])}; tokenize the "
+            f"text with the model's own tokenizer"
+        )
+
+
 @torch.no_grad()
 def first_layer_inputs(model: nn.Module, ids: Tensor) -> tuple[Tensor, list[dict[str, Any]]]:
     """What enters the first decoder layer, and what else each layer is called with.
@@ -59,9 +79,10 @@ def first_layer_inputs(model: nn.Module, ids: Tensor) -> tuple[Tensor, list[dict
         arguments for each layer, for :func:`run_layer`.
 
     Raises:
-        ValueError: as describe.
+        ValueError: as describe, or as :func:`check_vocabulary`.
     """
     architecture = describe(model)
+    check_vocabulary(model, ids, "first_layer_inputs")
     layers = [model.get_submodule(layer.name) for layer in architecture.layers]
     hidden: list[Tensor] = []
     keywords: list[dict[str, Any]] = []

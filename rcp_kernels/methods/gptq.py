@@ -17,9 +17,8 @@ from torch.nn import functional
 from ..formats import PackedWeight
 from ..models import Layer, describe
 from ..nn.quant_linear import QuantLinear
-from ..ops.kv_cache import fake_quantize_kv
 from ..ops.quantize_activation import quantize_activation
-from .calibration import check_calibration_ids, first_layer_inputs, run_layer
+from .calibration import check_calibration_ids, check_vocabulary, first_layer_inputs, run_layer
 from .gptq_weight import (
     Chooser,
     check_arguments,
@@ -29,8 +28,9 @@ from .gptq_weight import (
     relative_error,
     round_to_nearest,
 )
+from .student import FakeQuantKV
 
-__all__ = ["LayerError", "QuantizedLayers", "check_vocabulary", "gptq_quantize_model", "gptq_quantize_weight"]
+__all__ = ["LayerError", "QuantizedLayers", "gptq_quantize_model", "gptq_quantize_weight"]
 
 _BATCH_TOKENS = 2048
 
@@ -58,28 +58,6 @@ class QuantizedLayers(dict[str, PackedWeight]):
     def __init__(self) -> None:
         super().__init__()
         self.errors: list[LayerError] = []
-
-
-def check_vocabulary(model: nn.Module, ids: Tensor, where: str) -> None:
-    """Refuse token ids that the model has no embedding of.
-
-    Args:
-        model: that :func:`rcp_kernels.models.describe` knows.
-        ids: integers of any shape.
-        where: the function to name in the error.
-
-    Raises:
-        ValueError: an id below 0 or not below the rows of the embedding.
-    """
-    weight = model.get_submodule(describe(model).embed).weight
-    assert isinstance(weight, Tensor)
-    size = weight.shape[0]
-    outside = ids[(ids < 0) | (ids >= size)]
-    if outside.numel():
-        raise ValueError(
-            f"{where}: token ids must be in [0, {size}), the model's vocabulary, got {int(outside[0])}; tokenize the "
-            f"text with the model's own tokenizer"
-        )
 
 
 def gptq_quantize_model(
@@ -154,7 +132,7 @@ def gptq_quantize_model(
             hidden, keywords = first_layer_inputs(model, calibration_ids)
             for layer, extra in zip(architecture.layers, keywords, strict=True):
                 if kv_bits != 16:
-                    extra = {**extra, "past_key_values": _FakeCache(kv_bits, kv_clip)}
+                    extra = {**extra, "past_key_values": FakeQuantKV(kv_bits, kv_clip)}
                 taps = {name: _Tap(name, linears[name], act_bits, act_clip) for name in layer.linears}
                 run = _LayerRun(model.get_submodule(layer.name), taps, extra)
                 with run:
@@ -280,14 +258,3 @@ class _LayerRun:
     @staticmethod
     def _batches(hidden: Tensor) -> tuple[Tensor, ...]:
         return hidden.split(max(1, _BATCH_TOKENS // hidden.shape[1]))
-
-
-@dataclass
-class _FakeCache:
-    """What an attention layer takes for a key/value cache: gives back keys and values as a quantized one would."""
-
-    bits: int
-    clip: float
-
-    def update(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        return fake_quantize_kv(keys, self.bits, self.clip), fake_quantize_kv(values, self.bits, self.clip)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..formats import LEVEL_MAX, PackedWeight, check_bits, check_group_size, num_groups
-from ..quantize import _uniform_levels, quantize_weight
+from ..quantize import quantize_weight, uniform_levels
 from .level_search import clip_search, for_each_group, kmeans_levels
 
 __all__ = [
@@ -164,14 +164,14 @@ def factor_hessian(hessian: Tensor, damping: float, where: str) -> Factor:
 
 
 def _uniform(groups: Tensor, importance: Tensor | None, bits: int) -> Tensor:
-    return _uniform_levels(groups, 2**bits)
+    return uniform_levels(groups, 2**bits)
 
 
 def _clip(groups: Tensor, importance: Tensor | None, bits: int) -> Tensor:
     ratios = clip_search(groups, 2**bits, importance)
     ends = torch.stack([groups.amin(1) * ratios[:, 0], groups.amax(1) * ratios[:, 1]], 1)
     ends[:, 1] = torch.maximum(ends[:, 0], ends[:, 1])
-    return _uniform_levels(ends, 2**bits)
+    return uniform_levels(ends, 2**bits)
 
 
 def _kmeans(groups: Tensor, importance: Tensor | None, bits: int) -> Tensor:

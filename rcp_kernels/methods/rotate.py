@@ -64,8 +64,10 @@ def rotate_model(
     Raises:
         ValueError: an unsupported architecture or a missing module, named; an unknown rotation; a size without a
             Hadamard matrix; a group that does not divide a size, with the nearest that does; a matrix of another shape,
-            not orthogonal, or for a family in which R1 runs online; a model that is rotated already, or has no values.
-        TypeError: a layer to be rotated is not a float ``nn.Linear``, named.
+            not orthogonal, or for a family in which R1 runs online; a model that is rotated already, has no values, or
+            NaN or Inf among them, with the name of the module.
+        TypeError: a layer to be rotated is not an ``nn.Linear`` of float32, float16 or bfloat16, named; float64 is
+            taken where nothing runs online.
     """
     architecture = describe(model)
     matrix = rotation if isinstance(rotation, Tensor) else None
@@ -98,6 +100,7 @@ def rotate_model(
     )
     plan = make_plan(record, architecture, matrix)
     _check_layers(model, architecture)
+    _check_values(model, architecture, plan)
     _fuse(model, architecture, plan, record)
     _install(model, architecture, plan)
     if rotates or record.r2 or record.r3 or record.r4:
@@ -168,6 +171,33 @@ def _check_layers(model: nn.Module, architecture: Architecture, values: bool = T
             if name is not None and hasattr(model.get_submodule(name), attribute):
                 raise ValueError(
                     f"rotate_model: {name} must not be rotated yet, got one with {attribute}; load the model anew"
+                )
+
+
+def _check_values(model: nn.Module, architecture: Architecture, plan: Plan) -> None:
+    """Refuse weights that a rotation would spread over a whole layer, and types that no online rotation takes."""
+    residual_online = isinstance(plan.residual, OnlineRotation) and any(
+        layer.attention_output_norm or layer.mlp_output_norm for layer in architecture.layers
+    )
+    online = plan.qk is not None or plan.down_input is not None or residual_online
+    allowed = (torch.float32, torch.float16, torch.bfloat16) + (() if online else (torch.float64,))
+    names = [architecture.embed, architecture.final_norm, architecture.head]
+    for layer in architecture.layers:
+        norms = layer.attention_norm, layer.mlp_norm, layer.attention_output_norm, layer.mlp_output_norm
+        names += [*layer.linears, *(name for name in norms if name is not None)]
+    for name in names:
+        for part, tensor in model.get_submodule(name).named_parameters(recurse=False):
+            if tensor.dtype not in allowed:
+                remedy = "convert the model with .float()"
+                if tensor.dtype == torch.float64:
+                    remedy += ", or pass r3=False, r4=False where the family allows it: fused rotations take float64"
+                raise TypeError(
+                    f"rotate_model: {part} of {name} must be one of {', '.join(map(str, allowed))}, got "
+                    f"{tensor.dtype}; {remedy}"
+                )
+            if not bool(torch.isfinite(tensor).all()):
+                raise ValueError(
+                    f"rotate_model: {part} of {name} must be finite, got NaN or Inf; check the checkpoint for overflow"
                 )
 
 
