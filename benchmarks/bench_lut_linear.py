@@ -16,11 +16,23 @@ import pytest
 import torch
 
 from rcp_kernels.bench import common, lut_linear
-from rcp_kernels.bench.lut_linear import BATCHES, OURS, READ, SHAPES, THREADS, TORCH_BF16, TORCH_FP32, TORCH_INT4, Peer
+from rcp_kernels.bench.lut_linear import (
+    BATCHES,
+    OURS,
+    READ,
+    SHAPES,
+    THREADS,
+    TORCH_BF16,
+    TORCH_FP32,
+    TORCH_INT4,
+    UNIFORM,
+    Peer,
+)
 
 OPTIONS = lut_linear.Options()
 BUILDERS = {
     OURS: lambda n, k: lut_linear.lut_linear_peer(n, k, OPTIONS),
+    UNIFORM: lambda n, k: lut_linear.lut_linear_peer(n, k, OPTIONS, "uniform"),
     READ: lambda n, k: lut_linear.read_peer(),
     TORCH_FP32: lambda n, k: lut_linear.torch_peer(n, k, torch.float32),
     TORCH_BF16: lambda n, k: lut_linear.torch_peer(n, k, torch.bfloat16),

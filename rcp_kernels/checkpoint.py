@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from . import extras
-from .formats import FORMAT_VERSION, check_bits
+from .formats import FORMAT_VERSION, check_bits, kind_version
 from .methods.rotate import Rotated, apply_structure
 from .model_card import write_model_card
 from .models import describe
@@ -61,7 +61,8 @@ class QuantizationConfig:
         rotation: what :func:`rcp_kernels.methods.rotate.rotate_model` did, or None.
         modules_to_not_convert: full names of the linear layers that stay in floating point.
         sha256: of model.safetensors, hexadecimal; None where whoever wrote the file did not say.
-        quant_method, format_version: always "rcp" and docs/format.md's version.
+        quant_method: always "rcp".
+        format_version: docs/format.md's, of the packed layers that need the newest; filled in by whoever saves a model.
     """
 
     bits: int
@@ -74,7 +75,7 @@ class QuantizationConfig:
     modules_to_not_convert: tuple[str, ...] = field(default=("lm_head",))
     sha256: str | None = None
     quant_method: str = QUANT_METHOD
-    format_version: int = FORMAT_VERSION
+    format_version: int = 1
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain JSON types."""
@@ -99,9 +100,9 @@ class QuantizationConfig:
                 f"with the library that quantized it"
             )
         version = fields.get("format_version")
-        if version != FORMAT_VERSION:
+        if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
             raise ValueError(
-                f"{where}: format_version must be {FORMAT_VERSION}, got {version!r}; a later one was written by a "
+                f"{where}: format_version must be 1 to {FORMAT_VERSION}, got {version!r}; a later one was written by a "
                 f"newer rcp-kernels: upgrade it"
             )
         known = {entry.name for entry in dataclasses.fields(cls)}
@@ -202,7 +203,7 @@ def save_quantized(
     Args:
         model: a causal language model of ``transformers`` with packed layers.
         directory: to make, or to replace if it holds a model.
-        config: must say what the layers are; sha256 and modules_to_not_convert are filled in here.
+        config: must say what the layers are; sha256, format_version and modules_to_not_convert are filled in here.
         tokenizer: its files are written too; None for none.
         files: more files by name (a recipe, a report, a plot).
 
@@ -218,6 +219,7 @@ def save_quantized(
     directory = directory.resolve()
     check_output(directory)
     _check_config(model, config)
+    config = dataclasses.replace(config, format_version=model_format_version(model))
     fields = model.config.to_dict()  # type: ignore[operator, union-attr]
     if fields.get("dtype") is None:  # transformers would take it from the first tensor of the file
         fields["dtype"] = str(model.dtype).removeprefix("torch.")
@@ -365,6 +367,11 @@ def load_quantized(directory: Path, device: torch.device | str = "cpu") -> tuple
     if (directory / "generation_config.json").exists():
         model.generation_config = type(model.generation_config).from_pretrained(directory)
     return model.eval(), config
+
+
+def model_format_version(model: nn.Module) -> int:
+    """docs/format.md's version that a reader of the model's state needs: the newest of its packed layers'."""
+    return max((kind_version(layer.kind) for layer in model.modules() if isinstance(layer, QuantLinear)), default=1)
 
 
 def _check_config(model: nn.Module, config: QuantizationConfig) -> None:

@@ -1,4 +1,4 @@
-"""The packed weight: low-bit codes into one small table of levels per group (format version 1, docs/format.md).
+"""The packed weight: low-bit codes into one small table of levels per group (docs/format.md).
 
 ``value[n, k] = tensor_scale * scales[n, g] * levels[n, g, code[n, k]]`` with ``g = k // group_size``. Every method of
 this package only chooses levels and codes, so this is the one form in which a quantized weight is stored and exchanged.
@@ -14,10 +14,24 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-__all__ = ["FORMAT_VERSION", "PackedWeight", "num_groups", "pack_codes", "row_bytes", "snap_levels", "unpack_codes"]
+__all__ = [
+    "FORMAT_VERSION",
+    "KINDS",
+    "PackedWeight",
+    "num_groups",
+    "pack_codes",
+    "row_bytes",
+    "snap_levels",
+    "uniform_step",
+    "unpack_codes",
+]
 
-FORMAT_VERSION = 1
-"""The version that this package writes, and the newest one that it reads."""
+FORMAT_VERSION = 2
+"""The newest version that this package reads. A weight is written in the lowest one that has its kind."""
+
+KINDS = ("table", "uniform")
+"""What a group stores of its levels: all of them, or the first of an arithmetic progression. The index is the number
+in ``format``; ``KINDS[:version]`` are those that a version has."""
 
 BITS = (2, 3, 4)
 GROUP_SIZES = (32, 64, 128)
@@ -54,6 +68,16 @@ def check_group_size(group_size: int, in_features: int) -> int:
             f"use {GROUP_SIZES[-1]}"
         )
     return group_size
+
+
+def kind_version(kind: str) -> int:
+    """The format version that brought a kind of :data:`KINDS`."""
+    return KINDS.index(kind) + 1
+
+
+def uniform_step(bits: int) -> int:
+    """The difference of neighbouring levels in a uniform group: 32, 16 or 8, so that any 2**bits of them fit int8."""
+    return 1 << (7 - bits)
 
 
 def num_groups(in_features: int, group_size: int) -> int:
@@ -224,20 +248,21 @@ def check_ascending(levels: Tensor) -> None:
 
 @dataclass(frozen=True, eq=False)
 class PackedWeight:
-    """A quantized weight of a linear layer, [N, K] = [out_features, in_features], in format version 1 (docs/format.md).
+    """A quantized weight of a linear layer, [N, K] = [out_features, in_features] (docs/format.md).
 
     Constructing one does not check it; :meth:`pack`, :meth:`from_float_levels` and :meth:`from_state_dict` do.
 
     Attributes:
         codes: uint8 [N, ceil(ceil(K/G)*G*bits/8)], the bit stream of :func:`pack_codes`.
-        levels: int8 [N, ceil(K/G), 2**bits], ascending along the last dimension.
+        levels: int8 [N, ceil(K/G), 2**bits], ascending along the last dimension; of kind "uniform" the first level
+            only, [N, ceil(K/G), 1]. ``as_table().levels`` is the tables of either kind.
         scales: float16 [N, ceil(K/G)], finite and >= 0.
         tensor_scale: float32, 0-dim, a positive power of two.
         bits: bits a code: 2, 3 or 4.
         group_size: G, weights that share a table along K: 32, 64, 128 or K.
         in_features: K.
         out_features: N.
-        version: format version.
+        kind: "table", or "uniform": level i of a group is ``levels[n, g, 0] + i * 2**(7 - bits)``.
     """
 
     codes: Tensor
@@ -248,7 +273,7 @@ class PackedWeight:
     group_size: int
     in_features: int
     out_features: int
-    version: int = FORMAT_VERSION
+    kind: str = "table"
 
     TENSORS = ("codes", "levels", "scales", "tensor_scale")
     KEYS = (*TENSORS, "format")
@@ -301,6 +326,47 @@ class PackedWeight:
         snapped, scales, tensor_scale = snap_levels(levels)
         return cls.pack(codes, snapped, scales, tensor_scale, bits=bits, group_size=group_size)
 
+    @property
+    def version(self) -> int:
+        """The format version that stores it: 1 for tables, 2 for uniform groups."""
+        return kind_version(self.kind)
+
+    def as_table(self) -> PackedWeight:
+        """The same weight with its levels as tables: self, or one of kind "table" that dequantizes to the same bits."""
+        if self.kind == "table":
+            return self
+        ramp = torch.arange(2**self.bits, dtype=torch.int8, device=self.levels.device) * uniform_step(self.bits)
+        return replace(self, levels=self.levels + ramp, kind="table")
+
+    def as_uniform(self) -> PackedWeight:
+        """The same weight with the first level of each group only: self, or one of kind "uniform" with the same bits.
+
+        A group of scale 0 is zero whatever its levels are: without a progression, it gets the one that starts at 0.
+
+        Raises:
+            ValueError: a group's levels are no progression with the step 2**(7 - bits), or levels on the meta device.
+        """
+        if self.kind == "uniform":
+            return self
+        if self.levels.is_meta:
+            raise ValueError(
+                "PackedWeight: levels must have values to be found uniform, got a tensor on the meta device; load the "
+                "weight first"
+            )
+        step = uniform_step(self.bits)
+        # In int16: the difference of two int8 levels may be 255.
+        steps = self.levels.to(torch.int16).diff(dim=-1)
+        other = (steps != step).any(dim=-1)
+        refused = other & (self.scales != 0)
+        if bool(refused.any()):
+            first = refused.nonzero()[0].tolist()
+            raise ValueError(
+                f"PackedWeight: levels of a uniform group at {self.bits} bits must rise by {step} from each to the "
+                f"next, got {self.levels[tuple(first)].tolist()} in row, group {first}; keep the weight of kind 'table'"
+            )
+        levels = self.levels[..., :1].masked_fill(other[..., None], 0)
+        return replace(self, levels=levels, kind="uniform")
+
     def validate(self) -> PackedWeight:
         """Check every rule of the format and return self.
 
@@ -309,15 +375,14 @@ class PackedWeight:
         Raises:
             ValueError: naming the rule, the value found and the remedy.
         """
-        for name in ("version", "in_features", "out_features"):
+        if self.kind not in KINDS:
+            raise ValueError(
+                f"PackedWeight: kind must be one of {KINDS}, got {self.kind!r}; use 'table', which holds any levels"
+            )
+        for name in ("in_features", "out_features"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int):
                 raise ValueError(f"PackedWeight: {name} must be an int, got {value!r}; convert with int()")
-        if self.version != FORMAT_VERSION:
-            hint = (
-                "upgrade rcp-kernels" if self.version > FORMAT_VERSION else "the file is damaged: versions start at 1"
-            )
-            raise ValueError(f"PackedWeight: version must be {FORMAT_VERSION}, got {self.version}; {hint}")
         check_bits(self.bits)
         if self.in_features < 1 or self.out_features < 1:
             raise ValueError(
@@ -329,7 +394,7 @@ class PackedWeight:
         width = row_bytes(self.in_features, self.bits, self.group_size)
         rules: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
             "codes": (torch.uint8, (self.out_features, width)),
-            "levels": (torch.int8, (self.out_features, groups, 2**self.bits)),
+            "levels": (torch.int8, (self.out_features, groups, 1 if self.kind == "uniform" else 2**self.bits)),
             "scales": (torch.float16, (self.out_features, groups)),
             "tensor_scale": (torch.float32, ()),
         }
@@ -341,8 +406,9 @@ class PackedWeight:
             if tuple(tensor.shape) != shape:
                 raise ValueError(
                     f"PackedWeight: {name} must have shape {shape} for out_features={self.out_features}, "
-                    f"in_features={self.in_features}, bits={self.bits}, group_size={self.group_size}, got "
-                    f"{tuple(tensor.shape)}; the tensor is truncated or the metadata belongs to another weight"
+                    f"in_features={self.in_features}, bits={self.bits}, group_size={self.group_size}, "
+                    f"kind={self.kind!r}, got {tuple(tensor.shape)}; the tensor is truncated or the metadata belongs "
+                    f"to another weight"
                 )
             if tensor.device != self.codes.device:
                 raise ValueError(
@@ -354,6 +420,14 @@ class PackedWeight:
         return self
 
     def _validate_values(self) -> None:
+        last = uniform_step(self.bits) - 1
+        if self.kind == "uniform" and bool((self.levels > last).any()):
+            index = (self.levels[..., 0] > last).nonzero()[0].tolist()
+            raise ValueError(
+                f"PackedWeight: the first level of a uniform group at {self.bits} bits must be at most {last}, so that "
+                f"the last is at most 127, got {int(self.levels[tuple(index)])} in row, group {index}; move the scale "
+                f"or store the group's table"
+            )
         try:
             check_ascending(self.levels)
         except ValueError as error:
@@ -382,7 +456,7 @@ class PackedWeight:
         Exact: a float16 scale times an int8 level has at most 18 significant bits and tensor_scale is a power of two,
         so nothing is rounded unless the value is below float32's normal range.
         """
-        table = self.levels.to(torch.float32) * self.scales.to(torch.float32)[..., None] * self.tensor_scale
+        table = self.as_table().levels.to(torch.float32) * self.scales.to(torch.float32)[..., None] * self.tensor_scale
         weight = torch.empty((self.out_features, self.in_features), dtype=torch.float32, device=self.codes.device)
         first_entry = torch.arange(table.shape[1], dtype=torch.int32, device=self.codes.device) * 2**self.bits
         first_entry = first_entry.repeat_interleave(self.group_size)[: self.in_features]
@@ -407,16 +481,15 @@ class PackedWeight:
 
     def state_dict(self, prefix: str = "") -> dict[str, Tensor]:
         """The on-disk form: the four tensors and ``format``, int64 [version, bits, group_size, in_features,
-        out_features].
+        out_features], with the number of the kind as a sixth entry from version 2 on.
 
         ``format`` is on the CPU wherever the tensors are, so that reading it never waits for a device.
         """
         tensors: dict[str, Tensor] = {prefix + name: getattr(self, name) for name in self.TENSORS}
-        tensors[prefix + "format"] = torch.tensor(
-            [self.version, self.bits, self.group_size, self.in_features, self.out_features],
-            dtype=torch.int64,
-            device="cpu",
-        )
+        header = [self.version, self.bits, self.group_size, self.in_features, self.out_features]
+        if self.version > 1:
+            header.append(KINDS.index(self.kind))
+        tensors[prefix + "format"] = torch.tensor(header, dtype=torch.int64, device="cpu")
         return tensors
 
     @classmethod
@@ -442,18 +515,28 @@ class PackedWeight:
         if header.is_meta:
             raise ValueError(f"{rule}, got a tensor on the meta device, which has no values; load it on the CPU")
         version, *fields = (int(value) for value in header.tolist())
-        if version > FORMAT_VERSION:  # before its length: a later version may say more
-            raise ValueError(
-                f"PackedWeight: version must be {FORMAT_VERSION}, got {version}; the file was written by a newer "
-                f"rcp-kernels: upgrade it"
+        if not 1 <= version <= FORMAT_VERSION:  # before its length: a later version may say more
+            hint = (
+                "the file was written by a newer rcp-kernels: upgrade it"
+                if version > FORMAT_VERSION
+                else "the file is damaged"
             )
-        if len(fields) != 4:
+            raise ValueError(f"PackedWeight: version must be 1 to {FORMAT_VERSION}, got {version}; {hint}")
+        entries = 4 if version == 1 else 5
+        if len(fields) != entries:
             raise ValueError(
-                f"PackedWeight: format of version {FORMAT_VERSION} has 5 entries, got {header.numel()}; the file is "
+                f"PackedWeight: format of version {version} has {entries + 1} entries, got {header.numel()}; the file "
+                f"is damaged"
+            )
+        kind = fields[4] if version > 1 else 0
+        if not 0 <= kind < version:
+            raise ValueError(
+                f"PackedWeight: kind in format of version {version} must be one of "
+                f"{', '.join(f'{i} ({name})' for i, name in enumerate(KINDS[:version]))}, got {kind}; the file is "
                 f"damaged"
             )
-        bits, group_size, in_features, out_features = fields
+        bits, group_size, in_features, out_features = fields[:4]
         codes, levels, scales, tensor_scale = (state_dict[prefix + name] for name in cls.TENSORS)
         return cls(
-            codes, levels, scales, tensor_scale, bits, group_size, in_features, out_features, version=version
+            codes, levels, scales, tensor_scale, bits, group_size, in_features, out_features, KINDS[kind]
         ).validate()

@@ -73,10 +73,16 @@ def _table(stored: dict[str, Any], directory: Path) -> str:
     rotation = stored["rotation"]
     online = [] if rotation is None else [name.upper() for name in ("r2", "r3", "r4") if rotation[name]]
     kept = stored["modules_to_not_convert"]
+    size_of = {kind: f"{bits + (8 * levels + 16) / group:.5g}" for kind, levels in (("table", 2**bits), ("uniform", 1))}
+    cost = f"{size_of['table']} bits a weight with tables and scales"
+    if stored["format_version"] > 1:
+        cost = (
+            f"{size_of['uniform']} bits a weight with first levels and scales where groups are uniform, "
+            f"{size_of['table']} with tables elsewhere"
+        )
     size = sum(path.stat().st_size for path in directory.glob("*.safetensors"))
     rows = {
-        "weights": f"{bits} bits, {2**bits} levels for each group of {group}: "
-        f"{bits + (8 * 2**bits + 16) / group:.4g} bits a weight with tables and scales",
+        "weights": f"{bits} bits, {2**bits} levels for each group of {group}: {cost}",
         "activations": "16 bits" if stored["act_bits"] == 16 else f"{stored['act_bits']} bits{clip['act_clip']}",
         "keys and values": "16 bits" if stored["kv_bits"] == 16 else f"{stored['kv_bits']} bits{clip['kv_clip']}",
         "rotation": "none" if rotation is None else ", ".join([f"R1 {rotation['rotation']}", *online]),

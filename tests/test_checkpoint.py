@@ -17,7 +17,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from rcp_kernels import QuantLinear, checkpoint, quantize_model
-from rcp_kernels.checkpoint import QuantizationConfig, load_quantized, save_quantized
+from rcp_kernels.checkpoint import QuantizationConfig, load_quantized, read_quantization_config, save_quantized
 from rcp_kernels.methods.rotate import rotate_model
 
 SIZES = {
@@ -89,6 +89,41 @@ def test_the_directory_is_one_of_transformers(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+def make_uniform(model, every=1):
+    """Replace the tables of every so many packed layers by progressions; returns how many."""
+    names = [name for name, module in model.named_modules() if isinstance(module, QuantLinear)][::every]
+    for name in names:
+        layer = model.get_submodule(name)
+        weight = layer.packed_weight()
+        first = weight.levels[..., :1].clamp(max=2 ** (7 - weight.bits) - 1)
+        layer._hold(dataclasses.replace(weight, levels=first, kind="uniform"))
+    return len(names)
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_uniform_groups_come_back_as_such(tmp_path, every):
+    """In all layers, or in some beside tables."""
+    model, config = quantized("gsr", bits=3)
+    save_quantized(model, tmp_path / "tables", config)
+    count = make_uniform(model, every)
+    save_quantized(model, tmp_path / "out", config)
+    versions = [read_quantization_config(tmp_path / name)[1].format_version for name in ("tables", "out")]
+    assert versions == [1, 2]
+    loaded, _ = load_quantized(tmp_path / "out")
+    assert torch.equal(logits(loaded), logits(model))
+    assert sum(layer.kind == "uniform" for layer in loaded.modules() if isinstance(layer, QuantLinear)) == count
+    sizes = [(tmp_path / name / "model.safetensors").stat().st_size for name in ("tables", "out")]
+    groups = sum(len(layer.packed_weight().scales.view(-1)) for layer in loaded.modules() if _is_uniform(layer))
+    assert sizes[0] - sizes[1] == pytest.approx(7 * groups, rel=0.01)
+    save_quantized(loaded, tmp_path / "again", config)
+    first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "again"))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def _is_uniform(module):
+    return isinstance(module, QuantLinear) and module.kind == "uniform"
+
+
 def change(folder, **fields):
     path = folder / "config.json"
     config = json.loads(path.read_text())
@@ -99,7 +134,8 @@ def change(folder, **fields):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"format_version": 2}, r"format_version must be 1, got 2.*upgrade"),
+        ({"format_version": 3}, r"format_version must be 1 to 2, got 3.*upgrade"),
+        ({"format_version": True}, r"format_version must be 1 to 2, got True"),
         ({"quant_method": "gptq"}, r"quant_method must be 'rcp', got 'gptq'"),
         ({"bits": 5}, "bits must be one of"),
         ({"act_bits": 5}, r"act_bits must be one of \(4, 8, 16\), got 5"),

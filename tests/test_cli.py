@@ -212,6 +212,7 @@ def test_bench(monkeypatch, capsys, tmp_path):
 def test_bench_line_and_summary():
     row = lut_linear.Row(1, 1, 4096, 4096, 128, weight_bytes=5_000_000, read_bytes=20_000_000)
     row.seconds = {"lut_linear": 1e-3, "plain read": 2e-3, "torch fp32": 8e-3, "torch bf16": 4e-3, "ggml Q2_K": 2e-3}
+    row.seconds[lut_linear.UNIFORM] = 0.9e-3
     assert [cell.strip() for cell in lut_linear.line(row).split("|")] == [
         "1     1   4096   4096",
         "1000.0",
@@ -221,6 +222,7 @@ def test_bench_line_and_summary():
         "4.00",
         "-",
         "2.00 x ggml Q2_K",
+        "0.90 x lut_linear, uniform groups",
     ]
     assert "0.50 of plain read, 4.00 x torch float, 8.00 x torch fp32" in lut_linear.summary([row])
 
@@ -252,9 +254,10 @@ def test_group_size_for(in_features, expected):
     assert common.group_size_for(in_features, 128) == expected
 
 
+@pytest.mark.parametrize("kind", ["table", "uniform"])
 @pytest.mark.parametrize("bits", [2, 3, 4])
-def test_random_packed_weight_is_valid(bits):
-    weight = common.random_packed_weight(24, 256, bits, 64).validate()
+def test_random_packed_weight_is_valid(bits, kind):
+    weight = common.random_packed_weight(24, 256, bits, 64, kind).validate()
     std = weight.dequantize().std().item()
     assert 0.3 < std * math.sqrt(256) < 3
 

@@ -1,6 +1,7 @@
 """The CUDA kernels on a GPU, through torch, against the references. Without a GPU tests/ptx executes them instead."""
 
 import copy
+import dataclasses
 import io
 import itertools
 import pickle
@@ -226,6 +227,18 @@ def test_bad_arguments_read_as_on_the_cpu():
         ops.lut_linear(x.to(DEVICE), blobs["cpu"], None, *arguments[1:])
     with pytest.raises(ValueError, match=r"bias must be on cuda:0 like the other arguments, got the CPU"):
         ops.lut_linear(x.to(DEVICE), blob, noise(64), *arguments[1:])
+
+
+def test_uniform_groups_are_tables_on_the_device_and_uniform_again_in_files():
+    table = random_weight(48, 200, 3, 64)
+    uniform = dataclasses.replace(table, levels=table.levels[..., :1].clamp(max=15), kind="uniform").validate()
+    blob = ops.pack_weight(uniform.to(DEVICE))
+    assert torch.equal(blob, ops.pack_weight(uniform.as_table().to(DEVICE)))
+    layer = QuantLinear.from_packed(uniform, act_bits=8).to(DEVICE)
+    assert layer.kind == "uniform"
+    for name, tensor in uniform.state_dict().items():
+        assert torch.equal(layer.state_dict()[name].cpu(), tensor), name
+    assert torch.equal(layer.cpu().packed, ops.pack_weight(uniform))
 
 
 @pytest.mark.parametrize("act_bits", [4, 16])

@@ -1,6 +1,7 @@
 """The packed weight: bit stream, round trips, dequantization, every rule of validate()."""
 
 import dataclasses
+import itertools
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from safetensors.numpy import save_file as save_numpy_file
 from safetensors.torch import load_file, save_file
 
 from rcp_kernels import PackedWeight
-from rcp_kernels.formats import num_groups, pack_codes, row_bytes, snap_levels, unpack_codes
+from rcp_kernels.formats import num_groups, pack_codes, row_bytes, snap_levels, uniform_step, unpack_codes
 
 
 def random_weight(
@@ -25,6 +26,18 @@ def random_weight(
     levels = levels.sort(dim=-1).values.to(torch.int8)
     scales = (torch.rand((out_features, groups), generator=generator) + 0.1).to(torch.float16)
     return PackedWeight.pack(codes, levels, scales, tensor_scale, bits=bits, group_size=group_size), codes
+
+
+def uniform_weight(
+    out_features: int, in_features: int, bits: int, group_size: int, seed: int = 0
+) -> tuple[PackedWeight, torch.Tensor]:
+    """As random_weight, of kind uniform: first levels over their whole range, and a scale of 0."""
+    weight, codes = random_weight(out_features, in_features, bits, group_size, seed)
+    first = torch.randint(
+        -128, uniform_step(bits), (*weight.scales.shape, 1), generator=torch.Generator().manual_seed(seed)
+    )
+    first.view(-1)[:2] = torch.tensor([-128, uniform_step(bits) - 1])[: first.numel()]
+    return dataclasses.replace(weight, levels=first.to(torch.int8), kind="uniform").validate(), codes
 
 
 @st.composite
@@ -136,12 +149,8 @@ def test_validate_names_rule_value_and_remedy() -> None:
         PackedWeight(**{**good, **changes}).validate()
 
     check()
-    with rejects("version must be 1", "got 2", "upgrade"):
-        check(version=2)
-    with rejects("version must be 1", "got 0", "damaged"):
-        check(version=0)
-    with rejects("version must be an int", "got '1'", "convert"):
-        check(version="1")
+    with rejects("kind must be one of", "got 'affine'", "use 'table'"):
+        check(kind="affine")
     with rejects("in_features must be an int", "got 96.0", "convert"):
         check(in_features=96.0)
     with rejects("out_features must be an int", "got True"):
@@ -198,11 +207,23 @@ def test_from_state_dict_refuses_damage() -> None:
         with rejects("five tensors", f"missing {name}", "incomplete"):
             PackedWeight.from_state_dict({key: value for key, value in good.items() if key != name})
     # A later version may have more fields: it must be refused for its version.
-    for future in ([2, 2, 32, 96, 4], [7, 1, 2, 3, 4, 5, 6, 7]):
-        with rejects("version must be 1", f"got {future[0]}", "newer rcp-kernels"):
+    for future in ([3, 2, 32, 96, 4], [7, 1, 2, 3, 4, 5, 6, 7]):
+        with rejects("version must be 1 to 2", f"got {future[0]}", "newer rcp-kernels"):
             PackedWeight.from_state_dict({**good, "format": torch.tensor(future)})
-    with rejects("5 entries", "got 3", "damaged"):
-        PackedWeight.from_state_dict({**good, "format": torch.tensor([1, 2, 32])})
+    for header, words in (
+        ([0, 2, 32, 96, 4], ("version must be 1 to 2", "got 0", "damaged")),
+        ([1, 2, 32], ("version 1 has 5 entries", "got 3", "damaged")),
+        ([1, 2, 32, 96, 4, 1], ("version 1 has 5 entries", "got 6", "damaged")),
+        ([2, 2, 32, 96, 4], ("version 2 has 6 entries", "got 5", "damaged")),
+        ([2, 2, 32, 96, 4, 2], ("kind in format of version 2", r"0 \(table\), 1 \(uniform\)", "got 2", "damaged")),
+        ([2, 2, 32, 96, 4, -1], ("kind in format of version 2", "got -1", "damaged")),
+        ([2, 2, 32, 96, 4, 1], ("levels must have shape", r"\(4, 3, 1\)", "kind='uniform'", r"got \(4, 3, 4\)")),
+    ):
+        with rejects(*words):
+            PackedWeight.from_state_dict({**good, "format": torch.tensor(header)})
+    # Tables may be said to be tables.
+    explicit = PackedWeight.from_state_dict({**good, "format": torch.tensor([2, 2, 32, 96, 4, 0])})
+    assert (explicit.kind, explicit.version) == ("table", 1)
     with rejects("format must be int64", "got torch.float32", "unconverted"):
         PackedWeight.from_state_dict({**good, "format": good["format"].float()})
     for bad, found in ((None, "NoneType"), ([1, 2, 32, 96, 4], "list"), (good["format"].to("meta"), "meta device")):
@@ -264,13 +285,18 @@ def test_writer_of_the_documentation(tmp_path) -> None:
     page = (Path(__file__).parents[1] / "docs" / "format.md").read_text()
     namespace: dict[str, object] = {}
     exec(page.split("```python\n")[1].split("```")[0], namespace)
-    for bits, in_features, group_size in ((2, 5, 32), (3, 5, 5), (3, 150, 64), (4, 77, 77)):
-        weight, codes = random_weight(3, in_features, bits, group_size)
+    for kind, bits, in_features, group_size in itertools.product(
+        ("table", "uniform"), (2, 3, 4), (5, 150), (32, 64, None)
+    ):
+        make = random_weight if kind == "table" else uniform_weight
+        weight, codes = make(3, in_features, bits, group_size or in_features)
+        group_size = weight.group_size
         tensors = namespace["packed_weight"](
             codes.numpy(), weight.levels.numpy(), weight.scales.numpy(), float(weight.tensor_scale), bits, group_size
         )
         save_numpy_file({f"layer.{key}": value for key, value in tensors.items()}, tmp_path / "weight.safetensors")
         loaded = PackedWeight.from_state_dict(load_file(tmp_path / "weight.safetensors"), "layer.")
+        assert loaded.kind == kind
         for name in PackedWeight.TENSORS:
             assert torch.equal(getattr(loaded, name), getattr(weight, name))
 
@@ -285,3 +311,65 @@ def test_snapping_example_of_the_documentation() -> None:
     assert levels.tolist() == [[[-127, -42, 42, 127]]]
     assert (scales.tolist(), float(tensor_scale)) == ([[193.5]], 2.0**-16)
     assert round(2.0**-16 * 193.5 * 127, 6) == 0.374977
+
+
+@given(geometry=geometries(), seed=st.integers(0, 2**31))
+def test_uniform_groups_are_tables_in_progression(geometry: tuple[int, int, int, int], seed: int) -> None:
+    uniform, codes = uniform_weight(*geometry, seed=seed)
+    bits, step = geometry[2], {2: 32, 3: 16, 4: 8}[geometry[2]]
+    table = uniform.as_table().validate()
+    assert (table.kind, table.levels.shape[-1]) == ("table", 2**bits)
+    for n, g in itertools.product(range(table.levels.shape[0]), range(table.levels.shape[1])):
+        first = int(uniform.levels[n, g, 0])
+        assert table.levels[n, g].tolist() == [first + step * i for i in range(2**bits)]
+    assert torch.equal(table.dequantize(), uniform.dequantize())
+    assert torch.equal(uniform.unpack(), codes)
+    back = table.as_uniform()
+    assert all(torch.equal(getattr(back, name), getattr(uniform, name)) for name in PackedWeight.TENSORS)
+    assert uniform.as_uniform() is uniform
+    assert table.as_table() is table
+
+
+def test_a_group_of_scale_zero_is_uniform_whatever_its_levels() -> None:
+    weight = uniform_weight(2, 96, 3, 32)[0].as_table()
+    levels, scales = weight.levels.clone(), weight.scales.clone()
+    levels[1, 2], scales[1, 2] = torch.tensor([-9, -9, -9, 0, 0, 1, 7, 7]), 0
+    weight = dataclasses.replace(weight, levels=levels, scales=scales)
+    uniform = weight.as_uniform().validate()
+    assert int(uniform.levels[1, 2, 0]) == 0
+    assert torch.equal(uniform.dequantize(), weight.dequantize())
+
+
+def test_what_is_not_uniform_is_refused() -> None:
+    weight = uniform_weight(2, 96, 3, 32)[0].as_table()
+    for level in range(8):
+        levels = weight.levels.clone()
+        levels[1, 2, level] += 1 if int(levels[1, 2, level]) < 127 else -1
+        with rejects("levels of a uniform group at 3 bits must rise by 16", r"row, group \[1, 2\]", "kind 'table'"):
+            dataclasses.replace(weight, levels=levels).as_uniform()
+    # From 112 to -128: in int8 that difference would be 16.
+    wrapped = (torch.arange(8) * 16 + 32).to(torch.int8).expand_as(weight.levels)
+    with rejects("must rise by 16"):
+        dataclasses.replace(weight, levels=wrapped).as_uniform()
+    with rejects("must have values to be found uniform", "meta device", "load"):
+        weight.to("meta").as_uniform()
+    for bits, most in ((2, 31), (3, 15), (4, 7)):
+        uniform, _ = uniform_weight(2, 96, bits, 32)
+        levels = uniform.levels.clone()
+        levels[0, 2] = most + 1
+        with rejects(f"at {bits} bits must be at most {most}", f"got {most + 1} in row, group \\[0, 2\\]", "table"):
+            dataclasses.replace(uniform, levels=levels).validate()
+    uniform.to("meta").validate()
+    assert uniform.to("meta").as_table().levels.shape == (2, 3, 16)
+
+
+@pytest.mark.parametrize(("bits", "expected"), [(2, 2.1875), (3, 3.1875), (4, 4.1875)])
+def test_uniform_groups_cost_one_level(tmp_path, bits: int, expected: float) -> None:
+    weight, _ = uniform_weight(1024, 1024, bits, 128)
+    assert weight.bits_per_weight == pytest.approx(expected + 32 / 1024**2, abs=0)
+    tensors = weight.state_dict("layer.")
+    assert tensors["layer.format"].tolist() == [2, bits, 128, 1024, 1024, 1]
+    save_file(tensors, tmp_path / "weight.safetensors")
+    loaded = PackedWeight.from_state_dict(load_file(tmp_path / "weight.safetensors"), "layer.")
+    assert (loaded.kind, loaded.version) == ("uniform", 2)
+    assert all(torch.equal(getattr(loaded, name), getattr(weight, name)) for name in PackedWeight.TENSORS)

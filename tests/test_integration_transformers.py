@@ -1,5 +1,6 @@
 """Quantized models through transformers' own from_pretrained, save_pretrained and generate."""
 
+import dataclasses
 import json
 import shutil
 import sys
@@ -85,6 +86,29 @@ def test_a_directory_loads_bit_equal_and_saves_again(tmp_path, name, rotation, b
     assert all(torch.equal(first[key], second[key]) and first[key].dtype == second[key].dtype for key in first)
 
 
+def test_uniform_groups_stay_uniform(tmp_path):
+    model, config = quantized("llama", bits=3)
+    kinds = {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, QuantLinear):
+            weight = layer.packed_weight()
+            if "mlp" in name:  # tables beside them
+                first = weight.levels[..., :1].clamp(max=15)
+                weight = dataclasses.replace(weight, levels=first, kind="uniform")
+            layer._hold(weight)
+            kinds[name] = weight.kind
+    assert len(set(kinds.values())) == 2
+    save_quantized(model, tmp_path / "first", config)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "first")
+    loaded.save_pretrained(tmp_path / "second")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "second")
+    for other in (loaded, again):
+        assert {name: other.get_submodule(name).kind for name in kinds} == kinds
+        assert torch.equal(logits(other), logits(model))
+    stored = json.loads((tmp_path / "second" / "config.json").read_text())["quantization_config"]
+    assert stored["format_version"] == 2
+
+
 def test_nothing_is_said_while_loading(saved, caplog, recwarn):
     transformers.logging.enable_propagation()
     try:
@@ -123,7 +147,7 @@ def change_tensors(folder, change):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"format_version": 2}, r"format_version must be 1, got 2.*upgrade"),
+        ({"format_version": 3}, r"format_version must be 1 to 2, got 3.*upgrade"),
         ({"bits": 5}, "bits must be one of"),
         ({"colour": 1}, r"unknown \['colour'\]"),
         ({"bits": 3}, "q_proj must fit config.json.*bits of the stored weight must be the layer's, 3, got 2"),
@@ -143,7 +167,7 @@ LAYER = "model.layers.1.self_attn.k_proj"
 
 
 def from_the_future(tensors):
-    tensors[f"{LAYER}.format"] = torch.tensor([2, 2, 32, 96, 32, 7])
+    tensors[f"{LAYER}.format"] = torch.tensor([3, 2, 32, 96, 32, 7])
 
 
 def cast(tensors):
@@ -161,7 +185,7 @@ def negative(tensors):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (from_the_future, f"{LAYER} must fit.*version must be 1, got 2; the file was written by a newer"),
+        (from_the_future, f"{LAYER} must fit.*version must be 1 to 2, got 3; the file was written by a newer"),
         (cast, f"{LAYER} must fit.*scales must be torch.float16, got torch.float32"),
         (cut, f"{LAYER} must fit.*codes must have shape.*truncated"),
         (negative, r"scales must be finite and >= 0, got -1.0 in row, group \[3, 1\]"),

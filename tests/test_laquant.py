@@ -49,7 +49,7 @@ def same(first, second) -> bool:
 
 def packed_levels(packed) -> torch.Tensor:
     """int64 [N, groups, 2**bits], also of a weight that stores the first level only."""
-    return getattr(packed, "as_table", lambda: packed)().levels.to(torch.int64)
+    return packed.as_table().levels.to(torch.int64)
 
 
 @pytest.mark.parametrize("lookahead", [0, 1])

@@ -1,5 +1,6 @@
 """torch.ops.rcp_kernels.lut_linear against the reference, on every ISA of this machine."""
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -122,6 +123,29 @@ def test_threads_do_not_change_a_bit(isa, tokens, act_bits):
     torch.set_num_threads(2)
     two = run(x, weight, act_bits=act_bits)
     assert torch.equal(one, two)
+
+
+@pytest.mark.usefixtures("restore_isa")
+@pytest.mark.parametrize("isa", range(len(SUPPORTED)), ids=SUPPORTED)
+@pytest.mark.parametrize("act_bits", [4, 8, 16])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize(("rows", "columns", "group_size"), [(33, 200, 32), (16, 384, 128), (50, 129, 64), (5, 77, 77)])
+def test_uniform_groups_are_bit_equal_to_tables(isa, act_bits, dtype, bits, rows, columns, group_size):
+    """On every instruction set, forward and backward; what a table gives is tested against the reference above."""
+    torch.ops.rcp_kernels.set_cpu_isa(isa)
+    weight = random_weight(rows, columns, bits, group_size)
+    first = weight.levels[..., :1].clamp(max=2 ** (7 - bits) - 1)
+    uniform = dataclasses.replace(weight, levels=first, kind="uniform").validate()
+    bias = torch.randn(rows, generator=torch.Generator().manual_seed(0))
+    for tokens in (1, 2, 5, 13, 17):
+        x = torch.randn(tokens, columns, generator=torch.Generator().manual_seed(tokens)).to(dtype)
+        y = run(x, uniform, bias, act_bits)
+        assert torch.equal(y, run(x, uniform.as_table(), bias, act_bits))
+    x = x.float().requires_grad_()
+    (grad,) = torch.autograd.grad(run(x, uniform, bias, act_bits).sum(), x)
+    assert torch.equal(grad, torch.autograd.grad(run(x, uniform.as_table(), bias, act_bits).sum(), x)[0])
+    assert torch.equal(ops.reference.lut_linear(x, uniform), ops.reference.lut_linear(x, uniform.as_table()))
 
 
 def test_many_threads_call_one_weight():

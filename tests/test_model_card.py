@@ -69,6 +69,9 @@ def test_what_the_card_says(saved, tmp_path):
     assert "# Llama-2-7b-hf, 3 bits a weight\n" in card
     assert "its license holds for this one too" in card
     assert "| weights | 3 bits, 8 levels for each group of 32: 5.5 bits a weight with tables and scales |" in card
+    uniform = (tmp_path / "config.json").read_text().replace('"format_version": 1', '"format_version": 2')
+    (tmp_path / "config.json").write_text(uniform)
+    assert "of 32: 3.75 bits a weight with first levels and scales where groups" in model_card(tmp_path)
     assert "| activations | 8 bits |" in card
     assert "| keys and values | 4 bits, clipped at 0.95 of the largest |" in card
     assert "| rotation | R1 gsr, R2, R3, R4 |" in card

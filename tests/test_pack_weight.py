@@ -1,5 +1,7 @@
 """torch.ops.rcp_kernels.dequantize against PackedWeight.dequantize, and what the ops on a packed weight refuse."""
 
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import given
@@ -75,3 +77,62 @@ def test_weight_moves_between_devices_as_tensors():
     weight = random_weight(16, 64, 2, 32)
     assert all(getattr(weight.to("cpu"), name) is getattr(weight, name) for name in PackedWeight.TENSORS)
     assert all(getattr(weight.to("meta"), name).is_meta for name in PackedWeight.TENSORS)
+
+
+def uniform_weight(rows, columns, bits, group_size, seed=0):
+    """Of kind uniform, with the smallest and the largest first level and a group of scale 0 among others."""
+    weight = random_weight(rows, columns, bits, group_size, seed)
+    generator = torch.Generator().manual_seed(seed)
+    first = torch.randint(-128, 2 ** (7 - bits), (*weight.scales.shape, 1), generator=generator)
+    first.view(-1)[:2] = torch.tensor([-128, 2 ** (7 - bits) - 1])[: first.numel()]
+    weight.scales.view(-1)[2:3] = 0
+    return dataclasses.replace(weight, levels=first.to(torch.int8), kind="uniform").validate()
+
+
+@given(
+    rows=st.integers(1, 40),
+    columns=st.integers(1, 300),
+    bits=st.sampled_from([2, 3, 4]),
+    group_size=st.sampled_from([32, 64, 128, None]),
+    dtype=st.sampled_from(DTYPES),
+    seed=st.integers(0, 99),
+)
+def test_uniform_groups_keep_no_table(rows, columns, bits, group_size, dtype, seed):
+    weight = uniform_weight(rows, columns, bits, group_size or columns, seed)
+    blob, tables = ops.pack_weight(weight), ops.pack_weight(weight.as_table())
+    groups = weight.scales.shape[1]
+    assert len(tables) - len(blob) == -(-rows // 16) * groups * 16 * (2**bits - 1)
+    assert torch.equal(ops.dequantize(blob, *geometry(weight), dtype), weight.dequantize().to(dtype))
+    for packed in (blob, tables):
+        back = ops.unpack_weight(packed, *geometry(weight))
+        assert back.kind == "table"
+        for name in PackedWeight.TENSORS:
+            assert torch.equal(getattr(back, name), getattr(weight.as_table(), name)), name
+    back = ops.unpack_weight(blob, *geometry(weight)).as_uniform()
+    assert all(torch.equal(getattr(back, name), getattr(weight, name)) for name in PackedWeight.TENSORS)
+
+
+def test_opcheck_uniform():
+    weight = uniform_weight(24, 200, 3, 64)
+    tensors = [getattr(weight, name) for name in PackedWeight.TENSORS]
+    blob = ops.pack_weight(weight)
+    torch.library.opcheck(torch.ops.rcp_kernels.pack_weight.default, (*tensors, 200, 3, 64))
+    torch.library.opcheck(torch.ops.rcp_kernels.unpack_weight.default, (blob, *geometry(weight)))
+    torch.library.opcheck(torch.ops.rcp_kernels.dequantize.default, (blob, *geometry(weight)))
+    torch.library.opcheck(
+        torch.ops.rcp_kernels.lut_linear.default, (torch.randn(3, 200), blob, None, *geometry(weight), 8)
+    )
+
+
+def test_a_damaged_kind_is_refused():
+    weight = uniform_weight(16, 64, 2, 32)
+    blob, tables = ops.pack_weight(weight), ops.pack_weight(weight.as_table())
+    assert (int(blob[44]), int(tables[44])) == (1, 0)
+    blob[44], tables[44] = 2, 1
+    with pytest.raises(ValueError, match=r"groups of kind 0 \(table\) or 1 \(uniform\), got 2; .* pack it again"):
+        ops.dequantize(blob, *geometry(weight))
+    with pytest.raises(ValueError, match="truncated or padded"):
+        ops.dequantize(tables, *geometry(weight))
+    for levels in (weight.levels[:, :1], weight.levels.expand(-1, -1, 2), weight.levels[..., 0]):
+        with pytest.raises(ValueError, match="levels must have shape"):
+            ops.pack_weight(dataclasses.replace(weight, levels=levels))

@@ -235,6 +235,49 @@ def test_state_dict_of_a_model(tmp_path) -> None:
     assert same_function(fresh[2], model[2])
 
 
+def uniform_layer(bits: int = 3) -> QuantLinear:
+    weight = make_layer(bits=bits).packed_weight()
+    first = weight.levels[..., :1].clamp(max=2 ** (7 - bits) - 1)
+    weight = dataclasses.replace(weight, levels=first, kind="uniform")
+    return QuantLinear.from_packed(weight, torch.ones(24), act_bits=8)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_uniform_groups_stay_uniform(tmp_path, bits: int) -> None:
+    layer = uniform_layer(bits)
+    assert layer.kind == layer.packed_weight().kind == "uniform"
+    assert same_function(layer, QuantLinear.from_packed(layer.packed_weight().as_table(), layer.bias, act_bits=8))
+    save_file(layer.state_dict(), tmp_path / "layer.safetensors")
+    state = load_file(tmp_path / "layer.safetensors")
+    assert (state["format"].tolist(), state["levels"].shape) == ([2, bits, 64, 200, 24, 1], (24, 4, 1))
+    for device, assign in (("cpu", False), ("cpu", True), ("meta", True)):
+        fresh = QuantLinear(200, 24, bits=bits, group_size=64, act_bits=8, device=device)
+        assert fresh.kind == "table"
+        fresh.load_state_dict(state, assign=assign)
+        assert fresh.kind == "uniform"
+        assert len(fresh.packed) == len(layer.packed)
+        assert same_function(fresh, layer)
+    for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert twin.kind == "uniform"
+        assert same_function(twin, layer)
+        assert all(torch.equal(tensor, state[name]) for name, tensor in twin.state_dict().items())
+    # And back: the kind is that of the weight last loaded.
+    fresh.load_state_dict(make_layer(bits=bits).state_dict())
+    assert fresh.kind == "table"
+    assert "kind=uniform" in repr(layer)
+    assert "kind" not in repr(fresh)
+
+
+def test_layers_pickled_before_there_were_kinds() -> None:
+    layer = make_layer()
+    state = layer.__getstate__()
+    del state["kind"]
+    old = QuantLinear.__new__(QuantLinear)
+    old.__setstate__(state)
+    assert old.kind == "table"
+    assert same_function(old, layer)
+
+
 def test_loading_names_what_is_wrong() -> None:
     layer = make_layer()
     state = layer.state_dict()
@@ -253,7 +296,7 @@ def test_loading_names_what_is_wrong() -> None:
         fails(
             r"PackedWeight: codes must have shape.*got \(24, 63\); .* truncated", strict, codes=state["codes"][:, :-1]
         )
-        fails(r"PackedWeight: version must be 1, got 2.*upgrade", strict, format=torch.tensor([2, 2, 64, 200, 24]))
+        fails(r"PackedWeight: version must be 1 to 2, got 3.*upgrade", strict, format=torch.tensor([3, 2, 64, 200, 24]))
         fails(r"PackedWeight: .* five tensors.*missing scales; the checkpoint is incomplete", strict, scales=None)
         fails(r"PackedWeight: scales must be torch.float16, got torch.float32", strict, scales=state["scales"].float())
         fails(r"PackedWeight: levels must be ascending.*sort", strict, levels=state["levels"].flip(-1))

@@ -19,7 +19,7 @@ def generator(seed: int) -> torch.Generator:
 
 def table(packed) -> torch.Tensor:
     """int64 [N, groups, 2**bits], also of a weight that stores the first level only."""
-    levels = getattr(packed, "as_table", lambda: packed)().levels
+    levels = packed.as_table().levels
     return levels.to(torch.int64)
 
 

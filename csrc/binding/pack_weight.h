@@ -24,7 +24,7 @@ inline WeightShape checked_shape(const char* op, int64_t rows, int64_t columns, 
 }
 
 // The canonical tensors of a weight, checked and contiguous, and the value of tensor_scale (for which a weight on
-// another device waits).
+// another device waits). One level a group makes the shape's kind uniform, which only the CPU's layout has.
 struct CanonicalWeight {
   WeightShape shape;
   Tensor codes, levels, scales;
@@ -37,10 +37,11 @@ struct CanonicalWeight {
            "; pass those of a PackedWeight");
     }
     shape = checked_shape("pack_weight", codes_in.size(0), in_features, bits, group_size);
+    shape.uniform = codes_in.is_cpu() && levels_in.dim() == 3 && levels_in.size(2) == 1;
     const Device device = codes_in.device();
     check_tensor(codes_in, "pack_weight: codes", ScalarType::Byte, {shape.rows, shape.canonical_row_bytes()}, device);
-    check_tensor(levels_in, "pack_weight: levels", ScalarType::Char, {shape.rows, shape.groups(), shape.levels()},
-                 device);
+    check_tensor(levels_in, "pack_weight: levels", ScalarType::Char,
+                 {shape.rows, shape.groups(), shape.stored_levels()}, device);
     check_tensor(scales_in, "pack_weight: scales", ScalarType::Half, {shape.rows, shape.groups()}, device);
     check_tensor(tensor_scale_in, "pack_weight: tensor_scale", ScalarType::Float, {}, device);
     const Tensor whole = torch::stable::to(tensor_scale_in, Device(torch::headeronly::DeviceType::CPU));

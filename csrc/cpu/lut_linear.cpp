@@ -16,8 +16,8 @@ Tensor lut_linear_cpu(const Tensor& x_in, const Tensor& weight, const std::optio
                       int64_t out_features, int64_t in_features, int64_t bits, int64_t group_size, int64_t act_bits,
                       double clip, const std::optional<Tensor>& rotation_base,
                       const std::optional<Tensor>& rotation_permutation, int64_t rotation_group) {
-  const LutLinearInputs checked(x_in, weight, bias_in, out_features, in_features, bits, group_size, act_bits, clip,
-                                cpu_device);
+  LutLinearInputs checked(x_in, weight, bias_in, out_features, in_features, bits, group_size, act_bits, clip,
+                          cpu_device);
   const float tensor_scale =
       check_packed("lut_linear", checked.shape, static_cast<const uint8_t*>(weight.const_data_ptr()), weight.numel());
   std::optional<WalshArguments> rotation;

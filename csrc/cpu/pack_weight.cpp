@@ -8,7 +8,8 @@ namespace {
 using namespace rcp;
 using namespace rcp::binding;
 
-float checked_weight(const char* op, const Tensor& weight, const WeightShape& shape) {
+// Sets the kind of the shape to the blob's; returns its tensor_scale.
+float checked_weight(const char* op, const Tensor& weight, WeightShape& shape) {
   check_blob(op, weight, cpu_device);
   return check_packed(op, shape, static_cast<const uint8_t*>(weight.const_data_ptr()), weight.numel());
 }
@@ -40,7 +41,7 @@ Tensor pack_weight_cpu(const Tensor& codes, const Tensor& levels, const Tensor& 
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> unpack_weight_cpu(const Tensor& weight, int64_t out_features,
                                                              int64_t in_features, int64_t bits, int64_t group_size) {
-  const WeightShape shape = checked_shape("unpack_weight", out_features, in_features, bits, group_size);
+  WeightShape shape = checked_shape("unpack_weight", out_features, in_features, bits, group_size);
   const float whole = checked_weight("unpack_weight", weight, shape);
   Tensor codes = empty({shape.rows, shape.canonical_row_bytes()}, ScalarType::Byte);
   Tensor levels = empty({shape.rows, shape.groups(), shape.levels()}, ScalarType::Char);
@@ -55,7 +56,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> unpack_weight_cpu(const Tensor& weigh
 
 Tensor dequantize_cpu(const Tensor& weight, int64_t out_features, int64_t in_features, int64_t bits, int64_t group_size,
                       ScalarType dtype) {
-  const WeightShape shape = checked_shape("dequantize", out_features, in_features, bits, group_size);
+  WeightShape shape = checked_shape("dequantize", out_features, in_features, bits, group_size);
   const FloatType type = checked_dequantize_type(dtype);
   const float whole = checked_weight("dequantize", weight, shape);
   Tensor y = empty({shape.rows, shape.columns}, dtype);

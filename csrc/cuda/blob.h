@@ -27,8 +27,11 @@ inline void check_blob_size(const std::string& op, const Tensor& weight, const W
   }
   if (weight.numel() == blob_bytes(shape)) return;
   const std::string got = std::to_string(weight.numel());
+  WeightShape uniform = shape;
+  uniform.uniform = true;
+  const bool for_cpu = weight.numel() == shape.packed_bytes() || weight.numel() == uniform.packed_bytes();
   fail(op + ": weight must have " + std::to_string(blob_bytes(shape)) + " bytes, packed for CUDA in this shape, got " +
-       got + (weight.numel() == shape.packed_bytes() ? ", which is packed for the CPU" : "") +
+       got + (for_cpu ? ", which is packed for the CPU" : "") +
        "; move the layer with .to(), which packs its weight again, or pack the canonical weight there");
 }
 

@@ -50,22 +50,28 @@ def group_size_for(in_features: int, group_size: int) -> int:
     return group_size
 
 
-def random_packed_weight(out_features: int, in_features: int, bits: int, group_size: int) -> PackedWeight:
+def random_packed_weight(
+    out_features: int, in_features: int, bits: int, group_size: int, kind: str = "table"
+) -> PackedWeight:
     """A weight of random codes, ascending random levels and scales of about 1/in_features**0.5, made in packed form."""
     groups = num_groups(in_features, group_size)
-    width = 254 / 2**bits
-    starts = torch.arange(2**bits) * width - 127
-    jitter = torch.randint(0, int(width), (out_features, groups, 2**bits))
+    if kind == "uniform":
+        levels = torch.randint(-72, -56, (out_features, groups, 1)).to(torch.int8)  # about symmetric grids
+    else:
+        width = 254 / 2**bits
+        starts = torch.arange(2**bits) * width - 127
+        levels = (starts + torch.randint(0, int(width), (out_features, groups, 2**bits))).floor().to(torch.int8)
     scale = in_features**-0.5 / 64
     return PackedWeight(
         codes=torch.randint(0, 256, (out_features, row_bytes(in_features, bits, group_size)), dtype=torch.uint8),
-        levels=(starts + jitter).floor().to(torch.int8),
+        levels=levels,
         scales=torch.empty(out_features, groups).uniform_(scale, 2 * scale).half(),
         tensor_scale=torch.tensor(1.0),
         bits=bits,
         group_size=group_size,
         in_features=in_features,
         out_features=out_features,
+        kind=kind,
     )
 
 

@@ -21,6 +21,7 @@ BATCHES = (1, 8, 32, 128)
 THREADS = (1, 2)
 
 OURS = "lut_linear"
+UNIFORM = "lut_linear, uniform groups"
 READ = "plain read"
 TORCH_FP32 = "torch fp32"
 TORCH_BF16 = "torch bf16"
@@ -83,10 +84,10 @@ class Row:
         return min(self.seconds[TORCH_FP32], self.seconds[TORCH_BF16]) / self.seconds[OURS]
 
 
-def lut_linear_peer(out_features: int, in_features: int, options: Options) -> Peer:
+def lut_linear_peer(out_features: int, in_features: int, options: Options, kind: str = "table") -> Peer:
     """Our op, called as QuantLinear calls it, activation quantization included."""
     group_size = common.group_size_for(in_features, options.group_size)
-    weight = common.random_packed_weight(out_features, in_features, options.bits, group_size)
+    weight = common.random_packed_weight(out_features, in_features, options.bits, group_size, kind)
     # Each copy packed, not cloned: pack_weight also asks for huge pages, as it does for a QuantLinear.
     copies = [ops.pack_weight(weight) for _ in range(common.copies_needed(weight.nbytes))]
 
@@ -101,7 +102,7 @@ def lut_linear_peer(out_features: int, in_features: int, options: Options) -> Pe
 
         return call
 
-    return Peer(OURS, weight.nbytes, bind)
+    return Peer(OURS if kind == "table" else UNIFORM, weight.nbytes, bind)
 
 
 def torch_peer(out_features: int, in_features: int, dtype: torch.dtype) -> Peer:
@@ -156,6 +157,7 @@ def peers(out_features: int, in_features: int, options: Options, read: Peer, ggm
     """All competitors for one shape, ours first."""
     found = [
         lut_linear_peer(out_features, in_features, options),
+        lut_linear_peer(out_features, in_features, options, "uniform"),
         read,
         torch_peer(out_features, in_features, torch.float32),
         torch_peer(out_features, in_features, torch.bfloat16),
@@ -218,7 +220,7 @@ def line(row: Row) -> str:
         + " | ".join(f"{'-':>12}" if peer is None else f"{peer:>12.2f}" for peer in peers)
     )
     for name in row.seconds:
-        if name.startswith("ggml"):
+        if name == UNIFORM or name.startswith("ggml"):
             text += f" | {row.speedup(name):.2f} x {name}"
     return text
 
@@ -241,7 +243,7 @@ def summary(rows: Sequence[Row]) -> str:
         for name in large[0].seconds:
             speedups = [row.speedup(name) for row in large]
             if name not in (OURS, READ) and None not in speedups:
-                text += f", {_mean(s for s in speedups if s is not None):.2f} x {name}"
+                text += f", {_mean(s for s in speedups if s is not None):.{3 if name == UNIFORM else 2}f} x {name}"
         lines.append(text)
     return "\n".join(lines) if len(lines) > 1 else ""
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import extras
-from ..checkpoint import QUANT_METHOD, QuantizationConfig, file_sha256
+from ..checkpoint import QUANT_METHOD, QuantizationConfig, file_sha256, model_format_version
 from ..formats import check_bits
 from ..methods.rotate import ROTATIONS, apply_structure, rotate_model
 from ..nn import QuantLinear, quantize_model
@@ -216,8 +216,8 @@ class RcpHfQuantizer(HfQuantizer):
                 stored.act_clip,
             )
             config.stored = dataclasses.replace(stored, rotation=rotation, modules_to_not_convert=tuple(report.kept))
-        # It is of the file that was read, and model.config goes into the next one.
-        config.stored = dataclasses.replace(config.stored, sha256=None)
+        # sha256 is of the file that was read, and model.config goes into the next one.
+        config.stored = dataclasses.replace(config.stored, sha256=None, format_version=model_format_version(model))
         return model
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -135,7 +135,8 @@ class UniformQuantizer(nn.Module):
                 )
         levels, scales, exponent = self._snapped()
         codes = _nearest_codes(weight.detach().to(torch.float32), self.group_size, _table(levels, scales, exponent))
-        return PackedWeight.pack(codes, levels, scales, 2.0**exponent, bits=self.bits, group_size=self.group_size)
+        table = PackedWeight.pack(codes, levels, scales, 2.0**exponent, bits=self.bits, group_size=self.group_size)
+        return table.as_uniform()
 
     def _step(self) -> int:
         """Between two int8 levels."""

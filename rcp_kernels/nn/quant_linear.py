@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from numbers import Real
 from typing import Any, TypeVar
 
@@ -54,6 +55,8 @@ class QuantLinear(nn.Module):
         in_features, out_features: K and N.
         bits: bits a weight code.
         group_size: weights along K that share a table of levels.
+        kind: of the weight it holds, "table" or "uniform" (:class:`rcp_kernels.PackedWeight`); that of a stored weight
+            when it is loaded.
         act_bits: 4 or 8 bits an activation, or 16 for none quantized.
         act_clip: the share of a token's largest magnitude that 4 or 8 bits cover, in (0, 1].
         bias: Parameter [out_features] or None.
@@ -158,6 +161,7 @@ class QuantLinear(nn.Module):
         scales = torch.zeros((out_features, groups), dtype=torch.float16, device=device)
         one = torch.ones((), dtype=torch.float32, device=device)
         weight = PackedWeight(codes, levels, scales, one, bits, group_size, in_features, out_features)
+        self.kind = weight.kind
         self.register_buffer("packed", _pack(weight), persistent=False)
 
     @classmethod
@@ -207,7 +211,7 @@ class QuantLinear(nn.Module):
             input_rotation=input_rotation,
             device="meta",
         )
-        module.packed = _pack(weight)
+        module._hold(weight)
         if bias is not None:
             if tuple(bias.shape) != (weight.out_features,):
                 raise ValueError(
@@ -334,8 +338,13 @@ class QuantLinear(nn.Module):
         return super()._apply(fn, recurse)
 
     def packed_weight(self) -> PackedWeight:
-        """The weight in the canonical format, as new tensors."""
-        return unpack_weight(self.packed, self.out_features, self.in_features, self.bits, self.group_size)
+        """The weight in the canonical format and of the layer's kind, as new tensors."""
+        weight = unpack_weight(self.packed, self.out_features, self.in_features, self.bits, self.group_size)
+        return weight.as_uniform() if self.kind == "uniform" else weight
+
+    def _hold(self, weight: PackedWeight) -> None:
+        self.kind = weight.kind
+        self.packed = _pack(weight)
 
     def dequantize(self) -> Tensor:
         """The weight as float32 [out_features, in_features]."""
@@ -345,7 +354,7 @@ class QuantLinear(nn.Module):
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bits={self.bits}, "
             f"group_size={self.group_size}, act_bits={self.act_bits}, act_clip={self.act_clip}, "
-            f"bias={self.bias is not None}"
+            f"bias={self.bias is not None}" + (f", kind={self.kind}" if self.kind != "table" else "")
         )
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
@@ -423,15 +432,7 @@ class QuantLinear(nn.Module):
                 return
             device = weight.codes.device
         tensors = {name: getattr(weight, name).to(device).contiguous() for name in PackedWeight.TENSORS}
-        self.packed = _pack(
-            PackedWeight(
-                **tensors,
-                bits=self.bits,
-                group_size=self.group_size,
-                in_features=self.in_features,
-                out_features=self.out_features,
-            )
-        )
+        self._hold(replace(weight, **tensors))
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickles and copies carry the canonical tensors: the backend's order may change between versions."""
@@ -444,6 +445,7 @@ class QuantLinear(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         stored = state.pop("packed_weight", None)
         super().__setstate__(state)
+        self.__dict__.setdefault("kind", "table")  # pickles of before there were kinds
         if stored is None:
             return
         if stored["codes"].is_meta:  # torch.load(..., map_location="meta"): the format has no values either

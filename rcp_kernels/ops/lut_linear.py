@@ -165,7 +165,7 @@ def _tables(weight: PackedWeight) -> Tensor:
     groups = num_groups(weight.in_features, weight.group_size)
     padding = groups * weight.group_size - weight.in_features
     codes = torch.nn.functional.pad(codes, (0, padding)).view(weight.out_features, groups, weight.group_size)
-    levels = torch.gather(weight.levels, 2, codes).flatten(1)
+    levels = torch.gather(weight.as_table().levels, 2, codes).flatten(1)
     if padding:
         levels[:, -padding:] = 0
     return levels

@@ -15,6 +15,9 @@ _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 def pack_weight(weight: PackedWeight) -> Tensor:
     """Reorder a packed weight for :func:`rcp_kernels.ops.lut_linear`.
 
+    Uniform groups keep their first level only on the CPU, whose kernels make the table of a group in registers; CUDA's
+    layout holds tables of either kind. Results of a weight as uniform groups and as tables are equal bit for bit.
+
     Shapes and dtypes are checked, values are not: descending levels or a NaN scale are packed as they are.
     :meth:`PackedWeight.validate` looks at the values.
 
@@ -33,6 +36,8 @@ def pack_weight(weight: PackedWeight) -> Tensor:
             f"pack_weight: codes must have {weight.out_features} rows (out_features), got shape "
             f"{tuple(weight.codes.shape)}; the codes are truncated or the metadata belongs to another weight"
         )
+    if weight.codes.is_cuda:
+        weight = weight.as_table()
     return torch.ops.rcp_kernels.pack_weight.default(
         weight.codes,
         weight.levels,
@@ -45,7 +50,9 @@ def pack_weight(weight: PackedWeight) -> Tensor:
 
 
 def unpack_weight(blob: Tensor, out_features: int, in_features: int, bits: int, group_size: int) -> PackedWeight:
-    """The exact inverse of :func:`pack_weight`; padding codes come back as 0.
+    """The exact inverse of :func:`pack_weight`, but of kind "table"; padding codes come back as 0.
+
+    A blob does not say on every device of which kind its weight was: :meth:`PackedWeight.as_uniform` undoes it.
 
     Args:
         blob: what :func:`pack_weight` returned.

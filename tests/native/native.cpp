@@ -79,9 +79,10 @@ rcp::WeightShape checked_shape(int64_t rows, int64_t columns, int bits, int64_t 
 
 Array<uint8_t> pack_weight(const Array<uint8_t>& codes, const Array<int8_t>& levels, const Array<uint16_t>& scales,
                            float tensor_scale, int64_t columns, int bits, int64_t group_size, int threads) {
-  const rcp::WeightShape shape = checked_shape(codes.shape(0), columns, bits, group_size);
+  rcp::WeightShape shape = checked_shape(codes.shape(0), columns, bits, group_size);
+  shape.uniform = levels.ndim() == 3 && levels.shape(2) == 1;
   require(codes.ndim() == 2 && codes.shape(1) == shape.canonical_row_bytes(), "codes have the wrong shape");
-  require(levels.size() == shape.rows * shape.groups() * shape.levels(), "levels have the wrong shape");
+  require(levels.size() == shape.rows * shape.groups() * shape.stored_levels(), "levels have the wrong shape");
   require(scales.size() == shape.rows * shape.groups(), "scales have the wrong shape");
   Array<uint8_t> packed(shape.packed_bytes());
   rcp::pack_weight(shape, codes.data(), levels.data(), scales.data(), tensor_scale, packed.mutable_data(),
@@ -91,7 +92,7 @@ Array<uint8_t> pack_weight(const Array<uint8_t>& codes, const Array<int8_t>& lev
 
 py::tuple unpack_weight(const Array<uint8_t>& packed, int64_t rows, int64_t columns, int bits, int64_t group_size,
                         int threads) {
-  const rcp::WeightShape shape = checked_shape(rows, columns, bits, group_size);
+  rcp::WeightShape shape = checked_shape(rows, columns, bits, group_size);
   const float tensor_scale = rcp::check_packed("unpack_weight", shape, packed.data(), packed.size());
   Array<uint8_t> codes({shape.rows, shape.canonical_row_bytes()});
   Array<int8_t> levels({shape.rows, shape.groups(), int64_t{shape.levels()}});

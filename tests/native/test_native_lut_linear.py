@@ -114,6 +114,33 @@ def test_agrees_with_float64(native, bits, group, rows, columns, tokens, seed, a
         np.testing.assert_array_equal(y, results[0], err_msg=f"{path} differs from the plain C++ path")
 
 
+@given(**cases, act_bits=st.sampled_from([4, 8, 16]), name=st.sampled_from(FLOAT_TYPES))
+def test_uniform_groups_are_bit_equal_to_tables(native, bits, group, rows, columns, tokens, seed, act_bits, name):
+    """Tables made in registers of the first levels, on every path; -128 and the largest first level among them."""
+    rng = np.random.default_rng(seed)
+    w = random_weight(rng, rows, columns, bits, group or columns)
+    step = 2 ** (7 - bits)
+    first = rng.integers(-128, step, (rows, w.groups, 1))
+    first.flat[: min(2, first.size)] = (-128, step - 1)[: min(2, first.size)]
+    w.levels[:] = first + step * np.arange(2**bits)
+    uniform = native.pack_weight(
+        w.canonical_codes(), first.astype(np.int8), w.scales.view(np.uint16), w.tensor_scale, columns, bits,
+        w.group_size, 1,
+    )  # fmt: skip
+    table = pack(native, w)
+    assert len(table) - len(uniform) == -(-rows // 16) * w.groups * 16 * (2**bits - 1)
+    x = representable(rng.standard_normal((tokens, columns)).astype(np.float32), name)
+    for path in paths(native):
+        y = run(native, x, name, w, uniform, None, act_bits, path)
+        np.testing.assert_array_equal(y, run(native, x, name, w, table, None, act_bits, path), err_msg=str(path))
+    for back, expected in zip(
+        native.unpack_weight(uniform, rows, columns, bits, w.group_size, 2),
+        native.unpack_weight(table, rows, columns, bits, w.group_size, 2),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(back, expected)
+
+
 @given(**cases, act_bits=st.sampled_from([4, 8, 16]))
 def test_threads_do_not_change_a_bit(native, bits, group, rows, columns, tokens, seed, act_bits):
     rng = np.random.default_rng(seed)
@@ -193,6 +220,8 @@ def test_a_tampered_blob_is_refused(native):
         (lambda b: np.concatenate([b[:8], b[8:9] + 1, b[9:]]), "layout version 2"),
         (lambda b: np.concatenate([b[:12], b[12:13] + 1, b[13:]]), "was packed with"),
         (lambda b: np.concatenate([b[:16], b[16:17] + 1, b[17:]]), "was packed with out_features 21"),
+        (lambda b: np.concatenate([b[:44], b[44:45] + 1, b[45:]]), "truncated or padded"),
+        (lambda b: np.concatenate([b[:44], b[44:45] + 2, b[45:]]), r"kind 0 \(table\) or 1 \(uniform\), got 2"),
     ):
         with pytest.raises(ValueError, match=message):
             run(native, x, "float32", w, change(good), None, 4, 0)

@@ -20,7 +20,7 @@ inline void dequantize(const WeightShape& shape, const uint8_t* packed, float te
         std::memcpy(&scale, codes + shape.code_bytes() + 2 * r, 2);
         float values[16];
         for (int c = 0; c < shape.levels(); ++c) {
-          const int level = chunk[detail::table_offset(shape.bits, r, c)] - 128;
+          const int level = detail::biased_level(shape, chunk, r, c) - 128;
           values[c] = static_cast<float>(level) * half_to_float(scale) * tensor_scale;
         }
         for (int64_t k = 0; k < shape.group_size && g * shape.group_size + k < shape.columns; ++k) {

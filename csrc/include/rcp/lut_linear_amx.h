@@ -72,10 +72,10 @@ inline constexpr int64_t block_tokens = 128;  // tokens whose sums and totals (1
 
 // Decodes columns [k0, k0 + columns) of a chunk into a buffer, register i to out + i * stride.
 template <int BITS>
-RCP_AVX512 inline void decode_columns(const uint8_t* chunk, int64_t k0, int64_t columns, uint8_t* out, int64_t stride) {
+RCP_AVX512 inline void decode_columns(const uint8_t* chunk, bool uniform, int64_t k0, int64_t columns, uint8_t* out,
+                                      int64_t stride) {
   avx512::Decoder<BITS> decoder;
-  decoder.load(chunk);
-  const uint8_t* codes = chunk + 16 * (1 << BITS) + k0 / 32 * 64 * BITS;
+  const uint8_t* codes = avx512::load_tables<BITS>(decoder, chunk, uniform) + k0 / 32 * 64 * BITS;
   for (int64_t k = 0; k < columns; k += 32, codes += 64 * BITS) {
     __m512i w[8];
     avx512::prefetch_lines(codes + 32, BITS);
@@ -135,7 +135,7 @@ RCP_AMX void lut_linear_many(const LutLinearCall& call, int64_t begin, int64_t e
     for (int64_t g = 0; g < groups; ++g, chunks[0] += shape.chunk_bytes(), chunks[1] += shape.chunk_bytes()) {
       for (int64_t k0 = 0; k0 < padded; k0 += tile_columns) {
         const int64_t columns = std::min(tile_columns, padded - k0);
-        for (int b = 0; b < 2; ++b) decode_columns<BITS>(chunks[b], k0, columns, weights + 64 * b, 128);
+        for (int b = 0; b < 2; ++b) decode_columns<BITS>(chunks[b], shape.uniform, k0, columns, weights + 64 * b, 128);
         for (int64_t m = 0; m < tokens; m += 32) {
           const int8_t* q = call.q + (g * call.q_rows + m) * padded + k0;
           if (m + 16 < call.q_rows) {

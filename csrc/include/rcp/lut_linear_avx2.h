@@ -23,11 +23,22 @@ struct Decoder;
 template <>
 struct Decoder<2> {
   __m256i table;
+  RCP_AVX2 RCP_INLINE static __m256i row_offset() {
+    return _mm256_set_epi32(0x0c0c0c0c, 0x08080808, 0x04040404, 0, 0x0c0c0c0c, 0x08080808, 0x04040404, 0);
+  }
   RCP_AVX2 RCP_INLINE void load(const uint8_t* chunk, int half) { table = load32(chunk + 32 * half); }
+  // Level 0 of 8 rows, one byte each, in the low byte of the row's dword.
+  RCP_AVX2 RCP_INLINE static __m256i rows(const uint8_t* chunk, int half) {
+    return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(chunk + 8 * half)));
+  }
+  RCP_AVX2 RCP_INLINE static __m256i spread(const uint8_t* chunk, int half) {
+    return _mm256_shuffle_epi8(rows(chunk, half), row_offset());
+  }
+  RCP_AVX2 RCP_INLINE void load_uniform(const uint8_t* chunk, int half) {
+    table = _mm256_add_epi8(spread(chunk, half), _mm256_set1_epi32(0x60402000));
+  }
   RCP_AVX2 RCP_INLINE static __m256i index(__m256i codes) {
-    const __m256i row_offset =
-        _mm256_set_epi32(0x0c0c0c0c, 0x08080808, 0x04040404, 0, 0x0c0c0c0c, 0x08080808, 0x04040404, 0);
-    return _mm256_or_si256(_mm256_and_si256(codes, _mm256_set1_epi8(3)), row_offset);
+    return _mm256_or_si256(_mm256_and_si256(codes, _mm256_set1_epi8(3)), row_offset());
   }
   RCP_AVX2 RCP_INLINE void expand(const uint8_t* codes, int half, __m256i w[8]) const {
 #pragma GCC unroll 2
@@ -47,6 +58,10 @@ struct Decoder<3> {
   RCP_AVX2 RCP_INLINE void load(const uint8_t* chunk, int half) {
     low_table = load32(chunk + 32 * half);
     high_table = load32(chunk + 64 + 32 * half);
+  }
+  RCP_AVX2 RCP_INLINE void load_uniform(const uint8_t* chunk, int half) {
+    low_table = _mm256_add_epi8(Decoder<2>::spread(chunk, half), _mm256_set1_epi32(0x30201000));
+    high_table = _mm256_add_epi8(low_table, _mm256_set1_epi8(64));
   }
   // `upper` has each byte's third bit in its sign.
   RCP_AVX2 RCP_INLINE __m256i lookup(__m256i codes, __m256i upper) const {
@@ -72,6 +87,16 @@ struct Decoder<4> {
   RCP_AVX2 RCP_INLINE void load(const uint8_t* chunk, int half) {
 #pragma GCC unroll 4
     for (int t = 0; t < 4; ++t) table[t] = load32(chunk + 64 * t + 32 * half);
+  }
+  RCP_AVX2 RCP_INLINE void load_uniform(const uint8_t* chunk, int half) {
+    const __m256i rows = Decoder<2>::rows(chunk, half);  // lane i, dword t: row 4i + t
+    const __m256i ramp =
+        _mm256_broadcastsi128_si256(_mm_set_epi8(120, 112, 104, 96, 88, 80, 72, 64, 56, 48, 40, 32, 24, 16, 8, 0));
+#pragma GCC unroll 4
+    for (int t = 0; t < 4; ++t) {
+      const __m256i spread = _mm256_shuffle_epi8(rows, _mm256_set1_epi8(static_cast<char>(4 * t)));
+      table[t] = _mm256_add_epi8(spread, ramp);
+    }
   }
   RCP_AVX2 RCP_INLINE void expand(const uint8_t* codes, int half, __m256i w[8]) const {
 #pragma GCC unroll 2
@@ -135,9 +160,19 @@ RCP_AVX2 RCP_INLINE void prefetch_lines(const uint8_t* p, int lines) {
   for (int i = 0; i < lines; ++i) _mm_prefetch(reinterpret_cast<const char*>(p + prefetch_bytes + 64 * i), _MM_HINT_T0);
 }
 
+// The tables of half a block in registers.
+template <int BITS>
+RCP_AVX2 RCP_INLINE void load_tables(Decoder<BITS>& decoder, const uint8_t* chunk, int half, bool uniform) {
+  if (uniform) {
+    decoder.load_uniform(chunk, half);
+  } else {
+    decoder.load(chunk, half);
+  }
+}
+
 // The integer sums of 16 rows x one group for TOKENS tokens of PLANES nibble planes.
 template <int BITS, int TOKENS, int PLANES>
-RCP_AVX2 RCP_INLINE void add_chunk(const uint8_t* chunk, int64_t padded, int64_t code_bytes, const int8_t* q,
+RCP_AVX2 RCP_INLINE void add_chunk(const uint8_t* chunk, int64_t padded, bool uniform, const int8_t* q,
                                    const int32_t* correction, __m256 total[2][TOKENS]) {
   constexpr int rows = TOKENS * PLANES;
   // Products that a 16-bit lane holds: one register of 8 (32 columns) for signed nibbles, half of one for unsigned.
@@ -151,11 +186,11 @@ RCP_AVX2 RCP_INLINE void add_chunk(const uint8_t* chunk, int64_t padded, int64_t
     for (int m = 0; m < rows; ++m) sum[half][m] = _mm256_setzero_si256();
   }
   Decoder<BITS> decoder[2];
-  decoder[0].load(chunk, 0);
-  decoder[1].load(chunk, 1);
-  const uint8_t* codes = chunk + 16 * (1 << BITS);
+  load_tables<BITS>(decoder[0], chunk, 0, uniform);
+  load_tables<BITS>(decoder[1], chunk, 1, uniform);
+  const uint8_t* codes = chunk + (uniform ? 16 : 16 * (1 << BITS));
   for (int64_t k = 0; k < padded; k += 32, codes += 64 * BITS) {
-    prefetch_lines(codes + 16 * (1 << BITS) + 32, BITS);
+    prefetch_lines(codes + 32, BITS);
 #pragma GCC unroll 2
     for (int half = 0; half < 2; ++half) {
       __m256i w[8];
@@ -177,7 +212,7 @@ RCP_AVX2 RCP_INLINE void add_chunk(const uint8_t* chunk, int64_t padded, int64_t
   }
 #pragma GCC unroll 2
   for (int half = 0; half < 2; ++half) {
-    const __m256 scales = load_scales(chunk + 16 * (1 << BITS) + code_bytes + 16 * half);
+    const __m256 scales = load_scales(codes + 16 * half);
 #pragma GCC unroll 8
     for (int m = 0; m < TOKENS; ++m) {
       __m256i all = sum[half][m * PLANES];
@@ -191,13 +226,14 @@ RCP_AVX2 RCP_INLINE void add_chunk(const uint8_t* chunk, int64_t padded, int64_t
 template <int BITS, int TOKENS, int PLANES>
 RCP_AVX2 void lut_linear_tile(const LutLinearCall& call, int64_t token, int64_t begin, int64_t end) {
   const WeightShape& shape = call.shape;
-  const int64_t groups = shape.groups(), padded = shape.padded_group(), code_bytes = shape.code_bytes();
+  const int64_t groups = shape.groups(), padded = shape.padded_group();
   for (int64_t block = begin; block < end; ++block) {
     const uint8_t* chunk = call.blocks + block * shape.block_bytes();
     __m256 total[2][TOKENS];
     for (int m = 0; m < TOKENS; ++m) total[0][m] = total[1][m] = _mm256_setzero_ps();
     for (int64_t g = 0; g < groups; ++g, chunk += shape.chunk_bytes()) {
-      add_chunk<BITS, TOKENS, PLANES>(chunk, padded, code_bytes, call.q + (g * call.q_rows + token * PLANES) * padded,
+      add_chunk<BITS, TOKENS, PLANES>(chunk, padded, shape.uniform,
+                                      call.q + (g * call.q_rows + token * PLANES) * padded,
                                       call.correction + g * call.tokens + token, total);
     }
     for (int m = 0; m < TOKENS; ++m) {
@@ -228,7 +264,7 @@ RCP_AVX2 void lut_linear_float_tile(const LutLinearCall& call, int64_t token, in
     for (int m = 0; m < TOKENS; ++m) total[m] = _mm256_setzero_ps();
     for (int64_t g = 0; g < groups; ++g, chunk += shape.chunk_bytes()) {
       Decoder<BITS> decoder;
-      decoder.load(chunk, half);
+      load_tables<BITS>(decoder, chunk, half, shape.uniform);
       const uint8_t* codes = chunk + shape.table_bytes();
       const float* x = call.x + (g * call.tokens + token) * padded;
       __m256 parts[TOKENS][4];
@@ -251,7 +287,7 @@ RCP_AVX2 void lut_linear_float_tile(const LutLinearCall& call, int64_t token, in
           }
         }
       }
-      const __m256 scales = load_scales(chunk + shape.table_bytes() + shape.code_bytes() + 16 * half);
+      const __m256 scales = load_scales(codes + 16 * half);
 #pragma GCC unroll 2
       for (int m = 0; m < TOKENS; ++m) {
         const __m256 sum =

@@ -26,6 +26,14 @@ struct Decoder<2> {
                                _mm512_broadcast_i32x4(_mm_set_epi32(0x03030303, 0x02020202, 0x01010101, 0)));
   }
   RCP_AVX512 RCP_INLINE void load(const uint8_t* chunk) { table = _mm512_loadu_si512(chunk); }
+  // Level 0 of 16 rows, one byte each, in all bytes of the row's dword.
+  RCP_AVX512 RCP_INLINE static __m512i spread(const uint8_t* first) {
+    const __m128i rows = _mm_loadu_si128(reinterpret_cast<const __m128i*>(first));
+    return _mm512_shuffle_epi8(_mm512_cvtepu8_epi32(rows), row_offset());
+  }
+  RCP_AVX512 RCP_INLINE void load_uniform(const uint8_t* chunk) {
+    table = _mm512_add_epi8(spread(chunk), _mm512_set1_epi32(0x60402000));
+  }
   RCP_AVX512 RCP_INLINE static __m512i index(__m512i codes) {
     return _mm512_ternarylogic_epi32(codes, _mm512_set1_epi8(3), row_offset(), 0xEA);  // (codes & 3) | offset
   }
@@ -48,6 +56,10 @@ struct Decoder<3> {
   RCP_AVX512 RCP_INLINE void load(const uint8_t* chunk) {
     low.load(chunk);
     high_table = _mm512_loadu_si512(chunk + 64);
+  }
+  RCP_AVX512 RCP_INLINE void load_uniform(const uint8_t* chunk) {
+    low.table = _mm512_add_epi8(Decoder<2>::spread(chunk), _mm512_set1_epi32(0x30201000));
+    high_table = _mm512_add_epi8(low.table, _mm512_set1_epi8(64));
   }
   // The masked shuffle replaces the bytes whose third bit is set: needs no VBMI, and on Zen 5 is no slower than
   // vpermi2b.
@@ -75,6 +87,17 @@ struct Decoder<4> {
   RCP_AVX512 RCP_INLINE void load(const uint8_t* chunk) {
 #pragma GCC unroll 4
     for (int t = 0; t < 4; ++t) table[t] = _mm512_loadu_si512(chunk + 64 * t);
+  }
+  RCP_AVX512 RCP_INLINE void load_uniform(const uint8_t* chunk) {
+    const __m128i first = _mm_loadu_si128(reinterpret_cast<const __m128i*>(chunk));
+    const __m512i rows = _mm512_cvtepu8_epi32(first);  // lane i, dword t: row 4i + t
+    const __m512i ramp =
+        _mm512_broadcast_i32x4(_mm_set_epi8(120, 112, 104, 96, 88, 80, 72, 64, 56, 48, 40, 32, 24, 16, 8, 0));
+#pragma GCC unroll 4
+    for (int t = 0; t < 4; ++t) {
+      const __m512i spread = _mm512_shuffle_epi8(rows, _mm512_set1_epi8(static_cast<char>(4 * t)));
+      table[t] = _mm512_add_epi8(spread, ramp);
+    }
   }
   RCP_AVX512 RCP_INLINE void expand(const uint8_t* codes, __m512i w[8]) const {
     const __m512i low_nibble = _mm512_set1_epi8(15);
@@ -136,17 +159,28 @@ RCP_AVX512 RCP_INLINE void prefetch_lines(const uint8_t* p, int lines) {
   for (int i = 0; i < lines; ++i) _mm_prefetch(reinterpret_cast<const char*>(p + prefetch_bytes + 64 * i), _MM_HINT_T0);
 }
 
+// Brings the tables of a chunk into registers and asks for those of a later one; returns where the codes start.
+template <int BITS>
+RCP_AVX512 RCP_INLINE const uint8_t* load_tables(Decoder<BITS>& decoder, const uint8_t* chunk, bool uniform) {
+  if (uniform) {
+    decoder.load_uniform(chunk);
+    prefetch_lines(chunk, 1);
+    return chunk + 16;
+  }
+  decoder.load(chunk);
+  prefetch_lines(chunk, (16 * (1 << BITS) + 32 + 63) / 64);
+  return chunk + 16 * (1 << BITS);
+}
+
 // One chunk (16 rows x one group) against a tile of TOKENS tokens. Few tokens get several accumulators each, because a
 // chain of dependent vpdpbusd would be bound by its latency; the activations are embedded broadcasts, so that a product
 // is one instruction.
 template <int BITS, int TOKENS>
-RCP_AVX512 RCP_INLINE void add_chunk(const uint8_t* chunk, int64_t padded, int64_t code_bytes, const int8_t* q,
+RCP_AVX512 RCP_INLINE void add_chunk(const uint8_t* chunk, int64_t padded, bool uniform, const int8_t* q,
                                      const int32_t* correction, __m512 total[TOKENS]) {
   constexpr int chains = TOKENS == 1 ? 4 : TOKENS == 2 ? 2 : 1;
   Decoder<BITS> decoder;
-  decoder.load(chunk);
-  const uint8_t* codes = chunk + 16 * (1 << BITS);
-  prefetch_lines(chunk, (16 * (1 << BITS) + 32 + 63) / 64);
+  const uint8_t* codes = load_tables<BITS>(decoder, chunk, uniform);
   __m512i sum[TOKENS][chains];
 #pragma GCC unroll 16
   for (int m = 0; m < TOKENS; ++m) {
@@ -168,7 +202,7 @@ RCP_AVX512 RCP_INLINE void add_chunk(const uint8_t* chunk, int64_t padded, int64
       }
     }
   }
-  const __m512 scales = load_scales(chunk + 16 * (1 << BITS) + code_bytes);
+  const __m512 scales = load_scales(codes);
 #pragma GCC unroll 16
   for (int m = 0; m < TOKENS; ++m) {
     __m512i all = sum[m][0];
@@ -185,7 +219,7 @@ RCP_AVX512 RCP_INLINE void add_chunk(const uint8_t* chunk, int64_t padded, int64
 template <int BITS, int TOKENS, int BLOCKS>
 RCP_AVX512 void multiply_tile(const LutLinearCall& call, int64_t token, int64_t begin, int64_t end) {
   const WeightShape& shape = call.shape;
-  const int64_t groups = shape.groups(), padded = shape.padded_group(), code_bytes = shape.code_bytes();
+  const int64_t groups = shape.groups(), padded = shape.padded_group();
   const int64_t chunk_bytes = shape.chunk_bytes(), block_bytes = shape.block_bytes();
   int64_t block = begin;
   for (; block + BLOCKS <= end; block += BLOCKS) {
@@ -197,7 +231,7 @@ RCP_AVX512 void multiply_tile(const LutLinearCall& call, int64_t token, int64_t 
     for (int64_t g = 0; g < groups; ++g, chunk += chunk_bytes) {
 #pragma GCC unroll 4
       for (int b = 0; b < BLOCKS; ++b) {
-        add_chunk<BITS, TOKENS>(chunk + b * block_bytes, padded, code_bytes,
+        add_chunk<BITS, TOKENS>(chunk + b * block_bytes, padded, shape.uniform,
                                 call.q + (g * call.q_rows + token) * padded, call.correction + g * call.tokens + token,
                                 total[b]);
       }
@@ -255,9 +289,7 @@ RCP_AVX512 void lut_linear_float_tile(const LutLinearCall& call, int64_t token, 
     for (int m = 0; m < TOKENS; ++m) total[m] = _mm512_setzero_ps();
     for (int64_t g = 0; g < groups; ++g, chunk += shape.chunk_bytes()) {
       Decoder<BITS> decoder;
-      decoder.load(chunk);
-      prefetch_lines(chunk, (16 * (1 << BITS) + 32 + 63) / 64);
-      const uint8_t* codes = chunk + shape.table_bytes();
+      const uint8_t* codes = load_tables<BITS>(decoder, chunk, shape.uniform);
       const float* x = call.x + (g * call.tokens + token) * padded;
       __m512 parts[TOKENS][4];
 #pragma GCC unroll 16
@@ -280,7 +312,7 @@ RCP_AVX512 void lut_linear_float_tile(const LutLinearCall& call, int64_t token, 
           }
         }
       }
-      const __m512 scales = load_scales(chunk + shape.table_bytes() + shape.code_bytes());
+      const __m512 scales = load_scales(codes);
 #pragma GCC unroll 4
       for (int m = 0; m < TOKENS; ++m) {
         const __m512 sum =

@@ -69,12 +69,10 @@ RCP_AVX512_BF16 void lut_linear_bf16_tile(const LutLinearCall& call, int64_t tok
     for (int m = 0; m < TOKENS; ++m) total[m] = _mm512_setzero_ps();
     for (int64_t g = 0; g < groups; ++g, chunk += shape.chunk_bytes()) {
       Decoder<BITS> low, high;
-      low.load(chunk);
+      const uint8_t* codes = load_tables<BITS>(low, chunk, shape.uniform);
       high = low;
       take_byte<0>(low);
       take_byte<1>(high);
-      prefetch_lines(chunk, (16 * (1 << BITS) + 32 + 63) / 64);
-      const uint8_t* codes = chunk + shape.table_bytes();
       const uint16_t* x = call.x_bf16 + (g * call.tokens + token) * padded;
       // parts[m][p][h]: of rows 4l + 2h and 4l + 2h + 1 in 128-bit lane l, part 2p in the even dwords and 2p + 1 in the
       // odd ones.
@@ -100,7 +98,7 @@ RCP_AVX512_BF16 void lut_linear_bf16_tile(const LutLinearCall& call, int64_t tok
           }
         }
       }
-      const __m512 scales = load_scales(chunk + shape.table_bytes() + shape.code_bytes());
+      const __m512 scales = load_scales(codes);
 #pragma GCC unroll 4
       for (int m = 0; m < TOKENS; ++m) {
         __m512 pair[2];

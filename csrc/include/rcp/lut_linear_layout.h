@@ -3,13 +3,16 @@
 // 16 rows are interleaved, so that a vector register holds the same 4 columns of 16 rows (a dword lane per row) and the
 // activation is a broadcast dword. A block of 16 rows is a sequence of chunks, one per group, each
 //
-//   table   16 rows x 2^bits levels, one byte each, stored as level + 128 (unsigned: the first operand of vpdpbusd)
+//   table   16 rows x 2^bits levels, one byte each, stored as level + 128 (unsigned: the first operand of vpdpbusd).
+//           Uniform groups (level i = level 0 + i * 2^(7-bits)) have level 0 only, 16 bytes: the rest is a constant
+//           that the kernels add in a register.
 //   codes   64 * bits bytes per 32 columns
 //   scales  16 x float16
 //
 // so that one pointer walks everything once. Columns are padded to a multiple of 32 inside a group, rows to a multiple
 // of 16; activations are zero in padded columns, scales are zero in padded rows.
 //
+//   uniform table byte r, at any bits.
 //   2 bits  table byte 4r + c.  Per 16 columns 64 bytes: dword r, byte j, bits 2s..2s+1 = column 4s + j.
 //   3 bits  table 64 bytes for levels 0..3 as above, then 64 for levels 4..7.
 //           Per 32 columns 192 bytes: the low two bits as above (2 x 64), then bit t of byte j of dword r = high bit of
@@ -35,23 +38,26 @@ struct WeightHeader {
   uint32_t bits;
   int64_t rows, columns, group_size;
   float tensor_scale;
-  uint32_t reserved[5];
+  uint32_t uniform;  // 1: the table holds level 0 only
+  uint32_t reserved[4];
 };
 static_assert(sizeof(WeightHeader) == 64, "the header keeps the chunks 64-byte aligned");
 
 inline constexpr char cpu_weight_magic[8] = {'R', 'C', 'P', 'L', 'U', 'T', '1', '6'};
 inline constexpr uint32_t cpu_layout_version = 1;
 
-// Sizes that follow from (rows, columns, bits, group_size).
+// Sizes that follow from (rows, columns, bits, group_size) and the kind of the groups.
 struct WeightShape {
   int64_t rows, columns, group_size;
   int bits;
+  bool uniform = false;
 
   int64_t groups() const { return (columns + group_size - 1) / group_size; }
   int64_t padded_group() const { return (group_size + 31) / 32 * 32; }
   int64_t row_blocks() const { return (rows + 15) / 16; }
   int levels() const { return 1 << bits; }
-  int64_t table_bytes() const { return 16 * levels(); }
+  int stored_levels() const { return uniform ? 1 : levels(); }
+  int64_t table_bytes() const { return 16 * stored_levels(); }
   int64_t code_bytes() const { return padded_group() / 32 * 64 * bits; }
   int64_t chunk_bytes() const { return table_bytes() + code_bytes() + 32; }
   int64_t block_bytes() const { return groups() * chunk_bytes(); }
@@ -111,6 +117,12 @@ inline int64_t table_offset(int bits, int r, int code) {
   return bits == 4 ? 64 * (r % 4) + 16 * (r / 4) + code : 64 * (code / 4) + 4 * r + code % 4;
 }
 
+// What a code of row r of 16 stands for, + 128.
+inline uint8_t biased_level(const WeightShape& shape, const uint8_t* chunk, int r, int code) {
+  if (shape.uniform) return static_cast<uint8_t>(chunk[r] + (code << (7 - shape.bits)));
+  return chunk[table_offset(shape.bits, r, code)];
+}
+
 }  // namespace detail
 
 // The code of (row r of 16, column k of the group) in a chunk's code area.
@@ -122,7 +134,8 @@ inline unsigned code_at(const uint8_t* codes, int bits, int r, int64_t k) {
   return code;
 }
 
-// codes uint8 [rows, canonical_row_bytes], levels int8 [rows, groups, 2^bits], scales float16 bits [rows, groups].
+// codes uint8 [rows, canonical_row_bytes], levels int8 [rows, groups, stored_levels], scales float16 bits
+// [rows, groups].
 inline void pack_weight(const WeightShape& shape, const uint8_t* codes, const int8_t* levels, const uint16_t* scales,
                         float tensor_scale, uint8_t* packed, const ThreadPool& pool) {
   WeightHeader header{};
@@ -133,6 +146,7 @@ inline void pack_weight(const WeightShape& shape, const uint8_t* codes, const in
   header.columns = shape.columns;
   header.group_size = shape.group_size;
   header.tensor_scale = tensor_scale;
+  header.uniform = shape.uniform ? 1 : 0;
   std::memcpy(packed, &header, sizeof header);
   const int64_t groups = shape.groups(), row_bytes = shape.canonical_row_bytes();
   parallel_pieces(pool, shape.row_blocks(), 8, [&](int64_t begin, int64_t end) {
@@ -143,9 +157,9 @@ inline void pack_weight(const WeightShape& shape, const uint8_t* codes, const in
         uint8_t* out = chunk + shape.table_bytes();
         for (int r = 0; r < 16 && block * 16 + r < shape.rows; ++r) {
           const int64_t row = block * 16 + r;
-          for (int c = 0; c < shape.levels(); ++c) {
-            chunk[detail::table_offset(shape.bits, r, c)] =
-                static_cast<uint8_t>(levels[(row * groups + g) * shape.levels() + c] + 128);
+          for (int c = 0; c < shape.stored_levels(); ++c) {
+            chunk[shape.uniform ? r : detail::table_offset(shape.bits, r, c)] =
+                static_cast<uint8_t>(levels[(row * groups + g) * shape.stored_levels() + c] + 128);
           }
           for (int64_t k = 0; k < shape.group_size && g * shape.group_size + k < shape.columns; ++k) {
             const unsigned code =
@@ -161,7 +175,8 @@ inline void pack_weight(const WeightShape& shape, const uint8_t* codes, const in
   });
 }
 
-// The exact inverse of pack_weight; codes of padding columns come back as 0.
+// The exact inverse of pack_weight, but that levels are the whole tables, int8 [rows, groups, 2^bits], of uniform
+// groups too; codes of padding columns come back as 0.
 inline void unpack_weight(const WeightShape& shape, const uint8_t* packed, uint8_t* codes, int8_t* levels,
                           uint16_t* scales, const ThreadPool& pool) {
   const int64_t groups = shape.groups(), row_bytes = shape.canonical_row_bytes();
@@ -174,7 +189,7 @@ inline void unpack_weight(const WeightShape& shape, const uint8_t* packed, uint8
         const uint8_t* chunk = packed + sizeof(WeightHeader) + row / 16 * shape.block_bytes() + g * shape.chunk_bytes();
         for (int c = 0; c < shape.levels(); ++c) {
           levels[(row * groups + g) * shape.levels() + c] =
-              static_cast<int8_t>(chunk[detail::table_offset(shape.bits, r, c)] - 128);
+              static_cast<int8_t>(detail::biased_level(shape, chunk, r, c) - 128);
         }
         for (int64_t k = 0; k < shape.group_size && g * shape.group_size + k < shape.columns; ++k) {
           const unsigned code = code_at(chunk + shape.table_bytes(), shape.bits, r, k);
@@ -203,8 +218,9 @@ inline void check_packed_with(const std::string& op, const WeightShape& shape, c
                               text(header) + "; pass those");
 }
 
-// Refuses a blob that is not a CPU-packed weight of exactly this shape; returns its tensor_scale.
-inline float check_packed(const char* op, const WeightShape& shape, const uint8_t* packed, int64_t bytes) {
+// Refuses a blob that is not a CPU-packed weight of exactly this shape, whose kind it then sets; returns its
+// tensor_scale.
+inline float check_packed(const char* op, WeightShape& shape, const uint8_t* packed, int64_t bytes) {
   const std::string where = std::string(op) + ": ";
   WeightHeader header;
   if (bytes < static_cast<int64_t>(sizeof header)) {
@@ -223,6 +239,11 @@ inline float check_packed(const char* op, const WeightShape& shape, const uint8_
                                 "; repack it from the canonical format");
   }
   check_packed_with(op, shape, {header.rows, header.columns, header.group_size, static_cast<int>(header.bits)});
+  if (header.uniform > 1) {
+    throw std::invalid_argument(where + "weight must have groups of kind 0 (table) or 1 (uniform), got " +
+                                std::to_string(header.uniform) + "; its header is damaged, pack it again");
+  }
+  shape.uniform = header.uniform == 1;
   if (bytes != shape.packed_bytes()) {
     throw std::invalid_argument(where + "weight must have " + std::to_string(shape.packed_bytes()) +
                                 " bytes for this shape, got " + std::to_string(bytes) + "; it is truncated or padded");

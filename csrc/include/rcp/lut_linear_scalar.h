@@ -22,7 +22,7 @@ void lut_linear(const LutLinearCall& call, int64_t begin, int64_t end) {
         uint16_t half;
         std::memcpy(&half, codes + shape.code_bytes() + 2 * r, 2);
         int table[16];
-        for (int c = 0; c < shape.levels(); ++c) table[c] = chunk[detail::table_offset(shape.bits, r, c)] - 128;
+        for (int c = 0; c < shape.levels(); ++c) table[c] = detail::biased_level(shape, chunk, r, c) - 128;
         float sum;
         if constexpr (INTEGER) {
           const int8_t* q = call.q + (g * call.tokens + m) * padded;
