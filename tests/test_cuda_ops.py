@@ -155,9 +155,14 @@ def test_input_rotation_is_walsh_transform_before_it(order, group):
             x = noise(tokens, columns, dtype=dtype).to(DEVICE)
             with torch.no_grad():
                 y = layer(x)
-            # One rotated token takes the kernel for several, whose sums run in another order: compared with that one.
             rotated = ops.walsh_transform(x, order=order, group_size=group)
-            assert torch.equal(y, run(torch.cat([rotated, rotated]), weight)[:tokens])
+            if tokens > 1 or group not in (32, 64, 128):
+                assert torch.equal(y, run(rotated, weight))
+                continue
+            # One token that a kernel rotates takes the kernel for several, whose float32 sums run in another order:
+            # the same integers, so both are within the contract of the reference of the rotated token.
+            exact, bound = allowed(rotated.cpu(), weight, None, 4, 1.0)
+            assert bool(((y.cpu().double() - exact).abs() <= bound).all())
 
 
 @pytest.mark.parametrize("act_bits", [4, 8, 16])
@@ -184,17 +189,22 @@ def test_a_wrong_weight_is_refused_or_nan_but_never_misread():
         ops.lut_linear(x, ops.pack_weight(weight).to(DEVICE), None, 64, 512, 2, 128, 4)
     with pytest.raises(ValueError, match="not packed for the CPU"):
         ops.lut_linear(x.cpu(), blob.cpu(), None, 64, 512, 2, 128, 4)
-    for byte in (0, 8, 16, 20, 24, 32):  # magic, version, bits, group, rows, columns
-        damaged = blob.clone()
-        damaged[byte] += 1
-        # act_bits 4 and 8 look at magic and version only (docs/build.md).
-        for act_bits in (4, 16) if byte < 16 else (16,):
+    wrong = []
+    for byte in (0, 8, 40):  # magic, stamp, version
+        wrong.append(blob.clone())
+        wrong[-1][byte] += 1
+    for rows, columns, group in ((63, 512, 128), (64, 500, 128), (32, 1024, 128), (64, 512, 512)):
+        wrong.append(ops.pack_weight(random_weight(rows, columns, 2, group).to(DEVICE)))
+    for case, other in enumerate(wrong):
+        assert other.numel() == blob.numel()
+        for act_bits in (4, 8, 16):
             for tokens in (1, 2, 20):
-                y = ops.lut_linear(noise(tokens, 512).to(DEVICE), damaged, None, 64, 512, 2, 128, act_bits)
-                assert bool(y.isnan().all()), (byte, act_bits, tokens)
-        assert bool(ops.dequantize(damaged, 64, 512, 2, 128).isnan().all())
-        with pytest.raises(ValueError, match=r"unpack_weight: .*(magic|version|packed with)"):
-            ops.unpack_weight(damaged, 64, 512, 2, 128)
+                y = ops.lut_linear(noise(tokens, 512).to(DEVICE), other, None, 64, 512, 2, 128, act_bits)
+                # The kernels look at the stamp, which holds the version, and unpack_weight at the version itself.
+                assert bool(y.isnan().all()) or case == 2, (case, act_bits, tokens)
+        assert bool(ops.dequantize(other, 64, 512, 2, 128).isnan().all()) or case == 2
+        with pytest.raises(ValueError, match=r"unpack_weight: .*(magic|stamp|version|packed with)"):
+            ops.unpack_weight(other, 64, 512, 2, 128)
     with pytest.raises(ValueError, match="weight must have"):
         ops.lut_linear(x, blob[:-1], None, 64, 512, 2, 128, 4)
 

@@ -51,6 +51,10 @@ inline void check_header(const std::string& op, const Tensor& weight, const Weig
          "; repack it from the canonical format");
   }
   check_packed_with(op, shape, {header.rows, header.columns, header.group_size, static_cast<int>(header.bits)});
+  if (header.stamp != cuda_layout(shape).stamp()) {
+    fail(op + ": weight must have the stamp of its version and shape, got a header that disagrees with itself; " +
+         "pack the canonical weight again");
+  }
 }
 
 }  // namespace rcp::binding

@@ -93,6 +93,7 @@ class Barriers:
                 first = block * machine.lanes_per_block // 32
                 waited = sorted({warp - first for waiting in barrier.waiting for warp in (waiting.lanes >> 5).tolist()})
                 machine.races.partial_barrier(block, sorted(set(barrier.arrived) - set(waited)), waited)
+            self._seen(np.array([block]))
         reductions = [waiting for waiting in barrier.waiting if waiting.put]
         for waiting in reductions:
             values = np.concatenate([other.values for other in reductions])
@@ -108,6 +109,12 @@ class Barriers:
         self.machine.counters.barriers += blocks.size
         if self.machine.races:
             self.machine.races.barrier(blocks)
+        self._seen(blocks)
+
+    def _seen(self, blocks: np.ndarray) -> None:
+        """What its threads stored and acquired, a barrier hands on; one of some threads is taken as one of all."""
+        if self.machine.visibility:
+            self.machine.visibility.barrier(np.asarray(self.machine.block_numbers)[blocks])
 
     def _uniform(self, operand, group: Group, instruction: Instruction) -> int:
         values = np.atleast_1d(source(self.machine, operand, "u32")(group))

@@ -202,7 +202,7 @@ def _fence(machine, instruction: Instruction) -> Callable:
 
     def run(group: Group) -> None:
         if machine.visibility and wide:
-            machine.visibility.fence(np.unique(machine.number_blocks(group)))
+            machine.visibility.fence(np.unique(machine.number_warps(group)))
 
     return run
 
@@ -247,7 +247,9 @@ def _atom(machine, instruction: Instruction) -> Callable:
     gets = [source(machine, operand, type_name) for operand in operands[1:]]
     dtype = DTYPES[type_name]
     width = dtype.itemsize
-    releases = {"release", "acq_rel"} & set(instruction.modifiers) and "cta" not in instruction.modifiers
+    words = set(instruction.modifiers)
+    releases = {"release", "acq_rel"} & words and "cta" not in words
+    acquires = {"acquire", "acq_rel"} & words and "cta" not in words
 
     def one_by_one(there, places: np.ndarray, values: list, some: Group) -> np.ndarray:
         memory = there.views[width].view(dtype)
@@ -288,10 +290,13 @@ def _atom(machine, instruction: Instruction) -> Callable:
             else:
                 result[mask] = old
             if there is machine.memory.space and machine.visibility:
-                blocks = machine.number_blocks(some)
+                warps = machine.number_warps(some)
+                warps = warps[np.sort(np.unique(warps, return_index=True)[1])]
                 if releases:
-                    machine.visibility.fence(np.unique(blocks))
-                machine.visibility.atomic(blocks[np.sort(np.unique(blocks, return_index=True)[1])])
+                    machine.visibility.fence(warps)
+                machine.visibility.atomic(warps)
+                if acquires:
+                    machine.visibility.acquire(warps)
         if put is not None:
             put(group, result)
 

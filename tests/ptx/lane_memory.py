@@ -81,24 +81,25 @@ class LaneMemory:
             offsets = offsets + group.lanes * self.local_bytes
         return offsets >> (width.bit_length() - 1)
 
-    def number_blocks(self, group: Group) -> np.ndarray:
-        """Each lane's block, numbered over the grid."""
-        return self.block_numbers[self.block_of_lane[group.lanes]]
+    def number_warps(self, group: Group) -> np.ndarray:
+        """Each lane's warp, numbered over the grid."""
+        block = self.block_of_lane[group.lanes]
+        return (group.lanes >> 5) + (self.block_numbers[block] - block) * (self.lanes_per_block // 32)
 
     def _visibility_fault(self, group: Group, found: tuple[int, int], addresses: np.ndarray, what: str) -> PtxError:
-        index, other = found
+        index, other = found[0], found[1] // (self.lanes_per_block // 32)
         where = self.memory.nearest(int(addresses[index]))
         return self.fault(
             group,
             int(group.lanes[index]),
-            f"a race in global memory: {what} {where}, that block number {other} stored with no fence and "
-            "atomic between",
+            f"a race in global memory: {what} {where}, that block number {other} stored with no fence, "
+            "atomic and fence between",
         )
 
     def load(self, group: Group, space: Space, addresses: np.ndarray, width: int, constant: bool = False) -> np.ndarray:
         places = self.places(group, space, addresses, width, False)
         if space is self.memory.space and self.visibility:
-            found = self.visibility.load(self.number_blocks(group), places * width, width, constant)
+            found = self.visibility.load(self.number_warps(group), places * width, width, constant)
             if found:
                 raise self._visibility_fault(group, found, addresses, "loads (as constant)" if constant else "loads")
         if space is self.shared and self.races:
@@ -124,7 +125,7 @@ class LaneMemory:
         if not space.store(places, width, values):
             raise self.access_fault(group, space, addresses, width, True)
         if space is self.memory.space and self.visibility:
-            found = self.visibility.store(self.number_blocks(group), places * width, width)
+            found = self.visibility.store(self.number_warps(group), places * width, width)
             if found:
                 raise self._visibility_fault(group, found, addresses, "stores to")
             differ = space.views[width][places] != values

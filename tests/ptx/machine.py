@@ -68,7 +68,8 @@ class Machine(LaneMemory):
         self.issues, self.executions = [0] * size, [0] * size
         self.counters = Counters(kernel, np.zeros(0), np.zeros(0))
         self.sector_requests = np.zeros(memory.space.size // 32, np.int32) if launch.count_memory else None
-        self.visibility = Visibility(memory.space, int(np.prod(launch.grid))) if launch.races else None
+        warps = self.lanes_per_block // 32
+        self.visibility = Visibility(memory.space, int(np.prod(launch.grid)), warps) if launch.races else None
         self.code = [self._bind(place, instruction) for place, instruction in enumerate(kernel.instructions)]
 
     # Binding.

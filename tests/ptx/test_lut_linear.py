@@ -75,10 +75,13 @@ def pack(weight: PackedWeight) -> np.ndarray:
     codes[:rows, :columns] = weight.unpack().numpy()
     header = np.zeros(128, np.uint8)
     header[:8] = np.frombuffer(b"RCPCUDA1", np.uint8)
-    header[8:12] = np.array([1], np.uint32).view(np.uint8)
+    kind = (2 * 8 + bits) * 4 + {32: 0, 64: 1, 128: 2}.get(group, 3)
+    stamp = (rows + columns * 65536 + columns // 65536) % 2**32 ^ kind * 0x85EBCA6B % 2**32
+    header[8:12] = np.array([stamp], np.uint32).view(np.uint8)
     header[12:16] = np.array([float(weight.tensor_scale)], np.float32).view(np.uint8)
     header[16:24] = np.array([bits, group], np.uint32).view(np.uint8)
     header[24:40] = np.array([rows, columns], np.int64).view(np.uint8)
+    header[40:44] = np.array([2], np.uint32).view(np.uint8)
     areas = [header]
     for tile in range(tiles):
         for unit in range(-(-sub_blocks // 4)):
@@ -300,25 +303,55 @@ def test_tokens_that_are_not_finite_or_zero(tokens: int) -> None:
 @pytest.mark.parametrize("tokens", [1, 2, 17])
 def test_a_foreign_weight_gives_nan(tokens: int) -> None:
     weight = random_weight(2, 20, 256, 128, unit_scales=True)
+    x = random_x(tokens, 256, "float16")
     for place in (0, 5, 8):
         blob = pack(weight)
         blob[place] += 1
-        assert Run(weight, random_x(tokens, 256, "float16"), blob=blob).y.isnan().all()
+        assert Run(weight, x, blob=blob).y.isnan().all()
+    for rows, columns, group in ((21, 256, 128), (32, 256, 128), (20, 255, 128), (20, 129, 128), (20, 256, 256)):
+        blob = pack(random_weight(2, rows, columns, group, unit_scales=True))
+        assert blob.size == pack(weight).size
+        assert Run(weight, x, blob=blob).y.isnan().all(), (rows, columns, group)
 
 
-def test_splits_of_the_columns() -> None:
-    """Few rows and many multiprocessors: the columns are split, and the last block adds the parts in order."""
-    weight = random_weight(2, 16, 16384, 128, unit_scales=False)
-    x = random_x(1, 16384, "float16")
+def test_one_token_of_a_kernel_without_loops() -> None:
+    """4096 float16: zeros, the smallest numbers, and maxima whose quotients by qmax are ties or next to one."""
+    weight = random_weight(2, 16, 4096, 128, unit_scales=True)
+    generator = torch.Generator().manual_seed(7)
+    for largest in (0.0, 2.0**-24, 3 * 2.0**-24, 2.0**-14, 1791 * 2.0**-10, 7.0, 1015.0, 65504.0, float("inf")):
+        x = torch.rand(1, 4096, generator=generator, dtype=torch.float64) * 2 - 1
+        x[0, :28] = torch.arange(-14, 14) / 14  # ties of 4 bits where 7 divides the maximum
+        x = (x * (largest if largest < float("inf") else 1.0)).to(torch.float16)
+        x[0, 100] = largest
+        for act_bits in (4, 8):
+            y = Run(weight, x, act_bits=act_bits).y
+            if largest == float("inf"):
+                assert y.isnan().all()
+                continue
+            q, scale = reference.quantize_activation(x, act_bits, 1.0)
+            sums = reference.lut_linear_group_sums(q, weight).sum(-1)
+            assert torch.equal(y, (sums.to(torch.float32) * scale[:, None]).to(x.dtype).to(torch.float64)), largest
+
+
+@pytest.mark.parametrize(("tokens", "columns"), [(1, 16384), (8, 6144)])
+def test_splits_of_the_columns(tokens: int, columns: int) -> None:
+    """Few rows and many multiprocessors: the columns are split, and the last block adds the parts in order.
+
+    With 8 tokens four warps of a block store parts, for which one thread arrives.
+    """
+    weight = random_weight(2, 16, columns, 128, unit_scales=False)
+    x = random_x(tokens, columns, "float16")
     runs = [Run(weight, x, sms=108, order=order) for order in ("ascending", "descending", 3)]
-    assert sum(len(c.buffers) > 0 for c in runs[0].counts) == 1
-    assert "workspace" in runs[0].counts[0].buffers
+    counts = runs[0].counts[-1]
+    assert counts.blocks > 1
+    assert "workspace" in counts.buffers
     assert np.array_equal(runs[0].bits, runs[1].bits)
     assert np.array_equal(runs[0].bits, runs[2].bits)
     q, scale = reference.quantize_activation(x, 4, 1.0)
     expected = reference.lut_linear(x, weight)
     sums = reference.lut_linear_group_sums(q, weight).to(torch.float64) * weight.scales.to(torch.float64)
-    bound = (128 + 2) * 2.0**-24 * sums.abs().sum(-1) * scale.to(torch.float64)[:, None] * float(weight.tensor_scale)
+    steps = columns / 128 + 2
+    bound = steps * 2.0**-24 * sums.abs().sum(-1) * scale.to(torch.float64)[:, None] * float(weight.tensor_scale)
     assert ((runs[0].y - expected).abs() <= bound + STEP["float16"] * (expected.abs() + bound)).all()
 
 
@@ -332,6 +365,15 @@ def test_division_by_qmax_is_exact() -> None:
         rest = (clipped.astype(np.float64) - quotient.astype(np.float64) * np.float64(qmax)).astype(np.float32)
         corrected = (rest.astype(np.float64) * np.float64(inverse) + quotient.astype(np.float64)).astype(np.float32)
         assert np.array_equal(corrected, clipped / qmax)
+
+
+def test_division_of_a_float16_maximum_is_exact() -> None:
+    """Where x is float16 and not clipped, by 1 / qmax in two parts."""
+    largest = np.arange(1, 2**11, dtype=np.float64)
+    for qmax, high, low in ((7, "0x1.24924ap-3", "-0x1.b6db6ep-28"), (127, "0x1.02040ap-7", "-0x1.efdfcp-31")):
+        # The first product is rounded to float32; the second is exact in float64, and so is the sum, near enough.
+        scale = (largest * float.fromhex(high) + (largest * float.fromhex(low)).astype(np.float32)).astype(np.float32)
+        assert np.array_equal(scale, largest.astype(np.float32) / np.float32(qmax))
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])

@@ -132,7 +132,7 @@ def test_dequantize_is_the_definition_rounded_once(rows, columns, group, bits):
         np.testing.assert_array_equal(y.numpy(), expected[index])
 
 
-@pytest.mark.parametrize("place", [0, 7, 8, 16, 20, 24, 32])  # magic, version, bits, group_size, rows, columns
+@pytest.mark.parametrize("place", [0, 7, 8, 16, 20, 24, 32])  # magic, stamp, bits, group_size, rows, columns
 def test_a_foreign_blob_gives_nan(place):
     canonical = Canonical(16, 512, 128, 3)
     wrong = canonical.blob()
@@ -142,6 +142,44 @@ def test_a_foreign_blob_gives_nan(place):
     y = memory.output("y", (16, 512), np.float32)
     program().call("dequantize_to", memory, blob, y, 0, *canonical.shape)
     assert np.isnan(y.numpy()).all()
+
+
+def stamps(rows, columns, group, bits):
+    """Of arrays of shapes, from the description in lut_linear_cuda_layout.h."""
+    kind = (2 * 8 + bits) * 4 + {32: 0, 64: 1, 128: 2}.get(group, 3)
+    return (rows + columns * 65536 + columns // 65536) % 2**32 ^ kind * 0x85EBCA6B % 2**32
+
+
+def tile_bytes(sub_blocks, group, bits):
+    """16 rows of a weight: codes of the units, and tables and scales for each."""
+    slots, units = {32: 16, 64: 8}.get(group, 4), -(-sub_blocks // 4)
+    tail = sub_blocks - 4 * (units - 1)
+    return 512 * ((units - 1) * 2 * bits + (bits * tail + 1) // 2) + units * 16 * slots * (2**bits + 2)
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(4096, 4096), (11008, 4096), (4096, 14336), (128256, 4096)])
+def test_no_other_shape_of_the_same_size_has_the_same_stamp(rows, columns):
+    library = program().library
+    library.total_bytes.restype = ctypes.c_int64
+    kinds = [(group, bits) for group in (32, 64, 128, 0) for bits in (2, 3, 4)]
+    for group, bits in kinds:
+        size = int(tile_bytes(np.array(-(-columns // 128)), group, bits)) * -(-rows // 16)
+        shape = (rows, columns, group or columns, bits)
+        assert library.total_bytes(*map(ctypes.c_int64, shape)) == 128 + size
+        mine = int(stamps(rows, columns, group, bits))
+        same = 0
+        for other_group, other_bits in kinds:
+            sub_blocks = np.arange(1, size // (256 * other_bits) + 2)
+            bytes_of = tile_bytes(sub_blocks, other_group, other_bits)
+            for some, tiles in zip(*((a[size % bytes_of == 0]) for a in (sub_blocks, size // bytes_of)), strict=True):
+                there = stamps(
+                    np.arange(16 * tiles - 15, 16 * tiles + 1)[:, None],
+                    np.arange(128 * some - 127, 128 * some + 1),
+                    other_group,
+                    other_bits,
+                )
+                same += int((there == mine).sum())
+        assert same == 1
 
 
 def test_shapes_outside_the_launch_are_refused():

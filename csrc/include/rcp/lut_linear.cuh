@@ -3,7 +3,7 @@
 //
 // A kernel cannot raise an error without a synchronisation, so on the device
 //   - a token with NaN or Inf (act_bits 4 and 8) gets NaN in all its outputs,
-//   - a weight without this layout's magic and version gives NaN in all outputs.
+//   - a weight without this layout's magic, or of another version or shape, gives NaN in all outputs.
 #pragma once
 
 #include "rcp/lut_linear_a16.cuh"

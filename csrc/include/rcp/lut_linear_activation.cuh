@@ -32,11 +32,11 @@ struct Raw {
   }
 };
 
-// Piece p of a token that is 16-byte aligned and has all its columns.
+// Piece p + more of a token that is 16-byte aligned and has all its columns.
 template <FloatType TYPE>
-__device__ __forceinline__ Raw<TYPE> load_whole_piece(const void* token, unsigned piece) {
+__device__ __forceinline__ Raw<TYPE> load_whole_piece(const void* token, unsigned piece, unsigned more = 0) {
   Raw<TYPE> raw;
-  const uint4* at = static_cast<const uint4*>(token) + piece * (Raw<TYPE>::words / 4);
+  const uint4* at = static_cast<const uint4*>(token) + piece * (Raw<TYPE>::words / 4) + more * (Raw<TYPE>::words / 4);
 #pragma unroll
   for (int i = 0; i < Raw<TYPE>::words; i += 4) {
     const uint4 four = __ldg(at + i / 4);
@@ -92,34 +92,36 @@ __device__ __forceinline__ void load_piece(const void* token, FloatType type, in
 // Magnitudes are compared as the integers of their bits, where NaN and Inf are the largest, so that a token that has
 // one gets a scale that is not finite.
 //
-// The two-byte types in pairs, of which b may be negative: one instruction per two values, which keeps NaN.
+// The two-byte types in pairs: one instruction per two values, which takes the magnitudes and keeps NaN.
 template <FloatType TYPE>
 __device__ __forceinline__ uint32_t max_pairs(uint32_t a, uint32_t b) {
   static_assert(TYPE != FloatType::float32);
   uint32_t d;
 #if __CUDA_ARCH__ >= 800
   if constexpr (TYPE == FloatType::float16) {
-    asm("{.reg .b32 m; abs.f16x2 m, %2; max.NaN.f16x2 %0, %1, m;}" : "=r"(d) : "r"(a), "r"(b));
+    asm("{.reg .b32 m, n; abs.f16x2 m, %1; abs.f16x2 n, %2; max.NaN.f16x2 %0, m, n;}" : "=r"(d) : "r"(a), "r"(b));
   } else {
-    asm("{.reg .b32 m; abs.bf16x2 m, %2; max.NaN.bf16x2 %0, %1, m;}" : "=r"(d) : "r"(a), "r"(b));
+    asm("{.reg .b32 m, n; abs.bf16x2 m, %1; abs.bf16x2 n, %2; max.NaN.bf16x2 %0, m, n;}" : "=r"(d) : "r"(a), "r"(b));
   }
 #else
-  d = __vmaxu2(a, b & 0x7fff7fffu);
+  d = __vmaxu2(a & 0x7fff7fffu, b & 0x7fff7fffu);
 #endif
   return d;
 }
 
-// Running maximum of a lane; float32: bits of the value, else the bits of two values.
+// Maximum of two pieces; float32: bits of the value, else the bits of two values, each of half of the columns.
 template <FloatType TYPE>
-__device__ __forceinline__ uint32_t largest_of(const Raw<TYPE>& raw, uint32_t largest) {
-#pragma unroll
-  for (int i = 0; i < Raw<TYPE>::words; ++i) {
+__device__ __forceinline__ uint32_t largest_of(const Raw<TYPE>& a, const Raw<TYPE>& b) {
+  const auto larger = [](uint32_t one, uint32_t other) {
     if constexpr (TYPE == FloatType::float32) {
-      largest = max(largest, raw.word[i] & 0x7fffffffu);
+      return max(one & 0x7fffffffu, other & 0x7fffffffu);
     } else {
-      largest = max_pairs<TYPE>(largest, raw.word[i]);
+      return max_pairs<TYPE>(one, other);
     }
-  }
+  };
+  uint32_t largest = larger(a.word[0], b.word[0]);
+#pragma unroll
+  for (int i = 1; i < Raw<TYPE>::words; ++i) largest = larger(larger(largest, a.word[i]), b.word[i]);
   return largest;
 }
 
@@ -142,11 +144,21 @@ __device__ __forceinline__ uint32_t warp_max(uint32_t value) {
   return value;
 }
 
-// The float that a running maximum stands for.
+// The larger of a pair of magnitudes, in both halves: as an integer, it orders as either half does.
 template <FloatType TYPE>
 __device__ __forceinline__ uint32_t fold_pairs(uint32_t largest) {
-  return TYPE == FloatType::float32 ? largest : max(largest & 0xffffu, largest >> 16);
+  if constexpr (TYPE == FloatType::float32) {
+    return largest;
+  } else {
+    // Not permute(): what the compiler moves itself, it makes the maximum's own choice of halves.
+    uint32_t low, high;
+    asm("{.reg .b16 l, h; mov.b32 {l, h}, %2; mov.b32 %0, {l, l}; mov.b32 %1, {h, h};}"
+        : "=r"(low), "=r"(high)
+        : "r"(largest));
+    return max_pairs<TYPE>(low, high);
+  }
 }
+// The low half, or float32, as a float.
 template <FloatType TYPE>
 __device__ __forceinline__ float widen(uint32_t bits) {
   if constexpr (TYPE == FloatType::float32) return __uint_as_float(bits);
@@ -154,13 +166,19 @@ __device__ __forceinline__ float widen(uint32_t bits) {
   return __uint_as_float(bits << 16);
 }
 
-// The maximum over a block of 8 warps, in every thread. `slots` is shared memory for 8 words.
+// The maximum over a block of 8 warps, in every thread; of the two-byte types, at least their smallest number above
+// zero, so that a token of zeros needs no care. Words of shared memory: 32 zeros, which stay, 32 ones, the warps'.
+inline constexpr int block_max_words = 72;
+
+__device__ __forceinline__ void prepare_block_max(uint32_t* words) {
+  if (threadIdx.x < 64) words[threadIdx.x] = threadIdx.x / 32;
+}
 template <FloatType TYPE>
-__device__ __forceinline__ float block_max(uint32_t largest, uint32_t* slots) {
-  largest = warp_max<TYPE>(fold_pairs<TYPE>(largest));
-  if (threadIdx.x % 32 == 0) slots[threadIdx.x / 32] = largest;
+__device__ __forceinline__ float block_max(uint32_t largest, uint32_t* words, int warp, int lane) {
+  words[64 + warp] = warp_max<TYPE>(fold_pairs<TYPE>(largest));  // all lanes store the same
   __syncthreads();
-  return widen<TYPE>(warp_max<TYPE, 8>(slots[threadIdx.x % 8]));
+  if constexpr (TYPE == FloatType::float32) return __uint_as_float(warp_max<TYPE, 8>(words[64 + lane % 8]));
+  return widen<TYPE>(warp_max<TYPE>(words[40 + lane]));
 }
 
 // scale s and its reciprocal r; 0, 0 below 2^-120; NaN where amax is not finite.
@@ -179,6 +197,28 @@ __device__ __forceinline__ TokenScale token_scale(float amax, float clip, float 
   float reciprocal;
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(reciprocal) : "f"(scale));
   return {scale, __fmaf_rn(reciprocal, __fmaf_rn(-scale, reciprocal, 1.0f), reciprocal)};
+}
+
+// For float16 and clip = 1, with fewer instructions. amax is at least 2^-24, so that s, its reciprocal and what they
+// are made of stay normal numbers: of a token of zeros too, whose scale is then not 0, which its zeros hide.
+// inverse_high + inverse_low = 1 / qmax to 48 bits, high rounded up: their products' sum is the rounded quotient, since
+// a quotient by 7 or 127 is never closer to a rounding boundary than 1 / 254 of a last place (checked as above).
+// inverse_low is negative, so that an infinite maximum gives NaN.
+__device__ __forceinline__ TokenScale half_token_scale(float amax, float inverse_high, float inverse_low) {
+  const float scale = __fmaf_rn(amax, inverse_high, __fmul_rn(amax, inverse_low));
+  float reciprocal;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(reciprocal) : "f"(scale));
+  return {scale, __fmaf_rn(reciprocal, __fmaf_rn(-scale, reciprocal, 1.0f), reciprocal)};
+}
+
+// That of a token of which each thread of a block of 8 warps has two pieces, not clipped.
+template <FloatType TYPE>
+__device__ __forceinline__ TokenScale scale_of_two(const Raw<TYPE>& low, const Raw<TYPE>& high, uint32_t* words,
+                                                   int warp, int lane, float qmax, float inverse, float inverse_high,
+                                                   float inverse_low) {
+  const float amax = block_max<TYPE>(largest_of<TYPE>(low, high), words, warp, lane);
+  if constexpr (TYPE == FloatType::float16) return half_token_scale(amax, inverse_high, inverse_low);
+  return token_scale(amax, 1.0f, qmax, inverse);
 }
 
 // Four values -> four signed bytes.

@@ -106,7 +106,7 @@ __global__ void __launch_bounds__(32 * gemm_warps, 1) lut_linear_many_tokens(con
     now = next;
   }
   if (!present) return;
-  const float tensor_scale = stream::tensor_scale_of(header);
+  const float tensor_scale = header_tensor_scale(header, p.stamp);
   const int64_t tokens = p.tokens;
 #pragma unroll
   for (int t = 0; t < NT; ++t) {

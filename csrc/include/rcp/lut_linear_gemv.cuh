@@ -6,46 +6,38 @@
 #pragma once
 
 #include "rcp/lut_linear_activation.cuh"
+#include "rcp/lut_linear_quantize.cuh"
 #include "rcp/lut_linear_stream.cuh"
 
 namespace rcp::cuda {
 
-// The type of x is a template parameter where the token has 4096 columns and is quantized without loops; elsewhere a
-// kernel takes any type.
-inline constexpr int any_type = -1;
-
-// Dynamic shared memory: 32 bytes for the maximum, 32 of zeros, [warp][TILES][64] sums, the activations of the block's
-// columns.
+// Dynamic shared memory: the words of activation::block_max, [warp][TILES][64] sums, the activations of the block's
+// columns. With a TYPE (lut_linear_quantize.cuh) the columns are not split.
 template <int BITS, int SLOT, int TYPE, int TILES>
 __global__ void __launch_bounds__(32 * gemv_warps, 1) lut_linear_one_token(const GemvProblem parameters) {
   const GemvProblem p = parameters;  // a reference to the parameters themselves would make them generic memory
   extern __shared__ uint4 shared[];
-  auto* slots = reinterpret_cast<uint32_t*>(shared);
-  int* sums = reinterpret_cast<int*>(shared + 4);
+  auto* words = reinterpret_cast<uint32_t*>(shared);
+  int* sums = reinterpret_cast<int*>(words + activation::block_max_words);
   auto* bytes = reinterpret_cast<uint8_t*>(sums + gemv_warps * TILES * 64);
   using StreamType = stream::Stream<BITS, SLOT, 0, TILES>;
-  StreamType main_loop(p);
   const uint4 header = fragments::load_weight(p.weight);
-  if (threadIdx.x < 8) slots[8 + threadIdx.x] = 0;
+  activation::prepare_block_max(words);
+  StreamType main_loop(p);
+  asm("" : "+r"(main_loop.lane));  // kept, not made again
 
   constexpr unsigned threads = 32 * gemv_warps;
   activation::TokenScale scale{};
   const auto place = [&](int piece) { return reinterpret_cast<uint2*>(bytes + activation::piece_offset<SLOT>(piece)); };
-  bool done = false;
   if constexpr (TYPE != any_type) {
-    if (p.two_pieces) {
-      // The commonest case read once, and straight on.
-      constexpr auto type = static_cast<FloatType>(TYPE);
-      const auto low = activation::load_whole_piece<type>(p.x, threadIdx.x);
-      const auto high = activation::load_whole_piece<type>(p.x, threadIdx.x + threads);
-      const uint32_t largest = activation::largest_of<type>(high, activation::largest_of<type>(low, 0));
-      scale = activation::token_scale(activation::block_max<type>(largest, slots), p.clip, p.qmax, p.qmax_inverse);
-      *place(threadIdx.x) = activation::round_piece(low, scale.reciprocal, p.qmax);
-      *place(threadIdx.x + threads) = activation::round_piece(high, scale.reciprocal, p.qmax);
-      done = true;
-    }
-  }
-  if (!done) {
+    constexpr auto type = static_cast<FloatType>(TYPE);
+    const auto low = activation::load_whole_piece<type>(p.x, threadIdx.x);
+    const auto high = activation::load_whole_piece<type>(p.x, threadIdx.x, threads);
+    scale = activation::scale_of_two<type>(low, high, words, main_loop.warp, main_loop.lane, p.qmax, p.qmax_inverse,
+                                           p.qmax_inverse_high, p.qmax_inverse_low);
+    *place(threadIdx.x) = activation::round_piece(low, scale.reciprocal, p.qmax);
+    *place(threadIdx.x + threads) = activation::round_piece(high, scale.reciprocal, p.qmax);
+  } else {
     const int piece_begin = main_loop.unit_begin * activation::unit_pieces;
     const int piece_end = main_loop.unit_end * activation::unit_pieces;
     uint32_t largest = 0;
@@ -55,8 +47,9 @@ __global__ void __launch_bounds__(32 * gemv_warps, 1) lut_linear_one_token(const
       activation::load_piece(p.x, p.y_type, piece, p.columns, x);
       largest = activation::largest_of(x, largest);
     }
-    scale = activation::token_scale(activation::block_max<FloatType::float32>(largest, slots), p.clip, p.qmax,
-                                    p.qmax_inverse);
+    scale = activation::token_scale(
+        activation::block_max<FloatType::float32>(largest, words, main_loop.warp, main_loop.lane), p.clip, p.qmax,
+        p.qmax_inverse);
 #pragma unroll 1
     for (int piece = piece_begin + threadIdx.x; piece < piece_end; piece += threads) {
       activation::load_piece(p.x, p.y_type, piece, p.columns, x);
@@ -71,7 +64,7 @@ __global__ void __launch_bounds__(32 * gemv_warps, 1) lut_linear_one_token(const
         constexpr int steps = PartType::slot_columns / 32;
         const int lane = main_loop.lane;
         const uint8_t* at = bytes + (unit - main_loop.unit_begin) * unit_columns + lane % 4 * 32;
-        const auto* zeros = reinterpret_cast<const uint8_t*>(slots + 8);
+        const auto* zeros = reinterpret_cast<const uint8_t*>(words);
 #pragma unroll
         for (int first = 0; first < 4 * unit_sub_blocks; first += steps) {
           const bool mine =
@@ -91,7 +84,7 @@ __global__ void __launch_bounds__(32 * gemv_warps, 1) lut_linear_one_token(const
         }
       },
       sums);
-  stream::finish(main_loop, sums, reinterpret_cast<int*>(slots), header, [&](int) { return scale.scale; });
+  stream::finish(main_loop, sums, reinterpret_cast<int*>(words) + 32, header, [&](int) { return scale.scale; });
 }
 
 // Dynamic shared memory: 64 bytes, [warp][TILES][NT * 128] sums.

@@ -11,6 +11,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <type_traits>
 
 #include "rcp/lut_linear_cuda_arguments.h"
 #include "rcp/lut_linear_cuda_layout.h"
@@ -23,7 +24,7 @@ namespace rcp::cuda {
 
 namespace integer {
 
-// Row tiles a block, few and many. One token: 4 makes 64 blocks of 4096 rows, so that quantizing it in each costs 12 %
+// Row tiles a block, few and many. One token: 4 makes 64 blocks of 4096 rows, so that quantizing it in each costs 10 %
 // of the instructions. 2 to 8 tokens: 32 KB of activations a block and 4096 columns, so more rows share them, as many
 // as registers allow. Other groups than 128: one size only, to keep the kernels few.
 inline constexpr int tiles_few = 2;
@@ -91,7 +92,8 @@ cudaError_t launch_gemv(Kernel kernel, const GemvProblem& p, int tiles, size_t s
 
 template <int BITS, int SLOT, int TYPE>
 cudaError_t one_token(const GemvProblem& p, const GemvPlan& plan, cudaStream_t stream) {
-  const auto shared = static_cast<size_t>(64 + gemv_warps * plan.tiles * 256 + plan.units_per_split * unit_columns);
+  const auto shared = static_cast<size_t>(4 * activation::block_max_words + gemv_warps * plan.tiles * 256 +
+                                          plan.units_per_split * unit_columns);
   constexpr int few = tiles_few, many = tiles_many(0, BITS, SLOT);
   if (plan.tiles == few) return launch_gemv(lut_linear_one_token<BITS, SLOT, TYPE, few>, p, few, shared, stream);
   return launch_gemv(lut_linear_one_token<BITS, SLOT, TYPE, many>, p, many, shared, stream);
@@ -116,11 +118,23 @@ cudaError_t many_tokens(const GemvProblem& p, cudaStream_t stream) {
   return cudaGetLastError();
 }
 
-template <int SLOT>
+template <int SLOT, int TYPE = any_type>
 cudaError_t quantize(const QuantizeTokensProblem& p, cudaStream_t stream) {
   const auto blocks = static_cast<unsigned>((p.tokens + 7) / 8 * 8);
-  lut_linear_quantize_tokens<SLOT><<<blocks, quantize_tokens_threads, 0, stream>>>(p);
+  lut_linear_quantize_tokens<SLOT, TYPE><<<blocks, quantize_tokens_threads, 0, stream>>>(p);
   return cudaGetLastError();
+}
+
+// Calls f with the type of x, TYPE if that says it, as a std::integral_constant.
+template <int TYPE, class F>
+cudaError_t with_type(FloatType type, const F& f) {
+  if constexpr (TYPE != any_type) {
+    return f(std::integral_constant<int, TYPE>{});
+  } else {
+    if (type == FloatType::float32) return f(std::integral_constant<int, static_cast<int>(FloatType::float32)>{});
+    if (type == FloatType::float16) return f(std::integral_constant<int, static_cast<int>(FloatType::float16)>{});
+    return f(std::integral_constant<int, static_cast<int>(FloatType::bfloat16)>{});
+  }
 }
 
 template <int BITS, int SLOT, int TYPE>
@@ -132,6 +146,7 @@ cudaError_t launch(const LutLinearArguments& a, int sm_count) {
 
   GemvProblem p{};
   p.weight = a.weight;
+  p.stamp = layout.stamp();
   p.x = a.x;
   p.bias = a.bias;
   p.y = a.y;
@@ -147,6 +162,8 @@ cudaError_t launch(const LutLinearArguments& a, int sm_count) {
   p.clip = a.clip;
   p.qmax = qmax;
   p.qmax_inverse = 1.0f / qmax;
+  p.qmax_inverse_high = a.act_bits == 4 ? 0x1.24924ap-3f : 0x1.02040ap-7f;
+  p.qmax_inverse_low = a.act_bits == 4 ? -0x1.b6db6ep-28f : -0x1.efdfcp-31f;
   p.token_scales = reinterpret_cast<const float*>(workspace);
   p.fragments = reinterpret_cast<const uint4*>(workspace + areas.scales);
   p.partial_sums = reinterpret_cast<int*>(workspace + areas.scales + areas.fragments);
@@ -160,21 +177,14 @@ cudaError_t launch(const LutLinearArguments& a, int sm_count) {
     // A block is whole if all its tiles exist, and the last unit of the columns has all its sub-blocks.
     p.whole_blocks = p.tail_sub_blocks == unit_sub_blocks ? p.row_tiles / plan.tiles : 0;
   }
+  const bool two_pieces = a.columns == 4096 && a.clip == 1.0f && reinterpret_cast<uintptr_t>(a.x) % 16 == 0;
   if (is_one_token(a)) {
-    p.two_pieces =
-        a.columns == 4096 && plan.splits == 1 && a.clip >= 1.0f && reinterpret_cast<uintptr_t>(a.x) % 16 == 0;
-    if constexpr (SLOT != 128 || TYPE != any_type) {
-      return one_token<BITS, SLOT, SLOT == 128 ? TYPE : any_type>(p, plan, a.stream);
-    } else {
-      switch (a.x_type) {
-        case FloatType::float32:
-          return one_token<BITS, SLOT, static_cast<int>(FloatType::float32)>(p, plan, a.stream);
-        case FloatType::float16:
-          return one_token<BITS, SLOT, static_cast<int>(FloatType::float16)>(p, plan, a.stream);
-        default:
-          return one_token<BITS, SLOT, static_cast<int>(FloatType::bfloat16)>(p, plan, a.stream);
+    if constexpr (SLOT == 128) {
+      if (two_pieces && plan.splits == 1) {
+        return with_type<TYPE>(a.x_type, [&](auto type) { return one_token<BITS, SLOT, type>(p, plan, a.stream); });
       }
     }
+    return one_token<BITS, SLOT, any_type>(p, plan, a.stream);
   }
   const QuantizeTokensProblem tokens{a.x,
                                      a.x_type,
@@ -186,11 +196,18 @@ cudaError_t launch(const LutLinearArguments& a, int sm_count) {
                                      a.clip,
                                      p.qmax,
                                      p.qmax_inverse,
+                                     p.qmax_inverse_high,
+                                     p.qmax_inverse_low,
                                      a.rotation_group,
                                      a.rotation_sequency};
-  if (const cudaError_t error = quantize<SLOT == 0 ? 128 : SLOT>(tokens, a.stream); error != cudaSuccess) {
-    return error;
+  constexpr int slot = SLOT == 0 ? 128 : SLOT;
+  cudaError_t error = cudaSuccess;
+  if (slot == 128 && two_pieces && a.rotation_group == 0) {
+    error = with_type<TYPE>(a.x_type, [&](auto type) { return quantize<128, type>(tokens, a.stream); });
+  } else {
+    error = quantize<slot>(tokens, a.stream);
   }
+  if (error != cudaSuccess) return error;
   if (a.tokens <= 8) return several_tokens<BITS, SLOT, 1>(p, plan, a.stream);
   if constexpr (few_tokens(BITS, SLOT) > 8) {
     if (a.tokens <= few_tokens(BITS, SLOT)) return several_tokens<BITS, SLOT, 2>(p, plan, a.stream);

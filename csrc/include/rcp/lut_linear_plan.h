@@ -28,7 +28,7 @@ struct GemvPlan {
 // cost = max(issue, memory) + tail; among equals, the fewest instructions.
 inline GemvPlan plan_gemv(const CudaLayout& layout, int sm_count, bool quantizes, int few_tiles, int many_tiles,
                           int shared_bytes_per_unit, int shared_bytes_per_tile, int fragment_bytes_per_unit) {
-  constexpr int warps = 8, shared_limit = 48 * 1024 - 64;
+  constexpr int warps = 8, shared_limit = 48 * 1024 - 288;  // 288 bytes for what the kernels need besides
   const int units = static_cast<int>(layout.units());
   const double weight = static_cast<double>(layout.total_bytes()) / (12.0 * sm_count);
   GemvPlan best{few_tiles, 1, units};

@@ -14,6 +14,7 @@
 #include "rcp/lut_linear_activation.cuh"
 #include "rcp/lut_linear_cuda_layout.h"
 #include "rcp/lut_linear_fragments.cuh"
+#include "rcp/weight_header.cuh"
 
 namespace rcp::cuda {
 
@@ -22,6 +23,7 @@ inline constexpr int gemv_warps = 8;
 // What a GEMV kernel is launched with.
 struct GemvProblem {
   const uint8_t* weight;
+  uint32_t stamp;  // that the weight must have; else every output is NaN: a kernel cannot raise
   const void* x;
   const void* bias;
   void* y;
@@ -32,12 +34,12 @@ struct GemvProblem {
   int units_per_split, splits;
   int whole_blocks;  // the first blocks along the rows, of which no tile or sub-block is missing
   int tokens;
-  float clip, qmax, qmax_inverse;  // one token: quantized by every block for itself
-  bool two_pieces;            // one token: it is 16 columns a thread, 16-byte aligned, and neither split nor clipped
-  const float* token_scales;  // several tokens: quantized before, [tokens]
-  const uint4* fragments;     // [token tile][sub-block][2][32 lanes]
-  int* partial_sums;          // [split][row tile][words of a tile's sums], if splits > 1
-  unsigned* counters;         // [blocks along the rows], if splits > 1
+  float clip, qmax, qmax_inverse;             // one token: quantized by every block for itself
+  float qmax_inverse_high, qmax_inverse_low;  // sum: 1 / qmax to 48 bits, the first one rounded up
+  const float* token_scales;                  // several tokens: quantized before, [tokens]
+  const uint4* fragments;                     // [token tile][sub-block][2][32 lanes]
+  int* partial_sums;                          // [split][row tile][words of a tile's sums], if splits > 1
+  unsigned* counters;                         // [blocks along the rows], if splits > 1
 };
 
 namespace stream {
@@ -206,13 +208,6 @@ __device__ __forceinline__ float row_scale(const GemvProblem& p, int64_t tile, i
       __ldg(reinterpret_cast<const uint16_t*>(at + layout.scale_offset(row, 0))));
 }
 
-// The blob's tensor_scale, from its first 16 bytes; NaN, which every output then becomes, if this is no blob of these
-// kernels: a kernel cannot raise without a synchronisation.
-__device__ __forceinline__ float tensor_scale_of(const uint4& header) {
-  const bool valid = header.x == 0x43504352u && header.y == 0x31414455u && header.z == weight_layout_version;
-  return valid ? __uint_as_float(header.w) : __int_as_float(0x7fffffff);
-}
-
 // After the main loop: adds the warps' sums, then the splits', and stores y. `scale_of(token)` is the token's scale.
 template <int BITS, int SLOT, int NT, int TILES, class ScaleOf>
 __device__ __forceinline__ void finish(const Stream<BITS, SLOT, NT, TILES>& main_loop, const int* sums, int* is_last,
@@ -220,7 +215,7 @@ __device__ __forceinline__ void finish(const Stream<BITS, SLOT, NT, TILES>& main
   using StreamType = Stream<BITS, SLOT, NT, TILES>;
   const GemvProblem& p = main_loop.problem;
   constexpr int outputs = StreamType::sum_words / StreamType::per_output;
-  const float tensor_scale = tensor_scale_of(header);
+  const float tensor_scale = header_tensor_scale(header, p.stamp);
   const auto add = [](int a, int b) { return fragments::add_sums<SLOT>(a, b); };
   const auto store = [&](int e, int sum) {
     int row, token;

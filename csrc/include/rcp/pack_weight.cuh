@@ -124,6 +124,7 @@ __global__ void __launch_bounds__(pack_weight_detail::threads) pack_weight_kerne
     WeightHeader header{};
     for (int i = 0; i < 8; ++i)
       header.magic[i] = static_cast<char>((i < 4 ? weight_magic_low : weight_magic_high) >> (8 * (i % 4)));
+    header.stamp = layout.stamp();
     header.layout_version = weight_layout_version;
     header.tensor_scale = a.tensor_scale;
     header.bits = BITS;
