@@ -489,9 +489,7 @@ st.global.u32 [%x2], %r5;
 """
 
 
-def split_sum(
-    fence="membar.gl;", atomic="", last="@%p1 ret;", after="membar.gl;", constant="", early="", **options
-):
+def split_sum(fence="membar.gl;", atomic="", last="@%p1 ret;", after="membar.gl;", constant="", early="", **options):
     memory = Memory()
     parts = memory.output("parts", 7, np.uint32)
     counter = memory.allocate("counter", np.zeros(1, np.uint32), writable=True)
