@@ -2,8 +2,8 @@
 
 The pattern is that of a split sum: a block stores its part, executes a fence and then an atomic; whoever's atomic comes
 later, and then executes a fence, may read the part. A thread's fence holds for its own stores and for those it has
-seen, which are the ones before the last barrier of its block; a barrier also hands on what a thread has acquired. Blocks
-are executed in some order here, on a GPU in any, so a missing fence or barrier shows no other way.
+seen, which are the ones before the last barrier of its block; a barrier also hands on what a thread has acquired.
+Blocks are executed in some order here, on a GPU in any, so a missing fence or barrier shows no other way.
 """
 
 from __future__ import annotations
