@@ -59,6 +59,7 @@ __global__ void __launch_bounds__(32 * WARPS) normalise(Problem p) {
     p.partial[blockIdx.x] = largest;
     FENCE;
     last = atomicInc(p.blocks_done, gridDim.x - 1) == gridDim.x - 1;
+    FENCE;
   }
   __syncthreads();
   if (!last || threadIdx.x != 0) return;
