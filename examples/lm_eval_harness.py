@@ -60,7 +60,7 @@ def main(directory: str | None = None) -> None:
                 quantize_model(model, bits=3, group_size=64, act_bits=8)
             lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=4)
             results = lm_eval.simple_evaluate(model=lm, tasks=[task(Path(scratch))], bootstrap_iters=0)["results"]
-            print(f"{name}: {results['capitals']['acc,none']:.2f} of {len(CAPITALS)} capitals")
+            print(f"{name}: accuracy {results['capitals']['acc,none']:.2f} on {len(CAPITALS)} capitals")
 
 
 if __name__ == "__main__":

@@ -28,8 +28,7 @@ def main(directory: str | None = None) -> None:
         else:
             model = AutoModelForCausalLM.from_pretrained(directory)
         tokenizer = AutoTokenizer.from_pretrained(directory)
-        chat = [{"role": "user", "content": "What is the capital of France? Answer in one sentence."}]
-        ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt")["input_ids"]
+        ids = tokenizer("The capital of France is", return_tensors="pt").input_ids
 
         saved = Path(scratch, "saved")
         model.save_pretrained(saved)

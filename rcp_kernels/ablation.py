@@ -351,5 +351,6 @@ def write(folder: Path, results: Path) -> None:
         axes.spines[["top", "right"]].set_visible(False)
         if ("FP", "float", "none") in found:
             axes.axhline(_mean(found["FP", "float", "none"]), color="k", lw=0.8, ls="--")
-    figure.supylabel("perplexity (log scale; dashed: float; dots: seeds)")
+    figure.supylabel("perplexity")
+    figure.suptitle("dashed: the float model; dots: seeds", fontsize=8)
     figure.savefig(results / "ablation.png", dpi=120)

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
+
+from . import extras
 
 __all__ = ["model_card", "write_model_card"]
 
 # What `rcp-kernels quantize demo` reads.
 _NAMES = {"demo": "HuggingFaceTB/SmolLM2-135M-Instruct"}
+_ELEMENT_BITS = {"codes": 8, "levels": 8, "scales": 16}
 _CLIPS = ("act_clip", "kv_clip")
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -28,12 +32,14 @@ def model_card(directory: Path) -> str:
     """The card of a model: how it is stored, how it was made as far as recipe.yaml says, and how to load it.
 
     Args:
-        directory: with config.json, safetensors files, and recipe.yaml and tokenizer files if there are any.
+        directory: with config.json and the safetensors files of a quantized model, and recipe.yaml and tokenizer files
+            if there are any.
 
     Returns:
         Markdown with the hub's metadata in front.
 
     Raises:
+        MissingExtra: safetensors is missing.
         OSError: no config.json.
         ValueError, KeyError: it is not the config of a quantized model.
     """
@@ -44,13 +50,16 @@ def model_card(directory: Path) -> str:
     base = None
     if text is not None and (found := re.search(r"^model: *['\"]?([^'\"\n]+)", text, re.MULTILINE)):
         base = _NAMES.get(found[1].strip(), found[1].strip())
+    # A directory of somebody's disk has the form of a hub's name too, where it is relative: then it exists.
+    is_hub = base is not None and _HUB_NAME.fullmatch(base) is not None and not Path(base).exists()
     has_tokenizer = any(directory.glob("tokenizer*"))
+    called = None if base is None else base if is_hub else Path(base).name
+    licensed = "" if called is None else f" Base model: `{called}`; its license holds for this one too."
     parts = [
-        _metadata(base, stored["bits"]),
-        f"# {Path(base).name if base else fields['model_type']}, {stored['bits']} bits a weight",
+        _metadata(base if is_hub else None, stored["bits"]),
+        f"# {Path(called).name if called else fields['model_type']}, {stored['bits']} bits a weight",
         f"A causal language model ({fields['architectures'][0]}) whose linear layers were quantized by "
-        f"[rcp-kernels](https://pypi.org/project/rcp-kernels/)."
-        + (f" Base model: `{base}`; its license holds for this one too." if base else ""),
+        f"[rcp-kernels](https://pypi.org/project/rcp-kernels/).{licensed}",
         _table(stored, directory),
         _loading(stored, has_tokenizer),
     ]
@@ -61,28 +70,20 @@ def model_card(directory: Path) -> str:
 
 def _metadata(base: str | None, bits: int) -> str:
     lines = ["library_name: transformers", "pipeline_tag: text-generation"]
-    # A directory of somebody's disk has the form of a hub's name too, where it is relative: then it exists.
-    if base is not None and _HUB_NAME.fullmatch(base) and not Path(base).exists():
+    if base is not None:
         lines += [f"base_model: {base}", "base_model_relation: quantized"]
     return "\n".join(["---", *lines, "tags:", "- rcp-kernels", f"- {bits}-bit", "---"])
 
 
 def _table(stored: dict[str, Any], directory: Path) -> str:
-    bits, group = stored["bits"], stored["group_size"]
     clip = {name: "" if stored[name] == 1.0 else f", clipped at {stored[name]:.4g} of the largest" for name in _CLIPS}
     rotation = stored["rotation"]
     online = [] if rotation is None else [name.upper() for name in ("r2", "r3", "r4") if rotation[name]]
     kept = stored["modules_to_not_convert"]
-    size_of = {kind: f"{bits + (8 * levels + 16) / group:.5g}" for kind, levels in (("table", 2**bits), ("uniform", 1))}
-    cost = f"{size_of['table']} bits a weight with tables and scales"
-    if stored["format_version"] > 1:
-        cost = (
-            f"{size_of['uniform']} bits a weight with first levels and scales where groups are uniform, "
-            f"{size_of['table']} with tables elsewhere"
-        )
     size = sum(path.stat().st_size for path in directory.glob("*.safetensors"))
     rows = {
-        "weights": f"{bits} bits, {2**bits} levels for each group of {group}: {cost}",
+        "weights": f"{stored['bits']} bits in groups of {stored['group_size']}; "
+        f"{_bits_per_weight(directory):.4g} bits a packed weight with levels and scales",
         "activations": "16 bits" if stored["act_bits"] == 16 else f"{stored['act_bits']} bits{clip['act_clip']}",
         "keys and values": "16 bits" if stored["kv_bits"] == 16 else f"{stored['kv_bits']} bits{clip['kv_clip']}",
         "rotation": "none" if rotation is None else ", ".join([f"R1 {rotation['rotation']}", *online]),
@@ -90,6 +91,23 @@ def _table(stored: dict[str, Any], directory: Path) -> str:
         "weight files": f"{size / 1e6:.1f} MB",
     }
     return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())])
+
+
+def _bits_per_weight(directory: Path) -> float:
+    """Of the packed layers, by the headers of the files."""
+    extras.require("safetensors")
+    from safetensors import safe_open
+
+    stored = weights = 0
+    for path in directory.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            for key in file.keys():
+                name = key.rpartition(".")[2]
+                if name in _ELEMENT_BITS:
+                    stored += math.prod(file.get_slice(key).get_shape()) * _ELEMENT_BITS[name]
+                elif name == "format":
+                    weights += math.prod(file.get_tensor(key)[3:5].tolist())
+    return stored / weights
 
 
 def _loading(stored: dict[str, Any], has_tokenizer: bool) -> str:

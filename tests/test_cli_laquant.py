@@ -17,7 +17,7 @@ from language_of_numbers import write_model, write_text
 from rcp_kernels import cli
 from rcp_kernels.checkpoint import load_quantized
 from rcp_kernels.commands import sources
-from rcp_kernels.methods import laquant
+from rcp_kernels.methods import corpus, laquant, reasoning_text
 from rcp_kernels.methods.layer_losses import losses_csv, losses_png
 from rcp_kernels.methods.rcp_config import Diverged
 from rcp_kernels.methods.reasoning_text import reasoning_questions
@@ -153,6 +153,20 @@ def test_reasoning_questions_are_all_different_and_the_same_each_time():
     assert questions != reasoning_questions(400, seed=1)
     assert sum("Python" in question for question in questions) == 50
     assert reasoning_questions(0) == []
+    assert len(set(reasoning_questions(5000))) == 5000  # more than the sequences, the smallest kind, give an eighth of
+
+
+def test_more_questions_than_there_are_is_an_error_and_not_an_endless_loop(monkeypatch):
+    monkeypatch.setattr(reasoning_text, "_MAKERS", (reasoning_text._sequence,))
+    with pytest.raises(ValueError, match="got 5000 where the last 1000 draws repeated"):
+        reasoning_questions(5000)
+
+
+def test_the_repeated_lines_of_answers_stay():
+    answer = "Let us go step by step.\n\n" + "First we add the numbers, then we divide. " * 6
+    other = "Let us go step by step.\n\n" + "At first we multiply what was given here. " * 6
+    assert corpus.without_overlap([answer, other], keep_repeated=True).documents == (answer, other)
+    assert not corpus.without_overlap([answer, other]).documents[1].startswith("Let us")
 
 
 def test_losses_as_table_and_plot():

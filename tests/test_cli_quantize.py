@@ -133,6 +133,10 @@ def test_a_training_that_stopped_goes_on_with_resume(run, model, text, tmp_path,
     code, _, err = run(*arguments, "-o", tmp_path / "out")
     assert code == 1
     assert "pass --resume" in err
+    other = ["--method", "laquant", "--rotation", "none", "--w-bits", 3, *common(text), "--resume"]
+    code, _, err = run("quantize", model, "-o", tmp_path / "out", *other)
+    assert code == 1
+    assert "got one of rcp; pass --method rcp --resume to go on with it" in err
     code, _, err = run(*arguments, "-o", tmp_path / "out", "--resume")
     assert code == 0, err
     assert torch.equal(logits(tmp_path / "out"), logits(tmp_path / "whole"))

@@ -9,7 +9,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor, Replicate, Shard, init_device_mesh
 from torch.distributed.tensor.parallel import parallelize_module
 
-from rcp_kernels import OnlineRotation, QuantLinear, ops
+from rcp_kernels import OnlineRotation, PackedWeight, QuantLinear, ops
 from rcp_kernels.bench.common import random_packed_weight
 from rcp_kernels.integrations.tensor_parallel import RcpColwiseParallel, RcpRowwiseParallel
 from rcp_kernels.ops.lut_linear import lut_linear_group_sums_reference
@@ -119,9 +119,19 @@ def rank_main(rank, folder):
         found["state"] = layer.state_dict()
         if rank == 1:
             half[0, 1, 3] = torch.nan
+        found["no tokens"] = layer(half[:0]).full_tensor().shape
         found["nan"] = error(lambda: layer(half))
 
+        found["bad input"] = [error(lambda x=x: layer(x)) for x in (half[..., :64], half.double(), half.int())]
+        for style in (RcpColwiseParallel(), RcpRowwiseParallel(input_layouts=Replicate())):
+            for width in (64, 96, 128):
+                fresh, _ = make(ROW["W3A16"])
+                parallelize_module(fresh, mesh, style)
+                found["bad input"].append(error(lambda fresh=fresh, width=width: fresh(torch.zeros(2, width))))
+
         wide, _ = make(COLUMN["W2A4"])
+        hooked = QuantLinear(64, 8, 2, 32)
+        hooked.register_forward_hook(lambda *_: None)
         mixed = QuantLinear(128, 8, 2, 64, input_rotation=OnlineRotation(128))
         found["errors"] = [
             error(lambda: parallelize_module(wide, mesh, RcpRowwiseParallel())),
@@ -129,6 +139,7 @@ def rank_main(rank, folder):
             error(lambda: parallelize_module(QuantLinear(32, 7, 2, 32), mesh, RcpColwiseParallel())),
             error(lambda: parallelize_module(nn.Linear(4, 4), mesh, RcpColwiseParallel())),
             error(lambda: parallelize_module(QuantLinear(64, 8, 2, 32, device="meta"), mesh, RcpRowwiseParallel())),
+            error(lambda: parallelize_module(hooked, mesh, RcpColwiseParallel())),
         ]
         found["untouched"] = type(wide) is QuantLinear
 
@@ -255,6 +266,10 @@ def test_state_of_a_rank_is_a_packed_weight(ranks):
         assert torch.equal(weight.dequantize(), nn.functional.pad(expected, (0, 32)))
 
 
+def test_no_tokens(ranks):
+    assert [found["no tokens"] for found in ranks] == [(0, 3, 48)] * WORLD
+
+
 def test_nan_on_one_rank_is_an_error_on_all(ranks):
     for found in ranks:
         assert "ValueError: lut_linear: x must be finite" in found["nan"]
@@ -272,9 +287,22 @@ def test_gradients_are_those_of_one_process(ranks):
             torch.testing.assert_close(grad_bias, bias, rtol=1e-5, atol=1e-3)
 
 
+def test_an_input_of_another_width_or_dtype_is_refused(ranks):
+    for found in ranks:
+        for message in found["bad input"][:3]:
+            assert message.startswith(
+                "ValueError: RowParallelLinear: this rank's part of x must be float32, float16 or"
+            )
+            assert "with 96 features in its last dimension (in_features / ranks), got torch." in message
+        for message in found["bad input"][3:6]:
+            assert "must be in_features (192), got shape [2, " in message
+        for message, width in zip(found["bad input"][6:], (64, 96, 128), strict=True):
+            assert f"got torch.float32 (2, {width // 2}) from an x laid out as" in message
+
+
 def test_errors_name_the_rule_and_leave_the_layer(ranks):
     for found in ranks:
-        group, rotation, rows, kind, device = found["errors"]
+        group, rotation, rows, kind, device, hooks = found["errors"]
         assert group.startswith("ValueError: shard_columns: in_features must be a multiple of ranks * group_size")
         assert "got 160, 2 ranks and group_size 32; quantize this layer with a smaller group_size" in group
         assert (
@@ -284,6 +312,7 @@ def test_errors_name_the_rule_and_leave_the_layer(ranks):
         assert "out_features must be a multiple of the number of ranks, got 7 and 2 ranks" in rows
         assert kind.startswith("TypeError: RcpColwiseParallel: the module must be a QuantLinear, got Linear; quantize")
         assert "RcpRowwiseParallel: the layer must be on a device of the mesh, cpu, got meta" in device
+        assert "the layer must have no hooks and no forward of its own, which it would lose, got 1 hooks" in hooks
         assert found["untouched"]
 
 
@@ -302,6 +331,18 @@ def test_slices_are_exact(bits, group_size, world):
             for name in ("codes", "levels", "scales"):
                 tensor = getattr(part, name)
                 assert tensor.untyped_storage().nbytes() == tensor.nbytes
+
+
+def test_slices_of_a_weight_without_tables_are_exact():
+    torch.manual_seed(0)
+    first = torch.randint(-127, 20, (16, 4, 1))
+    levels = (first + torch.arange(4) * 32).to(torch.int8)
+    codes, scales = torch.randint(0, 4, (16, 128), dtype=torch.uint8), torch.rand(16, 4).half()
+    weight = PackedWeight.pack(codes, levels, scales, bits=2, group_size=32).as_uniform()
+    for cut, dimension in ((shard_rows, 0), (shard_columns, 1)):
+        parts = [cut(weight, rank, 2).validate() for rank in range(2)]
+        assert [part.kind for part in parts] == ["uniform", "uniform"]
+        assert torch.equal(torch.cat([part.dequantize() for part in parts], dimension), weight.dequantize())
 
 
 def test_a_slice_of_one_row_keeps_no_more_memory_than_its_own():

@@ -285,6 +285,10 @@ def test_layers_left_in_floating_point_stay_so(tmp_path):
         ({"method": "gptq"}, r"RcpConfig: method must be \"rtn\".*got 'gptq'; run `rcp-kernels quantize MODEL"),
         ({"bits": 5}, "bits must be one of"),
         ({"kv_bits": 8}, "RcpConfig: kv_bits must be 4 or 16, got 8"),
+        ({"kv_clip": 0.0}, r"RcpConfig: kv_clip must be a number in \(0, 1\], got 0.0; pass another"),
+        ({"act_clip": 3.0}, r"RcpConfig: act_clip must be a number in \(0, 1\], got 3.0"),
+        ({"act_bits": 5}, r"RcpConfig: act_bits must be one of \(4, 8, 16\), got 5"),
+        ({"group_size": 0}, "RcpConfig: group_size must be an int of at least 1, got 0"),
         ({"levels": "clip"}, "RcpConfig: levels must be .* got 'clip'"),
         ({"rotation": "fourier"}, "RcpConfig: rotation must be one of"),
     ],
@@ -292,6 +296,11 @@ def test_layers_left_in_floating_point_stay_so(tmp_path):
 def test_config_refuses(arguments, message):
     with pytest.raises(ValueError, match=message):
         RcpConfig(**arguments)
+
+
+def test_one_name_is_no_list_of_names():
+    with pytest.raises(TypeError, match=r"must be a list of names, got 'lm_head'; pass \['lm_head'\]"):
+        RcpConfig(modules_to_not_convert="lm_head")
 
 
 def test_generate_with_every_cache(saved):

@@ -28,6 +28,7 @@ from rcp_kernels import PackedWeight, QuantLinear, quantize_model
 from rcp_kernels.checkpoint import QuantizationConfig, read_quantization_config, save_quantized
 from rcp_kernels.formats import pack_codes, unpack_codes
 from rcp_kernels.methods.rotate import rotate_model
+from rcp_kernels.methods.uniform import UniformQuantizer
 
 BLOCK = "model.layers.1"
 MERGED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
@@ -203,6 +204,36 @@ def test_parts_with_other_scales_are_merged_where_that_is_exact(ranks):
         assert len(layer.rcp) == count
         x = inputs(model, COLUMN[0])
         assert torch.equal(layer(x), torch.cat([part(x) for part in parts(model, COLUMN[0])], -1))
+
+
+def test_evenly_spaced_levels_without_tables(ranks):
+    """Of kind "uniform": one level a group, a longer format."""
+    model = make_model("qwen3")
+    for part in ("gate_proj", "up_proj", "down_proj"):
+        linear = model.get_submodule(f"{BLOCK}.mlp.{part}")
+        quantizer = UniformQuantizer(linear.weight.shape, 3, 32)
+        quantizer.init_uniform(linear.weight)
+        model.set_submodule(f"{BLOCK}.mlp.{part}", QuantLinear.from_packed(quantizer.export(linear.weight), act_bits=8))
+    config = plugin_config(QuantizationConfig(3, 32, 8))
+    x = inputs(model, COLUMN[1])
+    expected = torch.cat([part(x) for part in parts(model, COLUMN[1])], -1)
+    layer = loaded(model, config, COLUMN[1])
+    assert [part.kind for part in layer.rcp] == ["uniform"]
+    assert torch.equal(layer(x), expected)
+    ranks(1, 2)
+    (linear,) = parts(model, ROW[1])
+    x = inputs(model, ROW[1])[:, 96:]
+    assert torch.equal(loaded(model, config, ROW[1])(x), QuantLinear.from_packed(cut(linear, 1, 2), None, 8)(x))
+
+    ranks(0, 1)
+    gate, up = parts(model, COLUMN[1])
+    for mixed in ("gate_proj", "up_proj"):
+        layers = {"gate_proj": gate, "up_proj": up}
+        table = QuantLinear.from_packed(layers[mixed].packed_weight().as_table(), act_bits=8)
+        model.set_submodule(f"{BLOCK}.mlp.{mixed}", table)
+        with pytest.raises(ValueError, match=r"gate_up_proj: levels must be .* in all parts of the layer.* got \["):
+            loaded(model, config, COLUMN[1])
+        model.set_submodule(f"{BLOCK}.mlp.{mixed}", layers[mixed])
 
 
 def test_what_stays_in_floating_point(ranks):

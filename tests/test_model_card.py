@@ -1,6 +1,7 @@
 """The README.md of a quantized directory: what it says, and that its code loads the model."""
 
 import re
+import shutil
 
 import pytest
 import torch
@@ -54,7 +55,7 @@ def test_what_the_card_says(saved, tmp_path):
     _, folder = saved
     (tmp_path / "config.json").write_text((folder / "config.json").read_text())
     (tmp_path / "recipe.yaml").write_text(RECIPE)
-    (tmp_path / "model.safetensors").write_bytes(bytes(1_500_000))
+    shutil.copy(folder / "model.safetensors", tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}")
     card = model_card(tmp_path)
     assert metadata(card) == [
@@ -68,15 +69,13 @@ def test_what_the_card_says(saved, tmp_path):
     ]
     assert "# Llama-2-7b-hf, 3 bits a weight\n" in card
     assert "its license holds for this one too" in card
-    assert "| weights | 3 bits, 8 levels for each group of 32: 5.5 bits a weight with tables and scales |" in card
-    uniform = (tmp_path / "config.json").read_text().replace('"format_version": 1', '"format_version": 2')
-    (tmp_path / "config.json").write_text(uniform)
-    assert "of 32: 3.75 bits a weight with first levels and scales where groups" in model_card(tmp_path)
+    # 8 levels and a scale: 80 bits for each 32 weights, in rows of whole groups.
+    assert "| weights | 3 bits in groups of 32; 5.5 bits a packed weight with levels and scales |" in card
     assert "| activations | 8 bits |" in card
     assert "| keys and values | 4 bits, clipped at 0.95 of the largest |" in card
     assert "| rotation | R1 gsr, R2, R3, R4 |" in card
     assert "| in floating point | lm_head |" in card
-    assert "| weight files | 1.5 MB |" in card
+    assert f"| weight files | {(folder / 'model.safetensors').stat().st_size / 1e6:.1f} MB |" in card
     assert "AutoTokenizer.from_pretrained(name)" in card
     assert f"```yaml\n{RECIPE.strip()}\n```" in card
 
@@ -96,9 +95,12 @@ def test_a_local_path_is_no_base_model_of_the_hub(saved, tmp_path, monkeypatch):
     _, folder = saved
     monkeypatch.chdir(tmp_path)
     (tmp_path / "models" / "mine").mkdir(parents=True)
-    (tmp_path / "config.json").write_text((folder / "config.json").read_text())
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(folder / name, tmp_path)
     for name in ("models/mine", "/data/mine", "'demo'"):
         (tmp_path / "recipe.yaml").write_text(f"model: {name}\n")
-        lines = metadata(model_card(tmp_path))
+        card = model_card(tmp_path)
+        lines = metadata(card)
+        assert ("Base model: `mine`;" in card) == (name != "'demo'")
         assert any("base_model:" in line for line in lines) == (name == "'demo'")
     assert "base_model: HuggingFaceTB/SmolLM2-135M-Instruct" in lines

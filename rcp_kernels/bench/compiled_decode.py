@@ -130,7 +130,8 @@ def measure(
     length = prompt.shape[1] + turns * (_TURN + 1) + 4
 
     def static(decoded: nn.Module, forward: Callable[..., Any]) -> Decoder:
-        return Decoder(decoded, forward, prompt, StaticCache(decoded.config, max_cache_len=length))
+        config: Any = decoded.config
+        return Decoder(decoded, forward, prompt, StaticCache(config, max_cache_len=length))
 
     decoders = {
         EAGER_GROWING: Decoder(ours, ours, prompt, DynamicCache()),

@@ -86,7 +86,8 @@ def quantize(
         str | None,
         typer.Option(
             help="To calibrate or train on: a file, dataset:NAME, mixed (docstrings, comments, and what the model "
-            "writes) or generated (what the model writes); without it mixed for rcp, else docstrings."
+            "writes), generated (what the model writes) or reasoning (its answers step by step); without it mixed for "
+            "rcp, else docstrings."
         ),
     ] = None,
     sequence: Annotated[int | None, typer.Option(min=2, help="Tokens of a window.")] = None,

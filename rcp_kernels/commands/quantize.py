@@ -37,6 +37,8 @@ Progress = Callable[[str, int, int, str], None]
 """Called with the phase, what is done, what there is, and a text."""
 
 _VALIDATION_WINDOWS = 16
+# What a training that was not finished leaves in OUT.training.
+_STATES = {"rcp": "state.pt", "laquant": "run.json"}
 
 
 def quantize(recipe: Recipe, out: Path, *, resume: bool = False, progress: Progress = lambda *_: None) -> Path:
@@ -62,14 +64,16 @@ def quantize(recipe: Recipe, out: Path, *, resume: bool = False, progress: Progr
         )
     check_output(out)
     work = out.with_name(out.name + ".training")
-    trained = recipe.method in ("rcp", "laquant")
+    trained = recipe.method in _STATES
     if resume and not trained:
         raise ValueError(f"quantize: --resume is for method rcp or laquant, got {recipe.method}; leave it out")
-    if any((work / name).exists() for name in ("state.pt", "run.json")) and not resume:
-        raise ValueError(
-            f"quantize: {work} must not hold a training that was not finished, got one; pass --resume to go on with "
-            f"it, or delete the directory"
-        )
+    for method, name in _STATES.items():
+        if (work / name).exists() and not (resume and method == recipe.method):
+            option = "--resume" if method == recipe.method else f"--method {method} --resume"
+            raise ValueError(
+                f"quantize: {work} must not hold a training that was not finished, got one of {method}; pass {option} "
+                f"to go on with it, or delete the directory"
+            )
     started = time.perf_counter(), time.process_time()
     model, tokenizer = load_float(recipe.model)
     describe(model)  # an unknown architecture is refused before work is done for it
@@ -146,7 +150,7 @@ def windows_of(
         recipe: its text is, where it does not say, "mixed" for rcp if there is a model and one process, else
             docstrings.
         tokenizer: of the model.
-        model: the float one, which writes a part of "mixed" and all of "generated".
+        model: the float one, which writes a part of "mixed" and all of "generated" and "reasoning".
         progress: see `Progress`.
 
     Raises:

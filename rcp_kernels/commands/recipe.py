@@ -44,8 +44,8 @@ class Recipe:
         levels: of rtn ("uniform", "kmeans") and gptq (also "clip"); rcp starts from "kmeans" unless training says.
         preset: of rcp: "quick" or "full".
         text: what to calibrate and train on: a UTF-8 file, "dataset:NAME", "mixed" (docstrings, comments, and what the
-            model writes), "generated" (what the model writes), or None for mixed with rcp and docstrings
-            (:func:`rcp_kernels.methods.corpus.docstring_corpus`) with other methods.
+            model writes), "generated" (what the model writes), "reasoning" (its answers step by step), or None for
+            mixed with rcp and docstrings (:func:`rcp_kernels.methods.corpus.docstring_corpus`) with other methods.
         sequence: tokens of a window; None for 512, or the preset's with rcp.
         samples: windows to calibrate gptq and laquant on.
         seed: of the windows' order, random rotations and the training.

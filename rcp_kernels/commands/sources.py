@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import hashlib
+import importlib.metadata
 import json
 import os
 import re
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import extras
+from .. import __version__, extras
 from ..checkpoint import QUANT_METHOD, QuantizationConfig, load_quantized
 from ..methods import corpus
 from ..methods.generated_text import cached_texts, chat_prompts, generate_texts, opening_prompts
@@ -26,7 +27,8 @@ __all__ = ["encode", "group_size_of", "held_out_text", "is_quantized", "load_any
 
 _NUMBER = re.compile(r"\d+")
 _CHARACTERS_PER_TOKEN = 8  # of English about four; twice as many leave no doubt
-# Percent of the tokens. The model's own text costs as much to write as a quarter of the updates that it is used in.
+_BATCH = 128  # prompts that are continued at a time
+# Percent of the tokens. The model's own text costs a third of the CPU time of the updates that it is used in.
 _SHARES = {
     "mixed": {"docstrings": 40, "comments": 40, "generated": 20},
     "generated": {"generated": 100},
@@ -192,7 +194,9 @@ def _written_text(
         "generated": lambda: corpus.without_overlap(
             _generated(openings(), shares["generated"], model, tokenizer, seed, progress)
         ),
-        "reasoning": lambda: corpus.without_overlap(_reasoning(shares["reasoning"], model, tokenizer, seed, progress)),
+        "reasoning": lambda: corpus.without_overlap(
+            _reasoning(shares["reasoning"], model, tokenizer, seed, progress), keep_repeated=True
+        ),
     }
     documents: list[str] = []
     facts: dict[str, Any] = {"text": name}
@@ -220,7 +224,7 @@ def _generated(
     progress: Callable[[str, int, int, str], None],
 ) -> list[str]:
     """About as many tokens as asked for, half of them answers to questions if the model has a chat template."""
-    # Most texts end by themselves: SmolLM2's have 175 tokens with their prompts.
+    # SmolLM2's texts have 230 tokens with their prompts; what is too much makes up for paragraphs that are dropped.
     count = -(-tokens // 150)
     questions: list[str] = []
     if tokenizer.chat_template:
@@ -235,7 +239,7 @@ def _reasoning(
     tokens: int, model: nn.Module, tokenizer: Any, seed: int, progress: Callable[[str, int, int, str], None]
 ) -> list[str]:
     """About as many tokens as asked for of answers to questions that ask for every step."""
-    # SmolLM2's answers have some 250 tokens with their questions; more than are needed cost time only.
+    # An answer may have 384 tokens; counted at half of that, most texts being too long and not too short.
     questions = chat_prompts(tokenizer, reasoning_questions(-(-tokens // 200), seed))
     return _continued(questions, 384, model, tokenizer, seed, progress)
 
@@ -252,13 +256,18 @@ def _continued(
     settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": 0.7, "top_p": 1.0, "seed": seed}
     workers = 2 if next(model.parameters()).device.type == "cpu" else 1
     asked = [prompt if isinstance(prompt, str) else tokenizer.decode(prompt) for prompt in prompts]
+    config: dict[str, Any] = model.config.to_dict()  # type: ignore[operator, union-attr]
     conditions = {
         **settings,
         "model": model_digest(model),
         "prompts": hashlib.sha256(json.dumps(asked).encode()).hexdigest(),
+        # Beside the weights: what the same weights do under other positions, caps or ends of a text.
+        "config": hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest(),
+        "special": sorted(tokenizer.all_special_ids),
+        "batch_size": _BATCH,
         "workers": workers,
         "threads": 1 if workers > 1 else torch.get_num_threads(),
-        "torch": torch.__version__,
+        "versions": [__version__, torch.__version__, importlib.metadata.version("transformers")],
     }
 
     def write() -> list[str]:
@@ -266,6 +275,7 @@ def _continued(
             copy.deepcopy(model).to(torch.bfloat16),
             tokenizer,
             prompts,
+            batch_size=_BATCH,
             workers=workers,
             progress=lambda done, total, text: progress("writing text", done, total, text),
             **settings,

@@ -7,6 +7,7 @@ it for ``nn.Linear``. docs/integrations/tensor_parallel.md has the numbers each 
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,9 @@ from ..sharding import shard_columns, shard_rotation, shard_rows
 
 __all__ = ["ColumnParallelLinear", "RcpColwiseParallel", "RcpRowwiseParallel", "RowParallelLinear"]
 
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _Layouts = tuple[Placement, ...]
+_Parallel = TypeVar("_Parallel", bound="_ParallelLinear")
 
 
 class RcpColwiseParallel(ParallelStyle):
@@ -137,7 +140,8 @@ class _ParallelLinear(nn.Module):
             x = DTensor.from_local(x, self._mesh, self._input_layouts, run_check=False)
         return x.redistribute(placements=(wanted,)).to_local(grad_placements=(_positive(gradient, x.dim()),))
 
-    def _leave(self, y: DTensor) -> Tensor:
+    def _leave(self, y: Tensor) -> Tensor:
+        assert isinstance(y, DTensor)
         y = y.redistribute(placements=self._output_layouts)
         return y.to_local() if self._use_local_output else y
 
@@ -177,18 +181,26 @@ class RowParallelLinear(_ParallelLinear):
         """[..., in_features / ranks], or as input_layouts says -> [..., out_features], in the dtype of x.
 
         Raises:
-            ValueError: on every rank, NaN or Inf in an x to quantize on any of them.
+            ValueError: an x of another width or dtype; on every rank, NaN or Inf in an x to quantize on any of them.
         """
         local = self._enter(x, Shard(-1), Shard(-1))
+        width = self.in_features // self._mesh.size()
+        # The operator sees neither: what is joined to the inputs would fill up a short one, in float32.
+        if local.dim() < 1 or local.shape[-1] != width or local.dtype not in _DTYPES:
+            raise ValueError(
+                f"RowParallelLinear: this rank's part of x must be float32, float16 or bfloat16 with {width} features "
+                f"in its last dimension (in_features / ranks), got {local.dtype} {tuple(local.shape)} from an x laid "
+                f"out as {self._input_layouts[0]}; check x, and input_layouts of RcpRowwiseParallel"
+            )
         if self.input_rotation is not None:
             local = self.input_rotation(local)
         # float32 in, float32 out: a part that is rounded to x.dtype before the sum would be outside the contract.
         values = local.to(torch.float32)
-        spare = self.shard.in_features - local.shape[-1]
+        spare = self.shard.in_features - width
         if spare:
             values = torch.cat((values, functional.pad(self._largest(values), (0, spare - 1))), dim=-1)
         partial = DTensor.from_local(self.shard(values), self._mesh, (Partial(),), run_check=False)
-        y = partial.redistribute(placements=self._output_layouts)
+        y: Tensor = partial.redistribute(placements=self._output_layouts)
         if self.bias is not None:
             y = y + DTensor.from_local(self.bias.to(torch.float32), self._mesh, (Replicate(),), run_check=False)
         return self._leave(y.to(local.dtype))
@@ -205,26 +217,27 @@ class RowParallelLinear(_ParallelLinear):
 
 
 def _become(
-    cls: type[_ParallelLinear],
-    layer: nn.Module,
+    cls: type[_Parallel],
+    layer: QuantLinear,
     shard: QuantLinear,
     mesh: DeviceMesh,
     input_layouts: _Layouts,
     output_layouts: _Layouts,
     use_local_output: bool,
-) -> _ParallelLinear:
+) -> _Parallel:
     """Turn a module into another, in place: parallelize_module has the parent keep the object that it has."""
     in_features, out_features, training = layer.in_features, layer.out_features, layer.training
     vars(layer).clear()
-    layer.__class__ = cls
-    assert isinstance(layer, cls)
-    nn.Module.__init__(layer)
-    layer.shard = shard
-    layer.in_features, layer.out_features = in_features, out_features
-    layer._mesh = mesh
-    layer._input_layouts, layer._output_layouts = input_layouts, output_layouts
-    layer._use_local_output = use_local_output
-    return layer.train(training)
+    module: nn.Module = layer
+    module.__class__ = cls
+    assert isinstance(module, cls)
+    nn.Module.__init__(module)
+    module.shard = shard
+    module.in_features, module.out_features = in_features, out_features
+    module._mesh = mesh
+    module._input_layouts, module._output_layouts = input_layouts, output_layouts
+    module._use_local_output = use_local_output
+    return module.train(training)
 
 
 def _positive(placement: Placement, dimensions: int) -> Placement:
@@ -238,6 +251,12 @@ def _check(style: str, module: nn.Module, mesh: DeviceMesh) -> tuple[QuantLinear
         raise TypeError(
             f"{style}: the module must be a QuantLinear, got {type(module).__name__}; quantize the model first, and "
             f"use torch's own styles for layers in floating point"
+        )
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    if any(hooks) or "forward" in vars(module):
+        raise ValueError(
+            f"{style}: the layer must have no hooks and no forward of its own, which it would lose, got "
+            f"{sum(map(len, hooks))} hooks; register them after parallelize_module"
         )
     if mesh.ndim != 1:
         raise ValueError(

@@ -81,7 +81,13 @@ class RcpConfig(QuantizationConfigMixin):
 
         Raises:
             ValueError: an argument outside its set, or a method that needs text, with the command that runs it.
+            TypeError: modules_to_not_convert is one name.
         """
+        if isinstance(modules_to_not_convert, str):
+            raise TypeError(
+                f"RcpConfig: modules_to_not_convert must be a list of names, got {modules_to_not_convert!r}; pass "
+                f"[{modules_to_not_convert!r}]"
+            )
         check_bits(bits)
         if method != "rtn":
             raise ValueError(
@@ -98,6 +104,11 @@ class RcpConfig(QuantizationConfigMixin):
         self.stored = QuantizationConfig(
             bits, group_size, act_bits, act_clip, kv_bits, kv_clip, None, tuple(modules_to_not_convert)
         )
+        try:  # by the rules of what will be written, and before a model is loaded
+            QuantizationConfig.from_dict(self.stored.to_dict())
+        except ValueError as error:
+            rule = str(error).removeprefix("quantization_config: ").partition("; ")[0]
+            raise ValueError(f"RcpConfig: {rule}; pass another") from None
         self.levels = levels
         self.rotation = rotation
         self.seed = seed

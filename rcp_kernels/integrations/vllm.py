@@ -271,6 +271,12 @@ class RcpLinearMethod(LinearMethodBase):
                 if name == "levels" and not self.loaded[name] and tensor.shape[2:] == (1,):
                     # A uniform grid has one level a group, which only the file says.
                     parameter.data = parameter.data[:, :, :1].contiguous()
+                if name == "levels" and tensor.shape[2:] != parameter.shape[2:]:
+                    raise ValueError(
+                        f"{self.prefix}: levels must be {list(parameter.shape[2:])} a group in all parts of the layer, "
+                        f"as vLLM merges them, got {list(tensor.shape[2:])}; store all parts with tables (as_table), "
+                        f"or none"
+                    )
                 load(parameter, tensor, *([] if shard is None else [shard]))
             self.loaded[name].add(index)
 

@@ -141,13 +141,14 @@ def held_out_default() -> str:
     return "\n".join(pydoc_data.topics.topics.values())
 
 
-def without_overlap(documents: Iterable[str], exclude: str | None = None) -> Corpus:
+def without_overlap(documents: Iterable[str], exclude: str | None = None, keep_repeated: bool = False) -> Corpus:
     """Documents without the paragraphs that occurred before or share a run of 13 words with a text.
 
     Args:
         documents: text each, its paragraphs separated by empty lines; of what is left, less than 200 characters are
             dropped.
         exclude: the text; None for pydoc's topics, the demo's held-out text.
+        keep_repeated: whether paragraphs that occurred before stay: without them an answer's steps have holes.
     """
     forbidden = _ngrams(held_out_default() if exclude is None else exclude)
     seen: set[bytes] = set()
@@ -158,7 +159,7 @@ def without_overlap(documents: Iterable[str], exclude: str | None = None) -> Cor
         for paragraph in document.split("\n\n"):
             # Arguments are documented in the same words in every model file of transformers.
             key = hashlib.sha256(" ".join(paragraph.split()).encode()).digest()
-            if key in seen:
+            if key in seen and not keep_repeated:
                 continue
             seen.add(key)
             paragraphs.append(paragraph)

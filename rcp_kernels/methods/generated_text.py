@@ -286,7 +286,7 @@ def opening_prompts(tokenizer: Any, documents: Iterable[str], count: int, tokens
         int64 [tokens] each.
     """
     pool = list(documents)
-    prompts = []
+    prompts: list[Tensor] = []
     for i in torch.randperm(len(pool), generator=torch.Generator().manual_seed(seed)).tolist():
         if len(prompts) == count:
             break

@@ -138,6 +138,8 @@ def laquant_quantize_model(
     layers = [model.get_submodule(layer.name) for layer in architecture.layers]
     hidden, keywords = first_layer_inputs(model, calibration_ids)
     streams = _Streams(hidden, memory_budget)
+    # Or it would stay in memory to the end, beside streams that are in files for want of memory.
+    del hidden
     exact_layers = 0
     for index, names in enumerate(architecture.layers):
         last = min(index + config.lookahead, len(layers) - 1)
@@ -300,12 +302,17 @@ class _Streams:
         return stream.split(max(1, _PASS_TOKENS // stream.shape[1]))
 
 
+# Of what a layer's training computes: layers of two versions are not mixed.
+_VERSION = 1
+
+
 class _Store:
     """A directory with one safetensors file a finished layer, and a record of the run that it belongs to."""
 
     def __init__(self, directory: Path, model: nn.Module, ids: Tensor, config: LaquantConfig) -> None:
         self.directory = directory
         record = {
+            "version": _VERSION,
             **asdict(config),
             "model": model_digest(model),
             "calibration": [*ids.shape, int((ids * torch.arange(1, ids.numel() + 1).view(ids.shape)).sum())],

@@ -90,16 +90,31 @@ _MAKERS: tuple[Callable[[random.Random], str], ...] = (
 )
 
 
+_MOST_REPEATED = 1000
+
+
 def reasoning_questions(count: int, seed: int = 0) -> list[str]:
     """Questions on sums, rates, sequences, orders, code and equations, all different, each kind in its turn.
 
     Args:
         count: at least 0.
         seed: of the numbers and names; the questions do not depend on the platform.
+
+    Raises:
+        ValueError: there are hardly that many.
     """
     draw = random.Random(seed)
     questions: dict[str, None] = {}
+    repeated = 0
     while len(questions) < count:
-        question = f"{_MAKERS[len(questions) % len(_MAKERS)](draw)} {draw.choice(_ASKING)}"
+        # In turn by tries, not by what is there: the kind with the fewest numbers has 432 questions in all.
+        turn = len(questions) + repeated
+        question = f"{_MAKERS[turn % len(_MAKERS)](draw)} {draw.choice(_ASKING)}"
+        repeated = repeated + 1 if question in questions else 0
+        if repeated > _MOST_REPEATED:
+            raise ValueError(
+                f"reasoning_questions: count must leave questions to be drawn, got {count} where the last "
+                f"{_MOST_REPEATED} draws repeated some of {len(questions)}; ask for fewer"
+            )
         questions.setdefault(question)
     return list(questions)
