@@ -331,7 +331,7 @@ def test_a_checkpoint_of_another_model_or_rotation_is_refused(tmp_path, other):
     assert_equal_states(student_values(first), student_values(again))
 
 
-def test_the_digest_sees_a_sign_a_row_and_a_place():
+def test_the_digest_sees_a_sign_a_row_a_place_and_the_config():
     digests = {student_state.model_digest(rotated_tiny_model("hadamard", seed=seed, r2=False)) for seed in (0, 1)}
     model = tiny_model()
     digests.add(student_state.model_digest(model))
@@ -340,7 +340,11 @@ def test_the_digest_sees_a_sign_a_row_and_a_place():
         weight = model.model.layers[1].mlp.up_proj.weight
         weight.copy_(weight.flip(0))
     digests.add(student_state.model_digest(model))
-    assert len(digests) == 4
+    model.config.rms_norm_eps *= 2
+    digests.add(student_state.model_digest(model))
+    assert len(digests) == 5
+    model.config.name_or_path = "elsewhere"
+    assert student_state.model_digest(model) in digests
 
 
 def test_a_checkpoint_of_another_run_is_refused(tmp_path):

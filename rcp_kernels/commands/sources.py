@@ -256,13 +256,10 @@ def _continued(
     settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": 0.7, "top_p": 1.0, "seed": seed}
     workers = 2 if next(model.parameters()).device.type == "cpu" else 1
     asked = [prompt if isinstance(prompt, str) else tokenizer.decode(prompt) for prompt in prompts]
-    config: dict[str, Any] = model.config.to_dict()  # type: ignore[operator, union-attr]
     conditions = {
         **settings,
         "model": model_digest(model),
         "prompts": hashlib.sha256(json.dumps(asked).encode()).hexdigest(),
-        # Beside the weights: what the same weights do under other positions, caps or ends of a text.
-        "config": hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest(),
         "special": sorted(tokenizer.all_special_ids),
         "batch_size": _BATCH,
         "workers": workers,

@@ -6,6 +6,7 @@ A tensor may be split over processes by FSDP2; a checkpoint holds the whole of i
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -32,10 +33,14 @@ __all__ = [
 def model_digest(model: nn.Module) -> str:
     """Tells one float model, and one rotation of it, from another: sha256, hexadecimal.
 
-    Of every parameter's name, dtype, shape and the sum of the bits of each row, which no order of summation changes;
-    and of every rotation that runs online: where it is, its state and signs.
+    Of its config, without which the same weights may stand at other positions or under other caps; of every
+    parameter's name, dtype, shape and the sum of the bits of each row, which no order of summation changes; and of
+    every rotation that runs online: where it is, its state and signs.
     """
-    digest = hashlib.sha256()
+    config: dict[str, Any] = model.config.to_dict()  # type: ignore[operator, union-attr]
+    for name in ("_name_or_path", "transformers_version"):  # where it was read, and by what
+        config.pop(name, None)
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
     integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}
     for name, parameter in model.named_parameters():
         digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}".encode())
