@@ -120,12 +120,12 @@ class Source:
 
     def __init__(self, name: str) -> None:
         """Take the name of a model, as quantize does; nothing is read yet."""
-        self._name = name
+        self.name = name
         self._windows: dict[tuple[str, int, int, int], tuple[Tensor, dict[str, Any]]] = {}
 
     @functools.cached_property
     def _loaded(self) -> tuple[nn.Module, Any]:
-        return load_float(self._name)
+        return load_float(self.name)
 
     def model(self) -> nn.Module:
         """A float model of one's own."""
@@ -177,11 +177,12 @@ def run(
             f"ablation: --only must be part of a cell's name, got {only!r}; the names are "
             f"{', '.join(cell.name for cell in cells(model, steps, seed))}"
         )
+    read(folder)  # what is no cell is found before hours of measuring
     source = Source(model)
     for cell in chosen:
         path = folder / f"{cell.name}.json"
         if path.exists():
-            _check_same(path, cell, tokens // WINDOW * WINDOW)
+            _check_same(path, cell, tokens // WINDOW * WINDOW, model)
             continue
         log(f"{cell.name}: ...")
         row = measure(cell, source, tokens)
@@ -189,9 +190,14 @@ def run(
         log(f"{cell.name}: perplexity {row['perplexity']:.2f}, {row['cpu_seconds']:.0f} CPU seconds")
 
 
-def _check_same(path: Path, cell: Cell, tokens: int) -> None:
+def _check_same(path: Path, cell: Cell, tokens: int, model: str) -> None:
     """Refuse a cell that was measured in another way than this run would."""
-    row = json.loads(path.read_text())
+    row = _read_cell(path)
+    if row.get("model") != model:
+        raise ValueError(
+            f"ablation: {path} must be of the model {model!r} as this run is, got {row.get('model')!r}; use another "
+            f"folder"
+        )
     if row["tokens"] != tokens:
         raise ValueError(
             f"ablation: {path} must be measured on {tokens} tokens as this run is, got {row['tokens']}; use another "
@@ -235,6 +241,7 @@ def measure(cell: Cell, source: Source, tokens: int) -> dict[str, Any]:
         "method": cell.method,
         "variant": cell.variant,
         "seed": cell.seed,
+        "model": source.name,
         "perplexity": value,
         "tokens": ids.numel() // WINDOW * WINDOW,
         "text": text,
@@ -246,11 +253,21 @@ def measure(cell: Cell, source: Source, tokens: int) -> dict[str, Any]:
     }
 
 
+def _read_cell(path: Path) -> dict[str, Any]:
+    try:
+        row = json.loads(path.read_text())
+    except ValueError:
+        row = None
+    if not isinstance(row, dict) or not {"format", "method", "variant", "perplexity", "tokens"} <= set(row):
+        raise ValueError(f"ablation: {path} must be a cell that ablation wrote, got another file; use another folder")
+    return row
+
+
 def read(folder: Path) -> Rows:
     """The cells that are there, by format, method and variant; of several seeds the lowest first."""
     found: Rows = {}
     for path in sorted(folder.glob("*.json")):
-        row = json.loads(path.read_text())
+        row = _read_cell(path)
         found.setdefault((row["format"], row["method"], row["variant"]), []).append(row)
     for rows in found.values():
         rows.sort(key=lambda row: row.get("seed", 0))

@@ -11,7 +11,6 @@ import copy
 import functools
 import importlib.util
 import io
-import os
 import pydoc_data.topics
 import struct
 import time
@@ -118,7 +117,6 @@ def load_model(path: Path) -> tuple[nn.Module, Any]:
         ValueError: the file is damaged, or holds no language model that transformers knows.
     """
     extras.require("transformers", "gguf", "accelerate")
-    os.environ["HF_HUB_OFFLINE"] = "1"
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
@@ -126,8 +124,10 @@ def load_model(path: Path) -> tuple[nn.Module, Any]:
     # transformers' own bars, which no setting turns off, would fight with ours for the terminal.
     try:
         with contextlib.redirect_stderr(io.StringIO()):
-            tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-            model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+            # Not by the environment, which would forbid this process a dataset as well.
+            where = {"gguf_file": path.name, "local_files_only": True}
+            tokenizer = AutoTokenizer.from_pretrained(path.parent, **where)
+            model = AutoModelForCausalLM.from_pretrained(path.parent, dtype=torch.float32, **where)
     except (struct.error, ValueError, LookupError, TypeError, RuntimeError) as error:
         raise ValueError(
             f"model: {path} must be a GGUF file of a language model that transformers knows, got "

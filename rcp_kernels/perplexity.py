@@ -44,4 +44,12 @@ def perplexity(
             total += F.cross_entropy(part.float(), target, reduction="sum").item()
         if progress is not None:
             progress((i + 1) * window)
-    return math.exp(total / (len(windows) * (window - 1)))
+    return perplexity_of(total / (len(windows) * (window - 1)))
+
+
+def perplexity_of(loss: float) -> float:
+    """exp of a mean negative log-likelihood; infinite above 709 nats."""
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf

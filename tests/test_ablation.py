@@ -66,10 +66,19 @@ def test_cells_of_other_conditions_are_refused(cells, arguments):
         ablation.run(cells, only="FP", **{**arguments, "tokens": 32})
     with pytest.raises(ValueError, match=r"training of .*plus_partition.json must be .*'steps': 2.* got .*'steps': 1"):
         ablation.run(cells, only="rcp_plus_partition", **{**arguments, "steps": 2})
-    with pytest.raises(ValueError, match=r"model of .* must be 'demo' as this run's, got"):
-        ablation.run(cells, only="W2A4_rtn_gsr", **{**arguments, "model": "demo"})
+    for name in ("FP", "W2A4_rtn_gsr"):
+        with pytest.raises(ValueError, match=r"must be of the model 'demo' as this run is, got"):
+            ablation.run(cells, only=name, **{**arguments, "model": "demo"})
     with pytest.raises(ValueError, match="--only must be part of a cell's name, got 'W2A5'; the names are FP_float"):
         ablation.run(cells, only="W2A5", **arguments)
+
+
+def test_a_folder_with_other_files_is_refused_before_anything_is_measured(arguments, tmp_path, monkeypatch):
+    monkeypatch.setattr(ablation, "measure", None)
+    for other in ('{"results": 1}', "[", "[1]"):
+        (tmp_path / "other.json").write_text(other)
+        with pytest.raises(ValueError, match=r"other\.json must be a cell that ablation wrote, got another file"):
+            ablation.run(tmp_path, only="FP", **arguments)
 
 
 def test_the_table_and_the_plot_have_every_cell(cells, tmp_path):

@@ -1,5 +1,6 @@
 """quantize, eval and generate from the command line, end to end on a tiny model with its own tokenizer."""
 
+import dataclasses
 import errno
 import json
 import shutil
@@ -17,10 +18,10 @@ from safetensors.torch import load_file, save_file
 
 from rcp_kernels import checkpoint
 from rcp_kernels.checkpoint import load_quantized
-from rcp_kernels.commands.recipe import Recipe, read_recipe
+from rcp_kernels.commands.recipe import OWN, Recipe, read_recipe
 from rcp_kernels.commands.sources import group_size_of, is_quantized
 from rcp_kernels.methods import rcp_run
-from rcp_kernels.methods.rcp import Diverged
+from rcp_kernels.methods.rcp import Diverged, RcpConfig
 
 TRAINING = {
     "steps": 3,
@@ -86,7 +87,12 @@ def test_a_recipe_makes_the_same_model_again(run, model, text, tmp_path):
     )
     assert code == 0, err
     recipe = read_recipe(tmp_path / "one" / "recipe.yaml")
-    assert recipe["training"] == TRAINING
+    stored = recipe["training"]
+    assert TRAINING == {name: stored[name] for name in TRAINING} | {
+        "blocks": {name: stored["blocks"][name] for name in TRAINING["blocks"]}
+    }
+    # What the preset and the defaults gave is there as well: another version's may be others.
+    assert set(stored) == {entry.name for entry in dataclasses.fields(RcpConfig)} - OWN
     assert (recipe["method"], recipe["a_bits"], recipe["rotation"], recipe["model"]) == ("rcp", 4, "gsr", str(model))
     code, _, err = run("quantize", "--recipe", tmp_path / "one" / "recipe.yaml", "-o", tmp_path / "two", "--threads", 1)
     assert code == 0, err
@@ -95,6 +101,22 @@ def test_a_recipe_makes_the_same_model_again(run, model, text, tmp_path):
     assert report["training"]["steps"] == 3
     assert "validation" in (tmp_path / "one" / "curve.csv").read_text()
     assert not (tmp_path / "one.training").exists()
+
+
+def test_a_directory_of_the_states_name_keeps_what_is_in_it(run, model, text, tmp_path):
+    shutil.copytree(model, tmp_path / "tiny.training")
+    (tmp_path / "tiny.training" / "notes.txt").write_text("mine")
+    before = sorted(path.name for path in (tmp_path / "tiny.training").iterdir())
+    out = ["-o", tmp_path / "tiny", "--group-size", 32]
+    assert run("quantize", tmp_path / "tiny.training", *out, "--method", "rtn")[0] == 0
+    code, _, err = run("quantize", model, *out, "--method", "rcp", "--text", text)
+    assert code == 1
+    assert "tiny.training must hold a training's state and nothing else, got 'config.json'" in err
+    assert sorted(path.name for path in (tmp_path / "tiny.training").iterdir()) == before
+    (tmp_path / "file.training").write_text("mine")
+    code, _, err = run("quantize", model, "-o", tmp_path / "file", "--method", "rcp", "--text", text)
+    assert (code, (tmp_path / "file.training").read_text()) == (1, "mine")
+    assert "must be free for the training's state, got a file" in err
 
 
 def test_a_training_that_stopped_goes_on_with_resume(run, model, text, tmp_path, monkeypatch):

@@ -204,6 +204,12 @@ def test_texts_are_written_once_for_the_same_conditions(tmp_path):
     assert len(calls) == 3
 
 
+def test_a_folder_that_cannot_be_is_found_before_the_texts_are_made(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="file"):
+        cached_texts(tmp_path / "file" / "text", {}, lambda: pytest.fail("made for nothing"))
+
+
 def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, "no space left")

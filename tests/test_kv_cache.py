@@ -292,6 +292,13 @@ def generated(model, cache, implementation: str = "sdpa", prompt=None, **argumen
     return out.sequences, torch.stack(out.logits)
 
 
+@pytest.mark.parametrize("queries", [1, 40])
+def test_attention_with_a_cap_is_refused_for_prompts_too(queries):
+    x = torch.zeros(1, 2, queries, 32)
+    with pytest.raises(ValueError, match="attention with softcap is not something this kernel computes"):
+        transformers.AttentionInterface()[ATTENTION](torch.nn.Identity(), x, x, x, None, softcap=50.0)
+
+
 @pytest.mark.parametrize("implementation", ["eager", "sdpa", ATTENTION])
 @pytest.mark.parametrize(("model_type", "head_dim"), [("llama", 16), ("llama", 80), ("qwen3", 96), ("llama", 256)])
 def test_generate_equals_fake_quantization(model_type, head_dim, implementation):

@@ -1,6 +1,8 @@
 """LAQuant on tiny random models: the loop, the loss it minimises, what it exports, and that it can be interrupted."""
 
 import copy
+import resource
+import tempfile
 
 import pytest
 import torch
@@ -136,6 +138,31 @@ def test_streams_in_a_file_give_the_same_bits(model, ids):
     in_memory = laquant_quantize_model(copy.deepcopy(model), ids, CONFIG).weights
     in_file = laquant_quantize_model(copy.deepcopy(model), ids, CONFIG, memory_budget=0.0).weights
     assert same(in_memory, in_file)
+
+
+def test_streams_that_do_not_fit_on_the_disk_are_an_error(model, ids, tmp_path, monkeypatch):
+    """Not a bus error of the first write into a mapped file."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            laquant_quantize_model(model, ids, CONFIG, memory_budget=0.0)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "rule"),
+    [("run.json", "must be the record of a run"), ("layer_000.safetensors", "must be a whole safetensors file")],
+)
+def test_a_damaged_state_is_named(model, ids, tmp_path, name, rule):
+    laquant_quantize_model(copy.deepcopy(model), ids, CONFIG, directory=tmp_path)
+    path = tmp_path / name
+    path.write_bytes(path.read_bytes()[:20])
+    with pytest.raises(ValueError, match=f"{name} {rule}, got .*delete"):
+        laquant_quantize_model(copy.deepcopy(model), ids, CONFIG, directory=tmp_path)
 
 
 def test_bfloat16_training_stays_close(model, ids):

@@ -26,7 +26,15 @@ import transformers
 from rcp_kernels import QuantLinear, ops
 from rcp_kernels.methods import corpus, rcp, student_state, training_state
 from rcp_kernels.methods.block_reconstruction import BlockConfig, reconstruct_blocks, schedule
-from rcp_kernels.methods.distillation import LOSSES, Head, distillation_loss, mean_confidence, reverse_weight
+from rcp_kernels.methods.distillation import (
+    LOSSES,
+    Head,
+    distillation_loss,
+    mean_confidence,
+    reverse_weight,
+    student_perplexity,
+)
+from rcp_kernels.methods.rcp_run import Run
 from rcp_kernels.methods.rotate import rotate_model
 from rcp_kernels.methods.student import (
     FakeQuantKV,
@@ -37,6 +45,7 @@ from rcp_kernels.methods.student import (
     make_student,
     students,
 )
+from rcp_kernels.perplexity import perplexity_of
 
 VOCABULARY = 96
 TINY = {
@@ -474,6 +483,40 @@ def test_a_batch_that_does_not_divide_is_refused():
         ValueError, match="batch must be a multiple of micro_batch times the processes, got 5 and 2 x 1"
     ):
         rcp.train(tiny_model(), tiny_windows(), tiny_windows(1), dataclasses.replace(CONFIG, batch=5))
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_the_teacher_keeps_its_tables_in_float32(given):
+    """Of RoPE: in bfloat16 the last of 64 positions would be off by a tenth of a radian."""
+    model = tiny_model()
+    teacher = copy.deepcopy(model) if given else None
+    run = Run(
+        model, tiny_windows(), tiny_windows(3, 2), dataclasses.replace(CONFIG, bf16=True), teacher,
+        {}, None, None, False, None,
+    )  # fmt: skip
+    assert {p.dtype for p in run.teacher.parameters()} == {torch.bfloat16}
+    tables = dict(run.teacher.named_buffers())
+    assert tables
+    for name, table in tiny_model().named_buffers():
+        assert table.dtype == torch.float32
+        assert torch.equal(tables[name], table), name
+
+
+@pytest.mark.parametrize("name", ["batch", "micro_batch", "workers", "validate_every", "checkpoint_every"])
+def test_counts_of_zero_are_refused_before_anything_is_done(name):
+    with pytest.raises(ValueError, match=f"RcpConfig: {name} must be at least 1, got 0"):
+        dataclasses.replace(CONFIG, **{name: 0})
+    with pytest.raises(ValueError, match="BlockConfig: epochs must be at least 1, got 0"):
+        BlockConfig(epochs=0)
+
+
+def test_a_loss_beyond_the_exponential_is_an_infinite_perplexity():
+    assert perplexity_of(2.0) == math.exp(2.0)
+    assert perplexity_of(1000.0) == math.inf
+    head = Head(torch.tensor([[2000.0], [0.0]]))
+    assert student_perplexity(lambda ids: torch.ones(ids.numel(), 1), head, torch.ones(1, 4, dtype=torch.int64)) == (
+        math.inf
+    )
 
 
 def test_config_round_trip_and_unknown_field():

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import importlib.util
 import json
 import os
-import shutil
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +22,7 @@ from ..checkpoint import QuantizationConfig, check_output, save_quantized
 from ..methods.calibration import check_vocabulary
 from ..methods.corpus import split_windows
 from ..methods.gptq import gptq_quantize_model
+from ..methods.laquant import LaquantConfig, laquant_quantize_model
 from ..methods.layer_losses import losses_csv, losses_png
 from ..methods.rcp import RcpConfig, train
 from ..methods.rotate import rotate_model
@@ -28,7 +30,7 @@ from ..methods.student import export_student
 from ..methods.training_state import write_curve
 from ..models import describe
 from ..nn import quantize_model
-from .recipe import Recipe, recipe_text
+from .recipe import OWN, Recipe, recipe_text
 from .sources import encode, group_size_of, load_float, training_text
 
 __all__ = ["Progress", "quantize", "quantize_layers", "windows_of"]
@@ -39,6 +41,8 @@ Progress = Callable[[str, int, int, str], None]
 _VALIDATION_WINDOWS = 16
 # What a training that was not finished leaves in OUT.training.
 _STATES = {"rcp": "state.pt", "laquant": "run.json"}
+# All that is ever written there; a file that was being written when the process was killed begins with a dot.
+_STATE_FILES = re.compile(r"\.?(state\.pt|best\.pt|log\.jsonl|curve\.csv|run\.json|layer_\d+\.safetensors)(\.\w+)?")
 
 
 def quantize(recipe: Recipe, out: Path, *, resume: bool = False, progress: Progress = lambda *_: None) -> Path:
@@ -67,6 +71,8 @@ def quantize(recipe: Recipe, out: Path, *, resume: bool = False, progress: Progr
     trained = recipe.method in _STATES
     if resume and not trained:
         raise ValueError(f"quantize: --resume is for method rcp or laquant, got {recipe.method}; leave it out")
+    if trained:
+        _check_work(work)
     for method, name in _STATES.items():
         if (work / name).exists() and not (resume and method == recipe.method):
             option = "--resume" if method == recipe.method else f"--method {method} --resume"
@@ -108,7 +114,7 @@ def quantize(recipe: Recipe, out: Path, *, resume: bool = False, progress: Progr
     facts["rcp_kernels"] = __version__
     facts["conditions"] = hardware.conditions()
     files: dict[str, str | bytes] = {
-        "recipe.yaml": recipe_text(recipe),
+        "recipe.yaml": recipe_text(_resolved(recipe, facts)),
         "report.json": json.dumps(facts, indent=2) + "\n",
     }
     if recipe.method == "rcp":
@@ -130,8 +136,49 @@ def quantize(recipe: Recipe, out: Path, *, resume: bool = False, progress: Progr
         training = recipe.training_config(config.group_size)
         config = dataclasses.replace(config, act_clip=training.act_clip, kv_clip=training.kv_clip)
     save_quantized(model, out, config, tokenizer=tokenizer, files=files)
-    shutil.rmtree(work, ignore_errors=True)
+    if trained:
+        for path in work.iterdir():
+            if _STATE_FILES.fullmatch(path.name):
+                path.unlink()
+        with contextlib.suppress(OSError):  # somebody has put something there
+            work.rmdir()
     return out
+
+
+def _check_work(work: Path) -> None:
+    """Refuse a directory for the training's state, which is deleted at the end, that holds anything else."""
+    if work.exists() and not work.is_dir():
+        raise ValueError(f"quantize: {work} must be free for the training's state, got a file; move it away")
+    strange = [path.name for path in work.iterdir() if not _STATE_FILES.fullmatch(path.name)] if work.exists() else []
+    if strange:
+        raise ValueError(
+            f"quantize: {work} must hold a training's state and nothing else, got {sorted(strange)[0]!r} "
+            f"({len(strange)} such); move it away or choose another OUT"
+        )
+
+
+def _resolved(recipe: Recipe, facts: dict[str, Any]) -> Recipe:
+    """The recipe with what presets and defaults gave, which another version may give otherwise."""
+    assert recipe.group_size is not None
+    if recipe.method not in _STATES:
+        return recipe
+    if recipe.method == "rcp":
+        training = recipe.training_config(recipe.group_size).to_dict()
+        text = "mixed" if recipe.text is None and facts["text"] == "mixed" else recipe.text
+        recipe = dataclasses.replace(recipe, text=text, sequence=recipe.window)
+    else:
+        training = dataclasses.asdict(_laquant_config(recipe))
+    return dataclasses.replace(recipe, training={k: v for k, v in training.items() if k not in OWN})
+
+
+def _laquant_config(recipe: Recipe) -> LaquantConfig:
+    assert recipe.group_size is not None
+    return LaquantConfig(
+        bits=recipe.w_bits,
+        group_size=recipe.group_size,
+        seed=recipe.seed,
+        **{"dtype": "bfloat16", **recipe.training},
+    )
 
 
 def _check_finite(model: nn.Module) -> None:
@@ -217,14 +264,7 @@ def quantize_layers(
         )
         return {"layers": [dataclasses.asdict(error) for error in layers.errors]}
     if recipe.method == "laquant":
-        from ..methods.laquant import LaquantConfig, laquant_quantize_model
-
-        config = LaquantConfig(
-            bits=recipe.w_bits,
-            group_size=recipe.group_size,
-            seed=recipe.seed,
-            **{"dtype": "bfloat16", **recipe.training},
-        )
+        config = _laquant_config(recipe)
         count = len(describe(model).layers)
         result = laquant_quantize_model(
             model,
@@ -261,4 +301,5 @@ def _train(model: nn.Module, config: RcpConfig, ids: Tensor, work: Path | None, 
     )
     model.to("cpu")
     export_student(model)
-    return {"training": dataclasses.asdict(result)}
+    passes = config.steps * config.batch / (len(ids) - _VALIDATION_WINDOWS)
+    return {"training": dataclasses.asdict(result), "passes_over_the_text": round(passes, 3)}

@@ -13,12 +13,12 @@ from ..methods.block_reconstruction import BlockConfig
 from ..methods.rcp_config import PRESETS, RcpConfig
 from ..methods.rotate import ROTATIONS
 
-__all__ = ["METHODS", "Recipe", "read_recipe", "recipe_text"]
+__all__ = ["METHODS", "OWN", "Recipe", "read_recipe", "recipe_text"]
 
 METHODS = ("rtn", "gptq", "rcp", "laquant")
 VERSION = 1
-# Fields of a training that the recipe has itself.
-_OWN = {"bits", "group_size", "act_bits", "kv_bits", "seed"}
+OWN = {"bits", "group_size", "act_bits", "kv_bits", "seed"}
+"""Fields of a training that the recipe has itself."""
 _TYPES: dict[str, tuple[type, ...]] = {
     "int": (int,),
     "float": (int, float),
@@ -144,8 +144,8 @@ class Recipe:
 
 def _check_fields(where: str, form: type, fields: Mapping[str, Any]) -> None:
     """Refuse overrides that a dataclass does not have, or that the recipe itself says."""
-    known = {entry.name for entry in dataclasses.fields(form)} - _OWN
-    own = sorted(set(fields) & _OWN)
+    known = {entry.name for entry in dataclasses.fields(form)} - OWN
+    own = sorted(set(fields) & OWN)
     if own:
         raise ValueError(f"{where}: {own[0]} must be said by the recipe's own field, got one here; move it")
     unknown = sorted(map(str, set(fields) - known))
@@ -188,6 +188,6 @@ def read_recipe(path: Path) -> dict[str, Any]:
         raise ValueError(f"recipe: {path} must be YAML, got {error}; write one with rcp-kernels quantize") from None
     known = {entry.name for entry in dataclasses.fields(Recipe)}
     if not isinstance(fields, dict) or set(fields) - known:
-        found = sorted(set(fields) - known) if isinstance(fields, dict) else type(fields).__name__
+        found = sorted(map(str, set(fields) - known)) if isinstance(fields, dict) else type(fields).__name__
         raise ValueError(f"recipe: fields of {path} must be among {sorted(known)}, got {found}; check the spelling")
     return fields

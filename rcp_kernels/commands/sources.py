@@ -64,20 +64,23 @@ def load_float(name: str) -> tuple[nn.Module, Any]:
     from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    if path.is_dir():
-        os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    quantization = getattr(AutoConfig.from_pretrained(name), "quantization_config", None)
+    local = path.is_dir()
+    quantization = getattr(AutoConfig.from_pretrained(name, local_files_only=local), "quantization_config", None)
     if quantization is not None:
         method = quantization.get("quant_method") if isinstance(quantization, dict) else type(quantization).__name__
         raise ValueError(
             f"model: {name} must be a float model, got a quantized one (quant_method {method!r}); pass the one it was "
             f"made of"
         )
-    tokenizer = AutoTokenizer.from_pretrained(name)
+    tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=local)
     try:
         # Sizes that do not fit are refused below, by name.
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            name, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
+            name,
+            dtype=torch.float32,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            local_files_only=local,
         )
     except SafetensorError as error:
         raise ValueError(

@@ -40,6 +40,11 @@ class BlockConfig:
     weight_lr: float = 2e-4
     quantizer_lr: float = 5e-3
 
+    def __post_init__(self) -> None:
+        for name in ("sequences", "epochs", "batch"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"BlockConfig: {name} must be at least 1, got {getattr(self, name)}; raise it")
+
 
 @dataclass
 class BlockState:

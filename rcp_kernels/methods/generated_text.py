@@ -314,10 +314,11 @@ def cached_texts(folder: Path, conditions: dict[str, Any], make: Callable[[], li
         stored = json.loads(path.read_text(encoding="utf-8"))
         if stored["conditions"] == conditions:
             return [str(text) for text in stored["texts"]]
-    texts = make()
+    # Before minutes of writing, and not after them: a folder that is not there to be written to.
     folder.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=folder)
     try:
+        texts = make()
         with os.fdopen(handle, "w", encoding="utf-8") as file:
             json.dump({"conditions": conditions, "texts": texts}, file)
         os.replace(temporary, path)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -126,7 +127,8 @@ def laquant_quantize_model(
     Raises:
         ValueError: calibration_ids has another shape or no full sequence, directory holds a run of another config,
             model or text, or the model is unknown.
-        Diverged: a loss is not finite; names the layer, and the layers before it are kept.
+        Diverged: a loss is not finite; names the layer, and the layers before it are kept. The model then holds
+            their quantized weights: load it anew before another try.
     """
     config = LaquantConfig() if config is None else config
     check_calibration_ids(calibration_ids, "laquant")
@@ -189,7 +191,7 @@ def _train_layer(
         name = full.removeprefix(names.name + ".")
         weight = layer.get_parameter(f"{name}.weight").detach()
         weights[name] = nn.Parameter(weight.to(torch.float32, copy=True))
-        quantizers[name] = UniformQuantizer(weight.shape, config.bits, config.group_size)
+        quantizers[name] = UniformQuantizer(weight.shape, config.bits, config.group_size, device=weight.device)
         quantizers[name].init_clip_search(weight, inputs[name])
 
     def rounded() -> dict[str, Tensor]:
@@ -286,6 +288,9 @@ class _Streams:
         both = []
         for name in ("quantized", "exact"):
             path = str(Path(self._file.name) / name)
+            # A mapped file that finds the disk full kills the process: its blocks are taken first, or refused by name.
+            with open(path, "wb") as file:
+                os.posix_fallocate(file.fileno(), 0, hidden.numel() * hidden.element_size())
             stream = torch.from_file(path, shared=True, size=hidden.numel(), dtype=hidden.dtype).view(hidden.shape)
             both.append(stream.copy_(hidden))
         self.quantized, self.exact = both
@@ -304,6 +309,7 @@ class _Streams:
 
 # Of what a layer's training computes: layers of two versions are not mixed.
 _VERSION = 1
+_ANEW = "delete the directory to start anew"
 
 
 class _Store:
@@ -315,14 +321,17 @@ class _Store:
             "version": _VERSION,
             **asdict(config),
             "model": model_digest(model),
-            "calibration": [*ids.shape, int((ids * torch.arange(1, ids.numel() + 1).view(ids.shape)).sum())],
+            "calibration": [*ids.shape, int((ids.cpu() * torch.arange(1, ids.numel() + 1).view(ids.shape)).sum())],
         }
         directory.mkdir(parents=True, exist_ok=True)
         path = directory / "run.json"
         if not path.exists():
             write_atomic(path, json.dumps(record, indent=1).encode())
             return
-        stored = json.loads(path.read_text())
+        try:
+            stored = dict(json.loads(path.read_text()))
+        except (ValueError, TypeError):
+            raise ValueError(f"laquant: {path} must be the record of a run, got a damaged file; {_ANEW}") from None
         if stored != record:
             keys = [key for key in record if stored.get(key) != record[key]]
             raise ValueError(
@@ -343,13 +352,19 @@ class _Store:
         write_atomic(self._path(index), save(tensors, metadata))
 
     def load(self, index: int) -> tuple[dict[str, PackedWeight], dict[str, float]] | None:
-        from safetensors import safe_open
+        from safetensors import SafetensorError, safe_open
 
         if not self._path(index).exists():
             return None
-        with safe_open(self._path(index), framework="pt") as file:
-            metadata = file.metadata()
-            tensors = {key: file.get_tensor(key) for key in file.keys()}
+        try:
+            with safe_open(self._path(index), framework="pt") as file:
+                metadata = file.metadata()
+                tensors = {key: file.get_tensor(key) for key in file.keys()}
+        except SafetensorError as error:
+            raise ValueError(
+                f"laquant: {self._path(index)} must be a whole safetensors file, got {error}; delete it to train this "
+                f"layer again"
+            ) from None
         names = json.loads(metadata["linears"])
         weights = {name: PackedWeight.from_state_dict(tensors, name + ".") for name in names}
         return weights, json.loads(metadata["losses"])

@@ -66,6 +66,12 @@ class RcpConfig:
     checkpoint_every: int = 20
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        least = {"steps": 0, "batch": 1, "micro_batch": 1, "workers": 1, "validate_every": 1, "checkpoint_every": 1}
+        for name, value in least.items():
+            if getattr(self, name) < value:
+                raise ValueError(f"RcpConfig: {name} must be at least {value}, got {getattr(self, name)}; raise it")
+
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain JSON types."""
         return dataclasses.asdict(self)

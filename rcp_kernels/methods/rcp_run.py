@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..models import describe
 from .block_reconstruction import BlockState, reconstruct_blocks, schedule
-from .distillation import Head, distillation_loss, mean_confidence, reverse_weight, student_perplexity
+from .distillation import Head, cast_parameters, distillation_loss, mean_confidence, reverse_weight, student_perplexity
 from .rcp_config import Diverged, RcpConfig, TrainResult
 from .student import FakeQuantKV, first_bad_layer, held, is_finite, students
 from .student_state import (
@@ -64,9 +64,8 @@ class Run:
         self.directory = directory
         self.progress = progress or (lambda *_: None)
         self.dtype = torch.bfloat16 if config.bf16 else torch.float32
-        self.teacher = (
-            (copy.deepcopy(model) if teacher is None else teacher).to(self.dtype).eval().requires_grad_(False)
-        )
+        self.teacher = copy.deepcopy(model) if teacher is None else teacher
+        cast_parameters(self.teacher, self.dtype).eval().requires_grad_(False)
         architecture = describe(model)
         softcap = getattr(model.config, "final_logit_softcapping", None)
         # One head for both: the student's is the teacher's, and stays so.
@@ -126,6 +125,10 @@ class Run:
 
     def _begin_phase_two(self) -> None:
         """Make the optimizer, of parameters that are split over the processes before if they are to be."""
+        if self.ranks > 1:
+            # Each process did phase one by itself; kernels or machines that differ would leave replicas that differ.
+            for value in (p.data for layer in self.layers for p in layer.parameters()):
+                torch.distributed.broadcast(value, 0)
         if self.shard:
             from torch.distributed.device_mesh import init_device_mesh
             from torch.distributed.fsdp import fully_shard

@@ -258,6 +258,12 @@ def _packed_attention(
 
     A few queries read the packed cache; many, a mask of numbers, and keys from elsewhere are torch's business.
     """
+    for name in ("softcap", "s_aux", "position_bias"):
+        if kwargs.get(name) is not None:
+            raise ValueError(
+                f"{ATTENTION}: attention with {name} is not something this kernel computes, got one; use "
+                f'set_attn_implementation("eager") with the same cache'
+            )
     layer = getattr(key, _HANDLE, None)
     boolean = attention_mask is None or attention_mask.dtype == torch.bool
     if layer is None or query.shape[2] > _MOST_QUERIES or not boolean:
@@ -271,12 +277,6 @@ def _packed_attention(
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout, scaling, is_causal=is_causal, **kwargs
         )
-    for name in ("softcap", "s_aux", "position_bias"):
-        if kwargs.get(name) is not None:
-            raise ValueError(
-                f"{ATTENTION}: attention with {name} is not something this kernel computes, got one; use "
-                f'set_attn_implementation("eager") with the same cache'
-            )
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     mask = None if attention_mask is None else attention_mask[..., : layer.length]
     # A mask says all there is to say; the window again, so that what it hides need not be read.
