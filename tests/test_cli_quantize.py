@@ -3,7 +3,11 @@
 import dataclasses
 import errno
 import json
+import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -101,6 +105,36 @@ def test_a_recipe_makes_the_same_model_again(run, model, text, tmp_path):
     assert report["training"]["steps"] == 3
     assert "validation" in (tmp_path / "one" / "curve.csv").read_text()
     assert not (tmp_path / "one.training").exists()
+
+
+def test_two_processes_that_share_a_model_make_what_one_makes(run, model, text, tmp_path):
+    """quantize under torchrun with --shard: FSDP2 of accelerate over gloo."""
+    pytest.importorskip("accelerate")
+    (tmp_path / "training.yaml").write_text(yaml.safe_dump({"training": TRAINING}))
+    options = [*map(str, ["--method", "rcp", "--kv-bits", 4, *common(text), "--recipe", tmp_path / "training.yaml"])]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "rcp_kernels"]
+    path = os.pathsep.join([str(Path(checkpoint.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [*command, "quantize", str(model), "-o", str(tmp_path / "two"), "--shard", *options],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": path},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert not (tmp_path / "two.training").exists()
+    code, _, err = run("quantize", model, "-o", tmp_path / "one", *options)
+    assert code == 0, err
+    one, two = ({**load_quantized(tmp_path / name)[0].state_dict()} for name in ("one", "two"))
+    assert one.keys() == two.keys()
+    codes = [name for name in one if name.endswith("codes")]
+    assert codes
+    different = sum(int((one[name] != two[name]).sum()) for name in codes) / sum(one[name].numel() for name in codes)
+    # Sums of two processes are in another order.
+    assert different < 0.02
+    code, _, err = run("quantize", model, "-o", tmp_path / "three", "--shard", *options)
+    assert code == 1
+    assert "--shard is for method rcp in several processes, got rcp in 1; start it with torchrun" in err
 
 
 def test_a_directory_of_the_states_name_keeps_what_is_in_it(run, model, text, tmp_path):

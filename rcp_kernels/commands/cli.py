@@ -97,6 +97,9 @@ def quantize(
         Path | None, typer.Option(help="Take what is not given here from this YAML file.", exists=True, dir_okay=False)
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a training that was stopped.")] = False,
+    shard: Annotated[
+        bool, typer.Option("--shard", help="Of rcp under torchrun: split model and optimizer over the processes.")
+    ] = False,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; torch's default without it.")] = None,
 ) -> None:
     """Quantize a language model into a directory, with the recipe that makes it again."""
@@ -125,7 +128,7 @@ def quantize(
     from .quantize import quantize as run
 
     with _bars() as bars:
-        run(chosen, out, resume=resume, progress=_Reporter(bars))
+        run(chosen, out, resume=resume, shard=shard, progress=_Reporter(bars))
     print(f"wrote {out}")
 
 
@@ -141,7 +144,9 @@ def evaluate(
         str | None, typer.Option(help="Also measure where greedy decoding leaves that of this model.")
     ] = None,
     new_tokens: Annotated[int, typer.Option(min=1, help="Decoded for that after each of 16 prompts.")] = 128,
-    json_path: Annotated[Path | None, typer.Option("--json", help="Also write the result there.")] = None,
+    json_path: Annotated[
+        Path | None, typer.Option("--json", help="Also write the result there.", dir_okay=False)
+    ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; torch's default without it.")] = None,
 ) -> None:
     """Measure the perplexity of a quantized, or float, model."""

@@ -134,6 +134,8 @@ def generate(name: str, prompt: str, *, new_tokens: int = 64, chat: bool = True)
     else:
         # With the special tokens that the model was trained to begin a text with, unlike `encode`.
         ids = tokenizer(prompt, return_tensors="pt").input_ids
+    if not ids.numel():
+        raise ValueError(f"generate: the prompt must have a token at least, got {prompt!r}; pass what to continue")
     keywords: dict[str, Any] = {}
     if config is not None and config.kv_bits != 16:
         from ..nn.kv_cache import QuantizedKVCache

@@ -24,8 +24,8 @@ from ..methods.corpus import split_windows
 from ..methods.gptq import gptq_quantize_model
 from ..methods.laquant import LaquantConfig, laquant_quantize_model
 from ..methods.layer_losses import losses_csv, losses_png
-from ..methods.rcp import RcpConfig, train
-from ..methods.rotate import rotate_model
+from ..methods.rcp import RcpConfig, load_trained, train
+from ..methods.rotate import Rotated, rotate_model
 from ..methods.student import export_student
 from ..methods.training_state import write_curve
 from ..models import describe
@@ -45,7 +45,14 @@ _STATES = {"rcp": "state.pt", "laquant": "run.json"}
 _STATE_FILES = re.compile(r"\.?(state\.pt|best\.pt|log\.jsonl|curve\.csv|run\.json|layer_\d+\.safetensors)(\.\w+)?")
 
 
-def quantize(recipe: Recipe, out: Path, *, resume: bool = False, progress: Progress = lambda *_: None) -> Path:
+def quantize(
+    recipe: Recipe,
+    out: Path,
+    *,
+    resume: bool = False,
+    shard: bool = False,
+    progress: Progress = lambda *_: None,
+) -> Path:
     """Run a recipe and write the model.
 
     Args:
@@ -53,6 +60,7 @@ def quantize(recipe: Recipe, out: Path, *, resume: bool = False, progress: Progr
         out: the directory to make, or to replace if it holds a model. A training's state is kept in ``OUT.training``
             beside it until the model is written.
         resume: go on with that state.
+        shard: of rcp under torchrun: see :func:`rcp_kernels.methods.rcp.train`.
         progress: see `Progress`.
 
     Returns:
@@ -71,6 +79,11 @@ def quantize(recipe: Recipe, out: Path, *, resume: bool = False, progress: Progr
     trained = recipe.method in _STATES
     if resume and not trained:
         raise ValueError(f"quantize: --resume is for method rcp or laquant, got {recipe.method}; leave it out")
+    if shard and (recipe.method != "rcp" or int(os.environ.get("WORLD_SIZE", "1")) < 2):
+        raise ValueError(
+            f"quantize: --shard is for method rcp in several processes, got {recipe.method} in "
+            f"{os.environ.get('WORLD_SIZE', '1')}; start it with torchrun, or leave it out"
+        )
     if trained:
         _check_work(work)
     for method, name in _STATES.items():
@@ -90,16 +103,11 @@ def quantize(recipe: Recipe, out: Path, *, resume: bool = False, progress: Progr
     if recipe.method != "rtn":  # before the rotation: the float model may have to write the text
         ids, facts = windows_of(recipe, tokenizer, model, progress)
         check_vocabulary(model, ids, "quantize")
-    rotated = None
-    if recipe.rotation != "none":
-        assert recipe.group_size is not None
-        rotated = rotate_model(
-            model, recipe.rotation, group_size=recipe.group_size, r3=recipe.kv_bits != 16, seed=recipe.seed
-        )
+    rotated = _rotate(model, recipe)
     if trained:
         work.mkdir(parents=True, exist_ok=True)
     try:
-        facts.update(quantize_layers(model, recipe, ids, work, progress))
+        facts.update(quantize_layers(model, recipe, ids, work, progress, shard))
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
@@ -109,6 +117,13 @@ def quantize(recipe: Recipe, out: Path, *, resume: bool = False, progress: Progr
         ) from error
     if int(os.environ.get("RANK", "0")):
         return out  # of several processes under torchrun, the first one writes
+    if shard:
+        # A part of it is here: the whole is made anew, of the best weights on the disk.
+        model, _ = load_float(recipe.model)
+        _rotate(model, recipe)
+        assert recipe.group_size is not None
+        load_trained(model, recipe.training_config(recipe.group_size), work)
+        export_student(model)
     facts["seconds"] = time.perf_counter() - started[0]
     facts["cpu_seconds"] = time.process_time() - started[1]
     facts["rcp_kernels"] = __version__
@@ -143,6 +158,13 @@ def quantize(recipe: Recipe, out: Path, *, resume: bool = False, progress: Progr
         with contextlib.suppress(OSError):  # somebody has put something there
             work.rmdir()
     return out
+
+
+def _rotate(model: nn.Module, recipe: Recipe) -> Rotated | None:
+    if recipe.rotation == "none":
+        return None
+    assert recipe.group_size is not None
+    return rotate_model(model, recipe.rotation, group_size=recipe.group_size, r3=recipe.kv_bits != 16, seed=recipe.seed)
 
 
 def _check_work(work: Path) -> None:
@@ -225,7 +247,12 @@ def windows_of(
 
 
 def quantize_layers(
-    model: nn.Module, recipe: Recipe, ids: Tensor | None, work: Path | None, progress: Progress = lambda *_: None
+    model: nn.Module,
+    recipe: Recipe,
+    ids: Tensor | None,
+    work: Path | None,
+    progress: Progress = lambda *_: None,
+    shard: bool = False,
 ) -> dict[str, Any]:
     """Quantize a float model, rotated or not, in place.
 
@@ -235,6 +262,7 @@ def quantize_layers(
         ids: int64 [windows, tokens] of the calibration or training text; None with rtn.
         work: folder of the training's state; None for none.
         progress: see `Progress`.
+        shard: see :func:`quantize`; the model is then of no use afterwards.
 
     Returns:
         What a report should say.
@@ -274,10 +302,12 @@ def quantize_layers(
             progress=lambda layer, step, loss: progress("layers", layer, count, f"step {step}, loss {loss:.4g}"),
         )
         return {"layers": result.losses, "lookahead": config.lookahead}
-    return _train(model, recipe.training_config(recipe.group_size), ids, work, progress)
+    return _train(model, recipe.training_config(recipe.group_size), ids, work, progress, shard)
 
 
-def _train(model: nn.Module, config: RcpConfig, ids: Tensor, work: Path | None, progress: Progress) -> dict[str, Any]:
+def _train(
+    model: nn.Module, config: RcpConfig, ids: Tensor, work: Path | None, progress: Progress, shard: bool
+) -> dict[str, Any]:
     if len(ids) <= _VALIDATION_WINDOWS:
         raise ValueError(
             f"quantize: the text must give more than {_VALIDATION_WINDOWS} windows of {ids.shape[1]} tokens, the "
@@ -297,9 +327,11 @@ def _train(model: nn.Module, config: RcpConfig, ids: Tensor, work: Path | None, 
         config,
         directory=work,
         accelerator=accelerator,
+        shard=shard,
         progress=progress,
     )
-    model.to("cpu")
-    export_student(model)
+    if not shard:
+        model.to("cpu")
+        export_student(model)
     passes = config.steps * config.batch / (len(ids) - _VALIDATION_WINDOWS)
     return {"training": dataclasses.asdict(result), "passes_over_the_text": round(passes, 3)}
