@@ -330,6 +330,11 @@ def _train(
         shard=shard,
         progress=progress,
     )
+    if accelerator is not None:
+        # The first process goes on alone, and deletes files that the others must have read. A process that ends with
+        # its group's threads running is aborted ("terminate called without an active exception"), now and then.
+        accelerator.wait_for_everyone()
+        torch.distributed.destroy_process_group()
     if not shard:
         model.to("cpu")
         export_student(model)
