@@ -309,7 +309,6 @@ class _Streams:
 
 # Of what a layer's training computes: layers of two versions are not mixed.
 _VERSION = 1
-_ANEW = "delete the directory to start anew"
 
 
 class _Store:
@@ -331,7 +330,9 @@ class _Store:
         try:
             stored = dict(json.loads(path.read_text()))
         except (ValueError, TypeError):
-            raise ValueError(f"laquant: {path} must be the record of a run, got a damaged file; {_ANEW}") from None
+            raise ValueError(
+                f"laquant: {path} must be the record of a run, got a damaged file; delete the directory to start anew"
+            ) from None
         if stored != record:
             keys = [key for key in record if stored.get(key) != record[key]]
             raise ValueError(
