@@ -2,6 +2,7 @@
 
 from . import ops
 from .formats import PackedWeight
+from .integrations import on_import
 from .nn import OnlineRotation, QuantLinear, quantize_model, rotate_inputs
 from .ops import lut_linear, quantize_activation, walsh_quantize, walsh_transform
 from .quantize import quantize_weight
@@ -27,3 +28,5 @@ __all__ = [
     "walsh_quantize",
     "walsh_transform",
 ]
+
+on_import.install()

@@ -9,6 +9,8 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
+from .models.hf import cache_argument
+
 __all__ = ["Decoder", "decode_seconds", "generate"]
 
 
@@ -37,9 +39,9 @@ class Decoder:
         output = self.model(
             input_ids=self.token,
             position_ids=positions,
-            past_key_values=self.cache,
             use_cache=True,
             logits_to_keep=1,
+            **cache_argument(self.model, self.cache),
         )
         self.position += length
         self.token = output.logits[:, -1].argmax(-1, keepdim=True)

@@ -15,6 +15,7 @@ from transformers import StaticCache
 from rcp_kernels import quantize_model
 from rcp_kernels.bench import compiled_decode
 from rcp_kernels.methods.rotate import rotate_model
+from rcp_kernels.models.hf import cache_argument
 
 
 def quantized(act_bits):
@@ -29,13 +30,16 @@ def quantized(act_bits):
 def decode(model, forward, steps):
     """Logits of some steps after a prompt, each with a token of its own, by a static cache."""
     cache = StaticCache(model.config, max_cache_len=32)
-    model(input_ids=IDS, past_key_values=cache)
+    model(input_ids=IDS, **cache_argument(model, cache))
     found = []
     for step in range(steps):
         position = IDS.shape[1] + step
         token = torch.full((2, 1), 7 + step)
         out = forward(
-            input_ids=token, past_key_values=cache, position_ids=torch.tensor([[position]]), attention_mask=None
+            input_ids=token,
+            position_ids=torch.tensor([[position]]),
+            attention_mask=None,
+            **cache_argument(model, cache),
         )
         found.append(out.logits)
     return torch.cat(found, 1)

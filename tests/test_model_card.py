@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM
 import rcp_kernels.integrations.transformers  # noqa: F401 (registers the method)
 from rcp_kernels import quantize_model
 from rcp_kernels.checkpoint import QuantizationConfig, check_output, save_quantized
+from rcp_kernels.checkpoint.model_card import model_card, write_model_card
 from rcp_kernels.methods.rotate import rotate_model
-from rcp_kernels.model_card import model_card, write_model_card
 from rcp_kernels.nn import QuantizedKVCache
 
 RECIPE = "model: meta-llama/Llama-2-7b-hf\nmethod: rtn\nw_bits: 3\n"

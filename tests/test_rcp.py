@@ -45,6 +45,7 @@ from rcp_kernels.methods.student import (
     make_student,
     students,
 )
+from rcp_kernels.models.hf import cache_argument
 from rcp_kernels.perplexity import perplexity_of
 
 VOCABULARY = 96
@@ -178,7 +179,7 @@ def test_gradients_reach_every_weight_and_every_quantizer():
     model = tiny_model()
     rotate_model(model, "gsr", group_size=32)
     make_student(model, group_size=32)
-    output = model(tiny_windows(2), past_key_values=FakeQuantKV(4), use_cache=False).logits
+    output = model(tiny_windows(2), use_cache=False, **cache_argument(model, FakeQuantKV(4))).logits
     output.square().mean().backward()
     layers = students(model)
     assert len(layers) == 14

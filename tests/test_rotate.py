@@ -13,6 +13,7 @@ from torch import nn
 from rcp_kernels import OnlineRotation, QuantLinear, quantize_model, sequency_permutation
 from rcp_kernels.methods.rotate import ROTATIONS, Rotated, apply_structure, rotate_model
 from rcp_kernels.models import FAMILIES, describe
+from rcp_kernels.models.hf import cache_argument
 from rcp_kernels.nn import RotatedLinear
 
 WITHIN = 1e-4  # of float32 logits; 1e-5 is what comes out, and a forgotten bias or gain makes 1e-1
@@ -49,11 +50,13 @@ def test_logits_stay(name: str, rotation: str, models, expected) -> None:
     record = rotate_model(model, rotation, group_size=32)
     assert (record.rotation, record.r2, record.r3, record.r4) == (rotation, True, True, True)
     assert difference(expected[name], logits(model)) <= WITHIN
-    # It is another model inside, with a head of its own and gains of one.
+    # It is another model inside, with gains of one. A tied head stays tied, and the final norm keeps its gain for that.
     architecture = describe(model)
-    assert model.lm_head.weight is not model.model.embed_tokens.weight
-    assert not model.config.tie_word_embeddings
-    for norm in (architecture.layers[1].attention_norm, architecture.layers[0].mlp_norm, architecture.final_norm):
+    tied = models[name].lm_head.weight is models[name].model.embed_tokens.weight
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied == record.tied
+    assert model.config.tie_word_embeddings == tied
+    norms = [architecture.layers[1].attention_norm, architecture.layers[0].mlp_norm]
+    for norm in norms if tied else [*norms, architecture.final_norm]:
         assert torch.all(model.get_submodule(norm).weight + architecture.gain_offset == 1)
     was = models[name].get_submodule(architecture.layers[0].gate).weight
     assert difference(was, model.get_submodule(architecture.layers[0].gate).weight) > 0.1
@@ -170,10 +173,11 @@ def test_cache_gets_rotated_keys_and_values(name: str, attention: str, models, e
     model.set_attn_implementation(attention)
     caches = Spy(), Spy()
     with torch.no_grad():
-        plain(input_ids=IDS, past_key_values=caches[0], use_cache=True)
-        first = model(input_ids=IDS[:, :5], past_key_values=caches[1], use_cache=True).logits
+        plain(input_ids=IDS, use_cache=True, **cache_argument(plain, caches[0]))
+        first = model(input_ids=IDS[:, :5], use_cache=True, **cache_argument(model, caches[1])).logits
         rest = [
-            model(input_ids=IDS[:, i : i + 1], past_key_values=caches[1], use_cache=True).logits for i in range(5, 12)
+            model(input_ids=IDS[:, i : i + 1], use_cache=True, **cache_argument(model, caches[1])).logits
+            for i in range(5, 12)
         ]
     assert difference(expected[name], torch.cat([first, *rest], 1)) <= WITHIN
     rotation = OnlineRotation(model.config.head_dim)
@@ -326,17 +330,42 @@ def test_structure_comes_back(name: str, rotation: str, models) -> None:
 
 def test_untied_head_stays_untied(models) -> None:
     model = copy.deepcopy(models["llama_tied"])
-    rotate_model(model, "walsh")
+    rotate_model(model, "walsh", untie=True)
     model.tie_weights()
     assert model.lm_head.weight is not model.model.embed_tokens.weight
     # What transformers 5 and accelerate go by to place, save and tie weights.
     assert "lm_head.weight" not in getattr(model, "all_tied_weights_keys", {})
 
 
+def test_tied_head_stays_tied(models, expected) -> None:
+    model = copy.deepcopy(models["llama_tied"])
+    gain = model.model.norm.weight.clone()
+    record = rotate_model(model, "walsh")
+    assert (record.tied, record.untied) == (True, False)
+    model.tie_weights()
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert torch.equal(model.model.norm.weight, gain)
+    assert difference(logits(model), expected["llama_tied"]) < WITHIN
+    assert Rotated.from_dict({k: v for k, v in record.to_dict().items() if k != "tied"}).tied is False
+
+
+def test_no_gain_to_fold_needs_nothing_online(models) -> None:
+    model = copy.deepcopy(models["llama_tied"])
+    with torch.no_grad():
+        model.model.norm.weight.fill_(1.0)
+    before = logits(model)
+    record = rotate_model(model, "gsr", group_size=32, r3=False, r4=False)
+    assert (record.tied, record.untied) == (False, False)
+    assert not any(isinstance(module, OnlineRotation) for module in model.modules())
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert difference(logits(model), before) < WITHIN
+
+
 def test_saved_by_transformers(tmp_path, models) -> None:
     model = copy.deepcopy(models["llama_tied"])
     record = rotate_model(model, "gsr", group_size=32)
-    model.save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match=r"save_pretrained: this float model rotates while it runs"):
+        model.save_pretrained(tmp_path)
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
     apply_structure(loaded, record)
     assert torch.equal(logits(loaded), logits(model))

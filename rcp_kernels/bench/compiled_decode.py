@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import extras, hardware, quantize_model
+from ..models.hf import cache_argument
 from . import common
 
 EAGER_GROWING = "rcp_kernels eager, growing cache"
@@ -39,10 +40,10 @@ class Decoder:
     def __init__(self, model: nn.Module, forward: Callable[..., Any], prompt: Tensor, cache: Any) -> None:
         """Run the prompt, int64 [1, tokens], through the model, eagerly."""
         self._forward = forward
-        self._cache = cache
+        self._cache = cache_argument(model, cache)
         self._position = prompt.shape[1]
         with torch.inference_mode():
-            logits: Tensor = model(input_ids=prompt, past_key_values=cache, logits_to_keep=1).logits
+            logits: Tensor = model(input_ids=prompt, logits_to_keep=1, **self._cache).logits
             self._token = logits[:, -1].argmax(-1, keepdim=True)
 
     @torch.inference_mode()
@@ -50,7 +51,7 @@ class Decoder:
         """The next token, int64 [1, 1]."""
         position = torch.tensor([[self._position]])
         logits: Tensor = self._forward(
-            input_ids=self._token, position_ids=position, past_key_values=self._cache, logits_to_keep=1
+            input_ids=self._token, position_ids=position, logits_to_keep=1, **self._cache
         ).logits
         self._position += 1
         self._token = logits[:, -1].argmax(-1, keepdim=True)

@@ -1,31 +1,33 @@
 """Quantized models through ``AutoModelForCausalLM.from_pretrained`` and ``save_pretrained`` (transformers 5).
 
-Importing this module registers the method ``"rcp"`` with transformers. docs/integrations/transformers.md shows its use.
+Importing this module registers the method ``"rcp"`` with transformers; ``import rcp_kernels`` sees to that as soon as
+transformers is there (``on_import``). docs/integrations/transformers.md shows its use.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
+import functools
 import re
-from collections.abc import Callable, Iterable, Mapping
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .. import extras
-from ..checkpoint import QUANT_METHOD, QuantizationConfig, file_sha256, model_format_version
+from .. import checkpoint, extras
+from ..checkpoint import QUANT_METHOD, QuantizationConfig
 from ..formats import check_bits
 from ..methods.rotate import ROTATIONS, apply_structure, rotate_model
+from ..models import hf
 from ..nn import QuantLinear, quantize_model
 
 extras.require("transformers", "safetensors")
 
 import transformers  # noqa: E402
 from safetensors import SafetensorError, safe_open  # noqa: E402
-from transformers.modeling_utils import remove_tied_weights_from_state_dict  # noqa: E402
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer  # noqa: E402
 from transformers.utils.quantization_config import QuantizationConfigMixin  # noqa: E402
 
@@ -38,8 +40,6 @@ if int(transformers.__version__.partition(".")[0]) < 5:
 __all__ = ["RcpConfig", "RcpHfQuantizer"]
 
 _WHERE = "from_pretrained"
-# In the header of the files that save_pretrained writes, which may be several: config.json is written before them.
-_DIGEST = "rcp_sha256"
 
 
 @register_quantization_config(QUANT_METHOD)
@@ -59,7 +59,7 @@ class RcpConfig(QuantizationConfigMixin):
         act_clip: float = 1.0,
         kv_bits: int = 16,
         kv_clip: float = 1.0,
-        modules_to_not_convert: Iterable[str] = ("lm_head",),
+        modules_to_not_convert: Iterable[str] | None = None,
         *,
         method: str = "rtn",
         levels: str = "kmeans",
@@ -72,7 +72,8 @@ class RcpConfig(QuantizationConfigMixin):
             bits, group_size, act_bits, act_clip: as :func:`rcp_kernels.quantize_model`.
             kv_bits, kv_clip: of the key/value cache that the model is meant to run with; 4 or 16. Written into the
                 config, not acted upon: pass a :class:`rcp_kernels.nn.QuantizedKVCache` to ``generate``.
-            modules_to_not_convert: last components or full names of modules to leave in floating point.
+            modules_to_not_convert: last components or full names of modules to leave in floating point; None for
+                ``["lm_head"]``.
             method: ``"rtn"``: each weight takes the nearest of its group's levels. The other methods need text.
             levels: how a group's levels are chosen: ``"kmeans"`` or ``"uniform"``.
             rotation: of the model before it is quantized, one of :data:`rcp_kernels.methods.rotate.ROTATIONS`, in
@@ -88,6 +89,7 @@ class RcpConfig(QuantizationConfigMixin):
                 f"RcpConfig: modules_to_not_convert must be a list of names, got {modules_to_not_convert!r}; pass "
                 f"[{modules_to_not_convert!r}]"
             )
+        kept = ("lm_head",) if modules_to_not_convert is None else tuple(modules_to_not_convert)
         check_bits(bits)
         if method != "rtn":
             raise ValueError(
@@ -101,9 +103,7 @@ class RcpConfig(QuantizationConfigMixin):
         if rotation not in ROTATIONS:
             raise ValueError(f"RcpConfig: rotation must be one of {ROTATIONS}, got {rotation!r}; check the spelling")
         self.quant_method = QUANT_METHOD  # type: ignore[assignment]
-        self.stored = QuantizationConfig(
-            bits, group_size, act_bits, act_clip, kv_bits, kv_clip, None, tuple(modules_to_not_convert)
-        )
+        self.stored = QuantizationConfig(bits, group_size, act_bits, act_clip, kv_bits, kv_clip, None, kept)
         try:  # by the rules of what will be written, and before a model is loaded
             QuantizationConfig.from_dict(self.stored.to_dict())
         except ValueError as error:
@@ -157,36 +157,40 @@ class RcpHfQuantizer(HfQuantizer):
                 f"{type(model).__name__}; load it with that class, or AutoModelForCausalLM"
             )
         stored = self.quantization_config.stored
-        self._checkpoint = _Checkpoint(kwargs.get("checkpoint_files"), stored.sha256)
         if stored.rotation is not None:
             apply_structure(model, stored.rotation)
+        self._checkpoint = _Checkpoint(kwargs.get("checkpoint_files"), model)
+        head = model.get_output_embeddings()
         self._layers: dict[str, QuantLinear] = {}
         for name, module in list(model.named_modules()):
-            if isinstance(module, nn.Linear) and name not in stored.modules_to_not_convert:
-                self._layers[name] = QuantLinear(
-                    module.in_features,
-                    module.out_features,
-                    stored.bits,
-                    stored.group_size,
-                    stored.act_bits,
-                    module.bias is not None,
-                    stored.act_clip,
-                    getattr(module, "input_rotation", None),
-                    device="meta",
-                )
-                _put(model, name, nn.Identity())
-        expected = set(model.state_dict())
-        found = {name for name in self._checkpoint.names if name.rpartition(".")[0] not in self._layers}
-        missing = sorted(expected - found - set(model.all_tied_weights_keys))
-        unexpected = sorted(found - expected)
-        if missing or unexpected:
-            raise ValueError(
-                f"{_WHERE}: the files must have the tensors of {type(model).__name__}, got {missing[:3]} missing and "
-                f"{unexpected[:3]} unknown; copy config.json and the weights again"
+            if not isinstance(module, nn.Linear) or name in stored.modules_to_not_convert:
+                continue
+            self._layers[name] = QuantLinear(
+                module.in_features,
+                module.out_features,
+                stored.bits,
+                stored.group_size,
+                stored.act_bits,
+                module.bias is not None,
+                stored.act_clip,
+                getattr(module, "input_rotation", None),
+                device="meta",
             )
+            model.set_submodule(name, nn.Identity())
+            if module is head:
+                hf.untie_head(model, name)
+        hf.watch_loading(model, lambda missing, unknown: self._check_names(model, missing, unknown))
         # transformers warns of every tensor that it was not asked to load.
         packed = f"^({'|'.join(map(re.escape, self._layers))})\\."
         model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), packed}
+
+    def _check_names(self, model: Any, missing: set[str], unknown: set[str]) -> None:
+        missing = {name for name in missing if name not in model.all_tied_weights_keys}
+        if missing or unknown:
+            raise ValueError(
+                f"{_WHERE}: the files must have the tensors of {type(model).__name__}, got {sorted(missing)[:3]} "
+                f"missing and {sorted(unknown)[:3]} unknown; copy config.json and the weights again"
+            )
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         devices = set(map(str, getattr(model, "hf_device_map", {}).values()))
@@ -204,36 +208,46 @@ class RcpHfQuantizer(HfQuantizer):
                     raise ValueError(
                         f"{_WHERE}: {name} must fit config.json, got {error}; copy config.json and the weights again"
                     ) from None
-                _put(model, name, layer.eval())
+                model.set_submodule(name, layer.eval())
             del self._checkpoint, self._layers
-        else:
-            stored = config.stored
-            rotation = None
-            if config.rotation != "none":
-                rotation = rotate_model(
-                    model,
-                    config.rotation,
-                    group_size=stored.group_size,
-                    r3=stored.kv_bits != 16,
-                    seed=config.seed,
-                )
-            report = quantize_model(
-                model,
-                stored.bits,
-                stored.group_size,
-                stored.act_bits,
-                config.levels,
-                stored.modules_to_not_convert,
-                stored.act_clip,
+            return model
+        stored = config.stored
+        if config.rotation != "none":
+            rotate_model(
+                model, config.rotation, group_size=stored.group_size, r3=stored.kv_bits != 16, seed=config.seed
             )
-            config.stored = dataclasses.replace(stored, rotation=rotation, modules_to_not_convert=tuple(report.kept))
-        # sha256 is of the file that was read, and model.config goes into the next one.
-        config.stored = dataclasses.replace(config.stored, sha256=None, format_version=model_format_version(model))
+        quantize_model(
+            model,
+            stored.bits,
+            stored.group_size,
+            stored.act_bits,
+            config.levels,
+            stored.modules_to_not_convert,
+            stored.act_clip,
+        )
+        config.stored = checkpoint.stored_config(model, stored)
+        return model
+
+    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+        """Replace the packed layers by float ones that compute the same, a rotation of their input folded in."""
+        for name, layer in list(model.named_modules()):
+            if not isinstance(layer, QuantLinear):
+                continue
+            weight = layer.dequantize()
+            if layer.input_rotation is not None:
+                weight = layer.input_rotation.inverse(weight)  # row by row: w . (R x) = (R^T w) . x
+            linear = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
+            linear.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
+            linear.register_parameter("bias", layer.bias)
+            model.set_submodule(name, linear)
         return model
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
-        state = remove_tied_weights_from_state_dict(model.state_dict(), model)
-        return state, {_DIGEST: _digest(state, state.__getitem__)}
+        if not checkpoint.has_packed_layers(model):
+            raise ValueError("save_pretrained: the model must have packed layers, got none; dequantize() it first")
+        state, self.quantization_config.stored = checkpoint.checked_state(model, self.quantization_config.stored)
+        model.config.quantization_config = self.quantization_config
+        return state, {}
 
     def is_serializable(self) -> bool:
         return True
@@ -248,58 +262,34 @@ class RcpHfQuantizer(HfQuantizer):
 
 
 class _Checkpoint:
-    """The safetensors files of a model, found to be what was written."""
+    """The safetensors files of a model.
 
-    def __init__(self, files: Iterable[str] | None, sha256: str | None) -> None:
+    Attributes:
+        names: of the tensors in the files, by the names that the model has for them.
+    """
+
+    def __init__(self, files: Iterable[str] | None, model: nn.Module) -> None:
         paths = [Path(file) for file in files or ()]
         if not paths or any(path.suffix != ".safetensors" for path in paths):
             raise ValueError(
                 f"{_WHERE}: the weights must be safetensors files, got {[path.name for path in paths] or 'none'}; pass "
                 f"a directory that rcp-kernels quantize or save_pretrained wrote"
             )
-        if sha256 is not None and (len(paths) > 1 or file_sha256(paths[0]) != sha256):
-            raise ValueError(
-                f"{_WHERE}: the sha256 of {paths[0]} must be the one in config.json, got another: the file was "
-                f"truncated or altered since; copy it again"
-            )
         self._file_of: dict[str, Any] = {}  # by tensor
-        digests = set()
         for path in paths:
             try:
                 file = safe_open(path, framework="pt", device="cpu")
             except SafetensorError as error:
                 raise ValueError(f"{_WHERE}: {path} must be a safetensors file, got {error}; copy it again") from None
-            digests.add((file.metadata() or {}).get(_DIGEST))
             self._file_of.update(dict.fromkeys(file.keys(), file))
-        if digests != {None} and digests != {_digest(self._file_of, self._tensor)}:
-            raise ValueError(
-                f"{_WHERE}: the sha256 of the tensors in {paths[0]} must be the one in its header, got another: a file "
-                f"was altered or replaced since; copy the directory again"
-            )
-        self.names = set(self._file_of)
-
-    def _tensor(self, name: str) -> Tensor:
-        return self._file_of[name].get_tensor(name)
+        self.names = hf.file_names(model, self._file_of)
 
     def layer(self, name: str, device: torch.device) -> dict[str, Tensor]:
-        """The tensors right below a module, without its name."""
-        keys = [key for key in self._file_of if key.rpartition(".")[0] == name]
-        return {key.rpartition(".")[2]: self._tensor(key).to(device) for key in keys}
-
-
-def _digest(names: Iterable[str], tensor_of: Callable[[str], Tensor]) -> str:
-    """sha256 of names, dtypes, shapes and bytes, in the order of the names, however they are split into files."""
-    digest = hashlib.sha256()
-    for name in sorted(names):
-        tensor = tensor_of(name).detach().cpu().contiguous()
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-def _put(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
+        """The tensors of a packed layer, without its name."""
+        found = {
+            key.removeprefix(f"{name}."): stored for key, stored in self.names.items() if key.startswith(f"{name}.")
+        }
+        return {key: self._file_of[stored].get_tensor(stored).to(device) for key, stored in found.items()}
 
 
 def _refuse_several(devices: Iterable[str]) -> None:
@@ -307,3 +297,67 @@ def _refuse_several(devices: Iterable[str]) -> None:
         f"{_WHERE}: device_map must name one device, got {sorted(devices)}; packed layers take no part in offloading: "
         f'use device_map={{"": device}}'
     )
+
+
+@contextmanager
+def _saving(model: nn.Module) -> Iterator[None]:
+    """Have ``save_pretrained`` write a packed model as one, however its layers came to be packed.
+
+    Raises:
+        ValueError: another quantizer made the model.
+    """
+    quantizer = getattr(model, "hf_quantizer", None)
+    if not checkpoint.has_packed_layers(model):
+        online = checkpoint.online_rotations(model)
+        if online:
+            attribute, path = next(iter(online.items()))
+            warnings.warn(
+                f"save_pretrained: this float model rotates while it runs ({attribute} in {path}), which config.json "
+                f"does not say: after loading it call rcp_kernels.methods.rotate.apply_structure(model, record)",
+                stacklevel=4,
+            )
+        yield
+        return
+    if isinstance(quantizer, RcpHfQuantizer):
+        yield
+        return
+    if quantizer is not None:
+        raise ValueError(
+            f"save_pretrained: a model must be quantized by one method, got QuantLinear layers beside "
+            f"{type(quantizer).__name__}; start from the float model"
+        )
+    said: Any = getattr(model.config, "quantization_config", None)
+    known = (
+        None if said is None else QuantizationConfig.from_dict(said if isinstance(said, Mapping) else said.to_dict())
+    )
+    config = RcpConfig.from_dict(checkpoint.stored_config(model, known).to_dict())
+    model.hf_quantizer = RcpHfQuantizer(config, pre_quantized=True)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del model.hf_quantizer
+        if said is None:
+            del model.config.quantization_config  # type: ignore[union-attr]
+        else:
+            model.config.quantization_config = said  # type: ignore[union-attr]
+
+
+def _wrap_save_pretrained() -> None:
+    """Let ``save_pretrained`` of transformers' models go through :func:`_saving`.
+
+    transformers asks nobody before it writes a model that it did not quantize itself. It would write the packed tensors
+    beside a config.json without a word of them, and ``from_pretrained`` would then fill the layers with random numbers.
+    """
+    from transformers.modeling_utils import PreTrainedModel
+
+    original = PreTrainedModel.save_pretrained
+
+    @functools.wraps(original)
+    def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with _saving(self):
+            return original(self, *args, **kwargs)
+
+    PreTrainedModel.save_pretrained = save_pretrained  # type: ignore[method-assign]
+
+
+_wrap_save_pretrained()

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .. import extras
-from ..checkpoint import QUANT_METHOD, file_sha256
+from ..checkpoint import QUANT_METHOD
 from ..checkpoint import QuantizationConfig as StoredConfig
 from ..formats import FORMAT_VERSION, PackedWeight, check_group_size, num_groups, row_bytes
 from ..models.families import FAMILIES
@@ -60,6 +59,12 @@ class RcpQuantizationConfig(QuantizationConfig):
                     f"vLLM, got {rotation.rotation!r}, which runs after norms that vLLM owns; quantize it with "
                     f"--rotation none"
                 )
+            if rotation.tied:
+                raise ValueError(
+                    f"RcpQuantizationConfig: the output head of a model with rotation {rotation.rotation!r} must not "
+                    f"be tied to the embedding in vLLM, got one that is: it rotates around the final norm, which vLLM "
+                    f"owns; quantize it with --untie-head"
+                )
         self.stored = stored
         self.kept = list(stored.modules_to_not_convert)
 
@@ -85,15 +90,6 @@ class RcpQuantizationConfig(QuantizationConfig):
             ValueError: as :meth:`rcp_kernels.checkpoint.QuantizationConfig.from_dict` and :meth:`__init__`.
         """
         return cls(StoredConfig.from_dict(config))
-
-    def maybe_update_config(self, model_name: str, *args: Any, **kwargs: Any) -> None:
-        """Refuse a local directory whose weights are not those that config.json was written with."""
-        path = Path(model_name) / "model.safetensors"
-        if self.stored.sha256 is not None and path.is_file() and file_sha256(path) != self.stored.sha256:
-            raise ValueError(
-                f"RcpQuantizationConfig: the sha256 of {path} must be the one in config.json, got another: the file "
-                f"was truncated or altered since; copy it again"
-            )
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         self.kept = hf_to_vllm_mapper.apply_list(self.kept)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..models import Layer, describe
+from ..models.hf import cache_argument
 from .calibration import check_calibration_ids, first_layer_inputs, run_layer
 from .student import FakeQuantKV, FakeQuantLinear
 
@@ -121,12 +122,15 @@ def reconstruct_blocks(
         with torch.no_grad(), autocast():
             module = teacher.get_submodule(layer.name)
             state.teacher = torch.cat([run_layer(module, x, extra).float() for x in state.teacher.split(config.batch)])
-        if kv_bits != 16:
-            extra = {**extra, "past_key_values": FakeQuantKV(kv_bits, kv_clip)}
+        cache = None if kv_bits == 16 else FakeQuantKV(kv_bits, kv_clip)
+        if cache is not None:
+            extra = {**extra, **cache_argument(student.get_submodule(layer.name), cache)}
         losses = _train_layer(student, layer, state, extra, config, autocast, seed + index)
         with torch.no_grad(), autocast():
             module = student.get_submodule(layer.name)
             state.student = torch.cat([run_layer(module, x, extra).float() for x in state.student.split(config.batch)])
+        if cache is not None:
+            cache.check_asked(f"reconstruct_blocks: layer {layer.name}")
         state.next_layer = index + 1
         if after_layer is not None:
             after_layer(state, losses)

@@ -20,6 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ..models.hf import cache_argument
+
 __all__ = ["cached_texts", "chat_prompts", "generate_texts", "opening_prompts"]
 
 # Of the most probable tokens, before all 49152 are sorted for top_p: nearly always enough.
@@ -226,10 +228,10 @@ def _generate_batch(
     while True:
         logits = model(
             input_ids=fed.to(device),
-            past_key_values=cache,
             use_cache=True,
             position_ids=torch.arange(position, position + fed.shape[1], device=device)[None],
             logits_to_keep=1,
+            **cache_argument(model, cache),
         ).logits[:, -1]
         cache.advance(fed.shape[1])
         position += fed.shape[1]

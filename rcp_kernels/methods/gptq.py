@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from ..formats import PackedWeight
 from ..models import Layer, describe
+from ..models.hf import cache_argument
 from ..nn.quant_linear import QuantLinear
 from ..ops.quantize_activation import quantize_activation
 from .calibration import check_calibration_ids, check_vocabulary, first_layer_inputs, run_layer
@@ -131,10 +132,12 @@ def gptq_quantize_model(
         with torch.no_grad():
             hidden, keywords = first_layer_inputs(model, calibration_ids)
             for layer, extra in zip(architecture.layers, keywords, strict=True):
-                if kv_bits != 16:
-                    extra = {**extra, "past_key_values": FakeQuantKV(kv_bits, kv_clip)}
+                module = model.get_submodule(layer.name)
+                cache = None if kv_bits == 16 else FakeQuantKV(kv_bits, kv_clip)
+                if cache is not None:
+                    extra = {**extra, **cache_argument(module, cache)}
                 taps = {name: _Tap(name, linears[name], act_bits, act_clip) for name in layer.linears}
-                run = _LayerRun(model.get_submodule(layer.name), taps, extra)
+                run = _LayerRun(module, taps, extra)
                 with run:
                     for names in _steps(layer):
                         hessian = run.hessian(hidden, names)
@@ -154,6 +157,8 @@ def gptq_quantize_model(
                             if progress is not None:
                                 progress(len(result), len(linears), name)
                     run.forward(hidden)
+                if cache is not None:
+                    cache.check_asked(f"{where}: layer {layer.name}")
     finally:
         model.train(training)
     for name, packed in result.items():

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..models import describe
+from ..models.hf import cache_argument
 from .block_reconstruction import BlockState, reconstruct_blocks, schedule
 from .distillation import Head, cast_parameters, distillation_loss, mean_confidence, reverse_weight, student_perplexity
 from .rcp_config import Diverged, RcpConfig, TrainResult
@@ -214,7 +215,9 @@ class Run:
         """Hidden states after the final norm, [sequences * tokens, hidden_size]."""
         cache = FakeQuantKV(self.config.kv_bits, self.config.kv_clip) if quantize_kv else None
         decoder = model.get_submodule(self.architecture.final_norm.rpartition(".")[0])
-        output = decoder(input_ids=ids.to(self.device), past_key_values=cache, use_cache=False)
+        output = decoder(input_ids=ids.to(self.device), use_cache=False, **cache_argument(decoder, cache))
+        if cache is not None:
+            cache.check_asked("train")
         return output.last_hidden_state.flatten(0, 1)
 
     def _student(self, ids: Tensor) -> Tensor:

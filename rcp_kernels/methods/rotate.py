@@ -15,11 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from ..models import Architecture, describe
+from ..models.hf import untie_head
 from ..nn.online_rotation import OnlineRotation
-from ..nn.rotated_linear import RotatedLinear, rotate_output, rotate_queries_and_keys
+from ..nn.rotated_linear import RotatedLinear, rotate_around, rotate_output, rotate_queries_and_keys
 from .rotation_plan import GIVEN, KINDS, ROTATIONS, GivenRotation, Plan, Rotated, make_plan
 
-__all__ = ["ROTATIONS", "Rotated", "apply_structure", "rotate_model"]
+__all__ = ["ROTATIONS", "Rotated", "apply_structure", "rotate_model", "rotation_of"]
 
 # Attribute of a rotated model: R1 and R2 alone leave nothing in it that a second call could see.
 _RECORD = "_rcp_rotated"
@@ -35,14 +36,19 @@ def rotate_model(
     r4: bool | None = None,
     r4_group_size: int | None = None,
     seed: int = 0,
+    untie: bool = False,
 ) -> Rotated:
     """Rotate a language model, in place; its logits stay what they were, up to rounding.
 
     Where R1 is not ``"none"``, the gains of the norms before linear layers are folded into these (and set to one), and
-    R1 into the embedding, the linear layers and the output head, which is untied from the embedding first. Every weight
-    is computed in float64 and rounded once. down becomes a :class:`RotatedLinear` for R4, and attention gets R3 by
-    :func:`rotate_queries_and_keys`. In families with a norm between o or down and the residual stream (gemma2, gemma3),
-    whose gains no weight can take, R1 runs online after these norms instead of in o and down.
+    R1 into the embedding, the linear layers and the output head. Every weight is computed in float64 and rounded once.
+    down becomes a :class:`RotatedLinear` for R4, and attention gets R3 by :func:`rotate_queries_and_keys`. In families
+    with a norm between o or down and the residual stream (gemma2, gemma3), whose gains no weight can take, R1 runs
+    online after these norms instead of in o and down.
+
+    A head that is tied to the embedding stays so, or a quantized model could take more bytes than its source. The
+    weight that both share cannot take the gain of the final norm. That norm keeps its gain then and works in the old
+    basis, ``R norm(R^T x)`` (ours): two fast transforms a token.
 
     Args:
         model: of a family in :data:`rcp_kernels.models.FAMILIES`, in floating point, not rotated yet.
@@ -57,6 +63,8 @@ def rotate_model(
         r4: rotate the input of down. None: as r2.
         r4_group_size: entries that R4 mixes. None: group_size where R1 is in groups, else all of them.
         seed: of the random signs of ``"hadamard"``.
+        untie: give a tied head a weight of its own instead, for engines that cannot run the rotations around the final
+            norm. A given matrix always does.
 
     Returns:
         The record that a checkpoint needs to build the same structure again.
@@ -82,11 +90,12 @@ def rotate_model(
     if r4_group_size is None and grouped:
         r4_group_size = group_size
     head, embed = model.get_submodule(architecture.head), model.get_submodule(architecture.embed)
-    if getattr(model, _RECORD, None) is not None:
+    if rotation_of(model) is not None:
         raise ValueError(
-            f"rotate_model: the model must not be rotated yet, got one with {getattr(model, _RECORD)}; load the model "
-            f"anew"
+            f"rotate_model: the model must not be rotated yet, got one with {rotation_of(model)}; load the model anew"
         )
+    # Where the final norm has no gain, the shared weight needs no more than the embedding's rotation.
+    shared = rotates and head.weight is embed.weight and _has_gain(model, architecture)
     record = Rotated(
         model_type=architecture.model_type,
         rotation=name,
@@ -96,15 +105,23 @@ def rotate_model(
         r4=r4,
         r4_group_size=r4_group_size if r4 else None,
         seed=seed,
-        untied=rotates and head.weight is embed.weight,
+        untied=shared and (untie or matrix is not None),
+        tied=shared and not untie and matrix is None,
     )
     plan = make_plan(record, architecture, matrix)
     _check_layers(model, architecture)
-    _check_values(model, architecture, plan)
+    _check_values(model, architecture, plan, record.tied)
     _fuse(model, architecture, plan, record)
-    _install(model, architecture, plan)
-    if rotates or record.r2 or record.r3 or record.r4:
+    _install(model, architecture, plan, record.tied)
+    if record.changes_anything:
         setattr(model, _RECORD, record)
+    return record
+
+
+def rotation_of(model: nn.Module) -> Rotated | None:
+    """What :func:`rotate_model` or :func:`apply_structure` did to this model; None where neither has."""
+    record = getattr(model, _RECORD, None)
+    assert record is None or isinstance(record, Rotated)
     return record
 
 
@@ -128,7 +145,7 @@ def apply_structure(model: nn.Module, record: Rotated) -> None:
     _check_layers(model, architecture, values=False)
     if record.untied:
         _untie(model, architecture)
-    _install(model, architecture, plan)
+    _install(model, architecture, plan, record.tied)
     setattr(model, _RECORD, record)
 
 
@@ -167,6 +184,7 @@ def _check_layers(model: nn.Module, architecture: Architecture, values: bool = T
             (layer.attention, "qk_rotation"),
             (layer.attention_output_norm, "output_rotation"),
             (layer.mlp_output_norm, "output_rotation"),
+            (a.final_norm, "basis_rotation"),
         ):
             if name is not None and hasattr(model.get_submodule(name), attribute):
                 raise ValueError(
@@ -174,12 +192,12 @@ def _check_layers(model: nn.Module, architecture: Architecture, values: bool = T
                 )
 
 
-def _check_values(model: nn.Module, architecture: Architecture, plan: Plan) -> None:
+def _check_values(model: nn.Module, architecture: Architecture, plan: Plan, tied: bool) -> None:
     """Refuse weights that a rotation would spread over a whole layer, and types that no online rotation takes."""
     residual_online = isinstance(plan.residual, OnlineRotation) and any(
         layer.attention_output_norm or layer.mlp_output_norm for layer in architecture.layers
     )
-    online = plan.qk is not None or plan.down_input is not None or residual_online
+    online = tied or plan.qk is not None or plan.down_input is not None or residual_online
     allowed = (torch.float32, torch.float16, torch.bfloat16) + (() if online else (torch.float64,))
     names = [architecture.embed, architecture.final_norm, architecture.head]
     for layer in architecture.layers:
@@ -224,7 +242,9 @@ def _fuse(model: nn.Module, architecture: Architecture, plan: Plan, record: Rota
         _rewrite(_linear(model, layer.gate), gain, residual, None)
         _rewrite(_linear(model, layer.up), gain, residual, None)
         _rewrite(_linear(model, layer.down), None, plan.down_input, None if layer.mlp_output_norm else residual)
-    _rewrite(_linear(model, architecture.head), fold(architecture.final_norm), residual, None)
+    head = _linear(model, architecture.head)
+    if head.weight is not model.get_submodule(architecture.embed).weight:  # a tied head is rotated with the embedding
+        _rewrite(head, fold(architecture.final_norm), residual, None)
 
 
 def _rewrite(
@@ -247,6 +267,13 @@ def _rewrite(
             bias = linear.bias.detach().to(torch.float64)[:, None]
             _assign(linear.bias, output_rotation.rotate_weight(bias, "output")[:, 0])
     _assign(linear.weight, weight)
+
+
+def _has_gain(model: nn.Module, architecture: Architecture) -> bool:
+    """Whether the norm before the output head multiplies by anything but ones, which the head would have to take."""
+    weight = model.get_submodule(architecture.final_norm).weight
+    assert isinstance(weight, Tensor)
+    return weight.is_meta or not bool((weight == 1.0 - architecture.gain_offset).all())
 
 
 def _take_gain(norm: nn.Module, offset: float) -> Tensor:
@@ -273,15 +300,21 @@ def _untie(model: nn.Module, architecture: Architecture) -> None:
     """Give the output head a weight of its own, and tell transformers so, which would tie it again."""
     head = _linear(model, architecture.head)
     head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=head.weight.requires_grad)
-    model.config.tie_word_embeddings = False  # type: ignore[union-attr]
-    tied = getattr(model, "all_tied_weights_keys", None)
-    if isinstance(tied, dict):
-        tied.pop(f"{architecture.head}.weight", None)
+    untie_head(model, architecture.head)
 
 
-def _install(model: nn.Module, architecture: Architecture, plan: Plan) -> None:
+def _install(model: nn.Module, architecture: Architecture, plan: Plan, tied: bool) -> None:
     """Put the rotations that run online into the model, each place its own."""
     device = _linear(model, architecture.head).weight.device
+
+    def own(rotation: OnlineRotation) -> OnlineRotation:
+        copied = copy.deepcopy(rotation)
+        # On the meta device the signs, which no weight holds, would lose their values.
+        return copied if device.type == "meta" else copied.to(device)
+
+    if tied:
+        assert isinstance(plan.residual, OnlineRotation)
+        rotate_around(model.get_submodule(architecture.final_norm), own(plan.residual))
     for layer in architecture.layers:
         if plan.qk is not None:
             rotate_queries_and_keys(model.get_submodule(layer.attention), copy.deepcopy(plan.qk))
@@ -291,6 +324,4 @@ def _install(model: nn.Module, architecture: Architecture, plan: Plan) -> None:
             setattr(model.get_submodule(parent), child, down)
         for name in (layer.attention_output_norm, layer.mlp_output_norm):
             if name is not None and isinstance(plan.residual, OnlineRotation):
-                rotation = copy.deepcopy(plan.residual)
-                # On the meta device the signs, which no weight holds, would lose their values.
-                rotate_output(model.get_submodule(name), rotation if device.type == "meta" else rotation.to(device))
+                rotate_output(model.get_submodule(name), own(plan.residual))

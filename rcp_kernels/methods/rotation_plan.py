@@ -55,6 +55,8 @@ class Rotated:
         r4_group_size: entries that R4 mixes; None where it mixes all of them, or there is no R4.
         seed: of R1's random signs.
         untied: whether the output head was tied to the embedding and no longer is.
+        tied: whether the output head is tied to the rotated embedding, and the final norm leaves the rotated basis and
+            comes back to it: ``R norm(R^T x)``.
     """
 
     model_type: str
@@ -66,6 +68,12 @@ class Rotated:
     r4_group_size: int | None
     seed: int
     untied: bool
+    tied: bool = False
+
+    @property
+    def changes_anything(self) -> bool:
+        """Whether there is any rotation at all."""
+        return self.rotation != "none" or self.r2 or self.r3 or self.r4
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain JSON types."""
@@ -79,6 +87,7 @@ class Rotated:
             ValueError: a field is missing, unknown, or of another type, or rotation is no name of one.
         """
         names = [field.name for field in dataclasses.fields(cls)]
+        fields = {"tied": False, **fields}  # written before 0.2 without it
         if set(fields) != set(names):
             raise ValueError(
                 f"Rotated: fields must be {names}, got {sorted(fields)}; the file is damaged, or was written by "

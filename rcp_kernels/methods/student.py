@@ -126,6 +126,10 @@ class FakeQuantKV:
     """What a model takes for an empty key/value cache: hands keys and values back quantized, and keeps nothing.
 
     Keys arrive after RoPE and R3, as in a real cache.
+
+    Attributes:
+        bits, clip: of :func:`rcp_kernels.ops.fake_quantize_kv`.
+        updates: how often a layer has handed keys and values in.
     """
 
     is_compileable = False
@@ -133,8 +137,22 @@ class FakeQuantKV:
     def __init__(self, bits: int, clip: float = 1.0) -> None:
         self.bits = bits
         self.clip = clip
+        self.updates = 0
+
+    def check_asked(self, where: str) -> None:
+        """Raise unless a layer has used this cache: a model may ignore an argument that it does not know.
+
+        Raises:
+            RuntimeError: no layer has.
+        """
+        if not self.updates:
+            raise RuntimeError(
+                f"{where}: keys and values must pass through the cache of {self.bits} bits, got a forward pass that "
+                f"never asked it; this release of transformers is not supported: use kv_bits=16 or another release"
+            )
 
     def update(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        self.updates += 1
         return fake_quantize_kv(keys, self.bits, self.clip), fake_quantize_kv(values, self.bits, self.clip)
 
     def get_seq_length(self, *args: Any, **kwargs: Any) -> int:

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from .online_rotation import OnlineRotation
 
-__all__ = ["RotatedLinear", "rotate_output", "rotate_queries_and_keys"]
+__all__ = ["RotatedLinear", "rotate_around", "rotate_output", "rotate_queries_and_keys"]
 
 
 class RotatedLinear(nn.Linear):
@@ -92,6 +92,33 @@ def rotate_output(module: nn.Module, rotation: OnlineRotation) -> None:
 
 def _rotate_output(module: nn.Module, args: Any, output: Tensor) -> Tensor:
     rotation = module.output_rotation
+    assert isinstance(rotation, OnlineRotation)
+    return rotation(output)
+
+
+def rotate_around(module: nn.Module, rotation: OnlineRotation) -> None:
+    """Let a module take rotated input and give rotated output: ``rotation(module(rotation.inverse(x)))``.
+
+    For the final norm, whose gain acts in the basis that it was trained in. The rotation becomes the submodule
+    ``basis_rotation``.
+
+    Raises:
+        ValueError: the module does so already.
+    """
+    _refuse_second(module, "basis_rotation")
+    module.basis_rotation = rotation
+    module.register_forward_pre_hook(_leave_basis)
+    module.register_forward_hook(_return_to_basis)
+
+
+def _leave_basis(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    rotation = module.basis_rotation
+    assert isinstance(rotation, OnlineRotation)
+    return (rotation.inverse(args[0]), *args[1:])
+
+
+def _return_to_basis(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+    rotation = module.basis_rotation
     assert isinstance(rotation, OnlineRotation)
     return rotation(output)
 

@@ -115,13 +115,16 @@ def transform_tables(caller: str, x: Tensor, size: int, order: str) -> _Tables:
     return make(caller, size, order, x.device)
 
 
-@torch.compiler.assume_constant_result
 def _tables(caller: str, size: int, order: str, device: torch.device) -> _Tables:
     """What the operators need to know of a size and an order, made once for each device."""
     tables = _tables_cache.get((size, order, device))
     if tables is None:
         tables = _tables_cache[size, order, device] = _make_tables(caller, size, order, device)
     return tables
+
+
+# torch.compiler.assume_constant_result does this and no more, but it imports torch._dynamo, which takes a second.
+_tables._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _make_tables(caller: str, size: int, order: str, device: torch.device) -> _Tables:

@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from . import extras
+from .. import extras
 
 __all__ = ["model_card", "write_model_card"]
 
@@ -19,16 +19,16 @@ _CLIPS = ("act_clip", "kv_clip")
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
-def write_model_card(directory: Path) -> None:
+def write_model_card(directory: str | Path) -> None:
     """Write README.md into a directory with a quantized model's config.json and weights; one that is there is replaced.
 
     Raises:
         OSError, ValueError, KeyError: as :func:`model_card`.
     """
-    (directory / "README.md").write_text(model_card(directory))
+    (Path(directory) / "README.md").write_text(model_card(directory))
 
 
-def model_card(directory: Path) -> str:
+def model_card(directory: str | Path) -> str:
     """The card of a model: how it is stored, how it was made as far as recipe.yaml says, and how to load it.
 
     Args:
@@ -43,6 +43,7 @@ def model_card(directory: Path) -> str:
         OSError: no config.json.
         ValueError, KeyError: it is not the config of a quantized model.
     """
+    directory = Path(directory)
     fields = json.loads((directory / "config.json").read_text())
     stored = fields["quantization_config"]
     recipe = directory / "recipe.yaml"
@@ -113,7 +114,7 @@ def _bits_per_weight(directory: Path) -> float:
 def _loading(stored: dict[str, Any], has_tokenizer: bool) -> str:
     classes = "AutoModelForCausalLM, AutoTokenizer" if has_tokenizer else "AutoModelForCausalLM"
     lines = [
-        'import rcp_kernels.integrations.transformers  # registers the method "rcp"',
+        'import rcp_kernels  # registers the method "rcp" with transformers',
         f"from transformers import {classes}",
         "",
         'name = "."  # this directory, or the hub\'s name of this repository',

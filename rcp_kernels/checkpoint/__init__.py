@@ -1,0 +1,28 @@
+"""A quantized language model on disk: an ordinary ``transformers`` directory with packed weights in it.
+
+``config.json`` has a ``quantization_config`` (:class:`QuantizationConfig`); the safetensors files have the model's own
+``state_dict``, which holds the tensors of docs/format.md for a :class:`rcp_kernels.QuantLinear`.
+"""
+
+from .config import QUANT_METHOD, QuantizationConfig, read_quantization_config
+from .files import check_output, file_sha256
+from .load import load_quantized, verify
+from .model_card import model_card, write_model_card
+from .save import checked_state, has_packed_layers, online_rotations, save_quantized, stored_config
+
+__all__ = [
+    "QUANT_METHOD",
+    "QuantizationConfig",
+    "check_output",
+    "checked_state",
+    "file_sha256",
+    "has_packed_layers",
+    "load_quantized",
+    "model_card",
+    "online_rotations",
+    "read_quantization_config",
+    "save_quantized",
+    "stored_config",
+    "verify",
+    "write_model_card",
+]

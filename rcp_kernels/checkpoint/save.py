@@ -1,0 +1,280 @@
+"""Writing a quantized model: what its directory says is checked against the model first."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import extras
+from ..formats import kind_version
+from ..methods.rotate import Rotated, apply_structure, rotation_of
+from ..models import hf
+from ..nn import QuantLinear
+from .config import CONFIG, QuantizationConfig
+from .files import check_output, file_sha256, flush, take_name
+from .model_card import write_model_card
+
+__all__ = ["WEIGHTS", "checked_state", "has_packed_layers", "online_rotations", "save_quantized", "stored_config"]
+
+WEIGHTS = "model.safetensors"
+_ALIKE = ("bits", "group_size", "act_bits", "act_clip")
+
+
+def save_quantized(
+    model: nn.Module,
+    directory: str | Path,
+    config: QuantizationConfig,
+    *,
+    tokenizer: Any = None,
+    files: Mapping[str, str | bytes] | None = None,
+) -> None:
+    """Write a model so that the directory is there whole or as it was before, whatever happens on the way.
+
+    transformers' ``save_pretrained`` writes the model into a new directory beside it. A model card and the other files
+    join it, all is flushed to the disk, and the directory takes its name in the end. A process killed between the two
+    renames of a replacement leaves the old model whole in ``.NAME.old.*/model`` beside it.
+
+    Args:
+        model: a causal language model of ``transformers`` with packed layers.
+        directory: to make, or to replace if it holds a model.
+        config: must say what the layers are; sha256, format_version and modules_to_not_convert are filled in here.
+        tokenizer: its files are written too; None for none.
+        files: more files by name (a recipe, a report, a plot).
+
+    Raises:
+        MissingExtra: transformers or safetensors is missing.
+        ValueError: as :func:`check_output` and :func:`stored_config`; or the layers are not what config says.
+        OSError: as writing does, a full disk say; what was there before is untouched.
+    """
+    extras.require("transformers", "safetensors")
+    from safetensors import SafetensorError
+
+    directory = Path(directory).resolve()
+    check_output(directory)
+    _check_config(model, config)
+    stored_config(model, config)  # all that can be refused is refused before anything is written
+    temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
+    before = getattr(model.config, "quantization_config", None)
+    try:
+        model.config.quantization_config = config.to_dict()  # type: ignore[union-attr]
+        try:
+            _fill(temporary, model, tokenizer, files or {})
+        except (OSError, SafetensorError) as error:
+            raise OSError(
+                f"save_quantized: {directory} must be on a disk with space for the model, got {error}; free some, or "
+                f"choose another: what was there before is untouched"
+            ) from error
+        take_name(temporary, directory)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    finally:
+        if before is None:
+            del model.config.quantization_config  # type: ignore[union-attr]
+        else:
+            model.config.quantization_config = before  # type: ignore[union-attr]
+
+
+def _fill(folder: Path, model: nn.Module, tokenizer: Any, files: Mapping[str, str | bytes]) -> None:
+    """Write all files of a model, README.md last as it is about the others, flushed to the disk."""
+    model.save_pretrained(folder)  # type: ignore[operator]
+    fields = json.loads((folder / CONFIG).read_text())
+    if (folder / WEIGHTS).is_file():  # transformers splits models of more than 50 GB
+        fields["quantization_config"]["sha256"] = file_sha256(folder / WEIGHTS)
+    (folder / CONFIG).write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    for name, content in files.items():
+        (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    write_model_card(folder)
+    for path in folder.iterdir():
+        if path.is_file():
+            path.chmod(0o644)
+            flush(path)
+    folder.chmod(0o755)
+    flush(folder)
+
+
+def has_packed_layers(model: nn.Module) -> bool:
+    """Whether a module of the model is a :class:`QuantLinear`."""
+    return any(isinstance(module, QuantLinear) for module in model.modules())
+
+
+def online_rotations(model: nn.Module) -> dict[str, str]:
+    """Where the model rotates while it runs: one full module name by attribute, of each kind that there is."""
+    found: dict[str, str] = {}
+    for path, module in model.named_modules():
+        for attribute in ("input_rotation", "qk_rotation", "output_rotation", "basis_rotation"):
+            if getattr(module, attribute, None) is not None:
+                found[attribute] = path
+    return found
+
+
+def stored_config(model: nn.Module, stored: QuantizationConfig | None) -> QuantizationConfig:
+    """What config.json has to say of a model, read off its layers, after a look at whether it could be loaded again.
+
+    Args:
+        model: of transformers, with packed layers.
+        stored: what is known beyond the layers: kv_bits and kv_clip. None for a 16-bit cache.
+
+    Raises:
+        ValueError: there are no packed layers, or they differ in what the config says once for all; or a loaded model
+            would be another one than this: a rotation without a record, a layer, bias or tensor that the class of the
+            model does not make, or tables of RoPE that were cast with the model.
+    """
+    return _inspect(model, stored)[0]
+
+
+def _inspect(model: nn.Module, stored: QuantizationConfig | None) -> tuple[QuantizationConfig, dict[str, bool]]:
+    """:func:`stored_config`, and whether the class of the model gives a linear layer a bias, by the layer's name."""
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
+    if not layers:
+        raise ValueError("save: the model must have packed layers, got none; quantize it first")
+    first_name, first = next(iter(layers.items()))
+    for name, layer in layers.items():
+        for field in _ALIKE:
+            if getattr(layer, field) != getattr(first, field):
+                raise ValueError(
+                    f"save: {field} must be the same in all packed layers, got {getattr(first, field)!r} in "
+                    f"{first_name} and {getattr(layer, field)!r} in {name}; config.json says it once for the model"
+                )
+    rotation = rotation_of(model)
+    _check_rotation(model, rotation)
+    skeleton = _skeleton(model, rotation)
+    _check_structure(model, skeleton, layers)
+    config = QuantizationConfig(
+        bits=first.bits,
+        group_size=first.group_size,
+        act_bits=first.act_bits,
+        act_clip=first.act_clip,
+        kv_bits=16 if stored is None else stored.kv_bits,
+        kv_clip=1.0 if stored is None else stored.kv_clip,
+        rotation=rotation,
+        modules_to_not_convert=tuple(n for n, module in model.named_modules() if isinstance(module, nn.Linear)),
+        format_version=max(kind_version(layer.kind) for layer in layers.values()),
+    )
+    return config, {name: m.bias is not None for name, m in skeleton.named_modules() if isinstance(m, nn.Linear)}
+
+
+def checked_state(model: nn.Module, stored: QuantizationConfig | None) -> tuple[dict[str, Tensor], QuantizationConfig]:
+    """The tensors to write, with the biases that the class of the model has, and what config.json has to say of them.
+
+    A bias that is absent from a layer but belongs to the class is written as zeros. One of zeros that does not belong
+    to it is left out. Neither changes what the layer computes.
+
+    Raises:
+        ValueError: as :func:`stored_config`.
+    """
+    config, biases = _inspect(model, stored)
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    for name, module in model.named_modules():
+        if module is head and isinstance(head, QuantLinear):
+            hf.untie_head(model, name)
+    state = hf.tensor_state(model)
+    for name, wanted in biases.items():
+        layer = model.get_submodule(name)
+        if isinstance(layer, QuantLinear):
+            key = f"{name}.bias"
+            if wanted and key not in state:
+                dtype: Any = model.dtype
+                state[key] = torch.zeros(layer.out_features, dtype=dtype)
+            if not wanted:
+                state.pop(key, None)
+    return {name: tensor.contiguous() for name, tensor in state.items()}, config
+
+
+def _check_config(model: nn.Module, config: QuantizationConfig) -> None:
+    """Refuse a config that says something else of the layers than they are."""
+    for path, module in model.named_modules():
+        if not isinstance(module, QuantLinear):
+            continue
+        for name in _ALIKE:
+            found, said = getattr(module, name), getattr(config, name)
+            if found != said:
+                raise ValueError(
+                    f"save_quantized: {name} of config must be that of every packed layer, got {said!r} and {found!r} "
+                    f"in {path}; pass a QuantizationConfig of the layers, which must be alike"
+                )
+    said, found = config.rotation, rotation_of(model)
+    if said != found and not (found is None and said is not None and not said.changes_anything):
+        raise ValueError(
+            f"save_quantized: rotation of config must be the model's, got {said} and {found or 'none'}; pass what "
+            f"rotate_model returned"
+        )
+
+
+def _check_rotation(model: nn.Module, rotation: Rotated | None) -> None:
+    """Refuse rotations that a loaded model would not have."""
+    for attribute, path in online_rotations(model).items():
+        if rotation is None:  # what the record says, _check_structure and the layers' own state hold against the model
+            raise ValueError(
+                f"save: a rotation that runs in the model must have a record, got {attribute} in {path} without one; "
+                f"rotate with rcp_kernels.methods.rotate.rotate_model, or save the float model"
+            )
+
+
+def _skeleton(model: nn.Module, rotation: Rotated | None) -> nn.Module:
+    """The model as its class makes it from its config, without values, with the structure of the rotation."""
+    with torch.device("meta"):
+        skeleton = type(model)(copy.deepcopy(model.config))
+    if rotation is not None:
+        apply_structure(skeleton, rotation)
+    return skeleton
+
+
+def _check_structure(model: nn.Module, skeleton: nn.Module, layers: Mapping[str, QuantLinear]) -> None:
+    """Refuse a model that its own class, made from its config, could not take the tensors of."""
+    where, what = "save", type(model).__name__
+    made = dict(skeleton.named_modules())
+    for name, layer in layers.items():
+        linear = made.get(name)
+        if not isinstance(linear, nn.Linear):
+            found = "nothing" if linear is None else f"a {type(linear).__name__}"
+            raise ValueError(
+                f"{where}: the packed layer {name} must stand for a linear layer of {what}, got {found} of that name; "
+                f"save the state_dict of a model of your own with torch.save"
+            )
+        sizes = [(x.in_features, x.out_features) for x in (layer, linear)]
+        if sizes[0] != sizes[1]:
+            raise ValueError(
+                f"{where}: {name} must have the sizes (in, out) that config.json gives it, {sizes[1]}, got {sizes[0]}; "
+                f"change the config with the layer"
+            )
+        has_bias = getattr(linear, "bias", None) is not None  # mypy does not know that it may be None
+        if not has_bias and layer.bias is not None and bool(layer.bias.count_nonzero()):
+            raise ValueError(
+                f"{where}: {name} must have no bias, as {what} with this config has none there, got one that is not "
+                f"zero; a loaded model would lose it: set the bias in the config (attention_bias, say)"
+            )
+    packed = tuple(f"{name}." for name in layers)
+    own, expected = (
+        {key: tensor for key, tensor in x.state_dict().items() if not key.startswith(packed)} for x in (model, skeleton)
+    )
+    missing, unknown = sorted(expected.keys() - own.keys()), sorted(own.keys() - expected.keys())
+    if missing or unknown:
+        raise ValueError(
+            f"{where}: the model must have the tensors that {what} makes of its config, got {missing[:3]} missing and "
+            f"{unknown[:3]} unknown to it; merge or remove what was added (an adapter, say) before saving"
+        )
+    for key, tensor in own.items():
+        if tensor.shape != expected[key].shape:
+            raise ValueError(
+                f"{where}: {key} must have the shape that config.json gives it, {tuple(expected[key].shape)}, got "
+                f"{tuple(tensor.shape)}; change the config with the tensor"
+            )
+    tables = dict(skeleton.named_buffers())
+    for name, buffer in model.named_buffers():
+        if name in tables and not name.startswith(packed) and buffer.dtype != tables[name].dtype:
+            raise ValueError(
+                f"{where}: {name} must be {tables[name].dtype}, as a loaded model computes it, got {buffer.dtype}; "
+                f"load the float model with from_pretrained(..., dtype=...) instead of casting it, and quantize it "
+                f"again"
+            )

@@ -1,0 +1,114 @@
+"""What the releases of ``transformers`` call things, in one place; every other module asks here.
+
+Supported: transformers 5.0 and later (pyproject.toml). The differences so far:
+
+- 5.24 renames the cache argument of models and layers from ``past_key_values`` to ``cache``; 5.40 drops the old name.
+  A layer that gets the old name beside ``cache=None`` ignores it, with a warning only.
+- ``_adjust_missing_and_unexpected_keys`` takes two sets and returns them in 5.0; it takes one report later.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from torch import Tensor, nn
+
+__all__ = ["cache_argument", "cache_keyword", "file_names", "output_cache", "untie_head", "watch_loading"]
+
+
+def cache_keyword(module: nn.Module | Callable[..., Any]) -> str:
+    """The name of the argument that a model or a decoder layer takes its key/value cache by.
+
+    Args:
+        module: a module, whose ``forward`` is looked at, or a function.
+
+    Returns:
+        ``"cache"`` or ``"past_key_values"``; the former also for a function that names neither but takes any keyword.
+
+    Raises:
+        ValueError: it takes neither.
+    """
+    parameters = inspect.signature(module.forward if isinstance(module, nn.Module) else module).parameters
+    for name in ("cache", "past_key_values"):
+        if name in parameters:
+            return name
+    if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return "cache"
+    raise ValueError(
+        f"{type(module).__name__}: its forward must take cache or past_key_values, got {sorted(parameters)}; a model "
+        f"with a key/value cache is needed here"
+    )
+
+
+def cache_argument(module: nn.Module | Callable[..., Any], cache: Any) -> dict[str, Any]:
+    """The keyword argument that hands ``cache`` to a model or a decoder layer."""
+    return {cache_keyword(module): cache}
+
+
+def output_cache(output: Any) -> Any:
+    """The key/value cache in a model's output."""
+    return output.cache if hasattr(output, "cache") else output.past_key_values
+
+
+def untie_head(model: nn.Module, head: str) -> None:
+    """Tell transformers that the output head has a weight of its own, so that nothing ties it to the embedding again.
+
+    Args:
+        model: of transformers.
+        head: full name of the head's module.
+    """
+    model.config.get_text_config().tie_word_embeddings = False  # type: ignore[union-attr, operator]
+    model.config.tie_word_embeddings = False  # type: ignore[union-attr]
+    tied = getattr(model, "all_tied_weights_keys", None)
+    if isinstance(tied, dict):
+        tied.pop(f"{head}.weight", None)
+
+
+def file_names(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
+    """The names of the tensors of a checkpoint's files by the names that the model has for them.
+
+    transformers renames modules of some families while it loads and saves (Mixtral's ``block_sparse_moe`` is ``mlp`` in
+    the model). Tensors that it merges or splits are not found here, nor are names that it leaves as they are lost.
+
+    Args:
+        model: of transformers.
+        names: of the tensors in the files.
+
+    Returns:
+        File names by model names.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+    mapping = get_model_conversion_mapping(model)  # type: ignore[arg-type]
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    return {rename_source_key(name, renamings, [])[0]: name for name in names}
+
+
+def watch_loading(model: nn.Module, found: Callable[[set[str], set[str]], None]) -> None:
+    """Have a model that is being loaded report what the files lack, which transformers fills with random numbers.
+
+    Args:
+        model: an instance under construction in ``from_pretrained``.
+        found: called once with the names that the files lack and those that the model lacks.
+    """
+    adjust: Any = model._adjust_missing_and_unexpected_keys
+
+    def adjust_and_tell(*args: Any, **kwargs: Any) -> Any:
+        result = adjust(*args, **kwargs)
+        del model._adjust_missing_and_unexpected_keys
+        missing, unexpected = (args[0].missing_keys, args[0].unexpected_keys) if result is None else result
+        found(set(missing), set(unexpected))
+        return result
+
+    model._adjust_missing_and_unexpected_keys = adjust_and_tell  # type: ignore[assignment]
+
+
+def tensor_state(model: nn.Module) -> dict[str, Tensor]:
+    """The model's ``state_dict`` without the second names of tied tensors."""
+    from transformers.modeling_utils import remove_tied_weights_from_state_dict
+
+    state: dict[str, Tensor] = remove_tied_weights_from_state_dict(model.state_dict(), model)  # type: ignore[arg-type]
+    return state
