@@ -113,7 +113,7 @@ def test_two_processes_that_share_a_model_make_what_one_makes(run, model, text, 
     (tmp_path / "training.yaml").write_text(yaml.safe_dump({"training": TRAINING}))
     options = [*map(str, ["--method", "rcp", "--kv-bits", 4, *common(text), "--recipe", tmp_path / "training.yaml"])]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "rcp_kernels"]
-    path = os.pathsep.join([str(Path(checkpoint.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join([str(Path(checkpoint.__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
         [*command, "quantize", str(model), "-o", str(tmp_path / "two"), "--shard", *options],
         capture_output=True,
@@ -330,7 +330,7 @@ def test_a_full_disk_is_named(run, model, text, tmp_path, monkeypatch):
         assert "out.training must be on a disk with space for the training's state" in err
         assert "pass --resume" in err
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "_flush", full)
+        patch.setattr(checkpoint.save, "flush", full)
         code, _, err = run("quantize", model, "-o", tmp_path / "new", "--method", "rtn", "--group-size", 32)
         assert code == 1
         assert "new must be on a disk with space for the model, got [Errno 28]" in err

@@ -81,9 +81,44 @@ def test_report_adds_up() -> None:
         "after",
     ]
     assert lines[2].split() == ["layers.0.up", "128", "x", "64", "2", "64", "2.754", "0.02", "0.00"]
-    assert lines[-2].split() == ["4", "layers", "2.754", "0.07", "0.01"]
-    assert lines[-1] == "kept in floating point: lm_head"
-    assert len({len(line) for line in lines[:-1]}) == 1
+    end = lines.index("kept in floating point: lm_head")
+    assert lines[end - 1].split() == ["4", "layers", "2.754", "0.07", "0.01"]
+    assert len({len(line) for line in lines[:end]}) == 1
+    assert lines[end + 1] == "4 layers packed, 2.754 bits a weight"
+    # The rest of the model, a shared parameter once.
+    left = {part.name: part for part in report.storage.parts}
+    assert sum(part.weights for part in left.values()) == sum(p.numel() for p in model.parameters())
+    assert left["embed.weight"].kind == "embedding"
+    assert report.storage.packed_bytes == report.bytes_after
+    assert report.storage.float_share == pytest.approx(
+        report.storage.float_weights / (report.storage.float_weights + weights)
+    )
+
+
+class Experts(nn.Module):
+    """The experts of a mixture in one parameter, as transformers 5 keeps them."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate_up_proj = nn.Parameter(torch.randn(4, 64, 128))
+
+
+def test_report_names_what_is_no_linear_layer():
+    model = nn.Sequential(nn.Linear(64, 64, bias=False), Experts(), nn.Embedding(10, 64))
+    report = quantize_model(model, bits=2, group_size=64)
+    kinds = {part.name: (part.kind, part.weights) for part in report.storage.parts}
+    assert kinds == {"1.gate_up_proj": ("not an nn.Linear", 4 * 64 * 128), "2.weight": ("embedding", 640)}
+    text = str(report)
+    assert "1.gate_up_proj".replace("1", "*") in text
+    assert "not an nn.Linear" in text
+    assert f"{(4 * 64 * 128 + 640) / (4 * 64 * 128 + 640 + 64 * 64):.1%} of the weights" in text
+
+
+def test_report_counts_a_shared_parameter_once():
+    model = nn.ModuleDict({"embed": nn.Embedding(10, 64), "up": nn.Linear(64, 64), "lm_head": nn.Linear(64, 10, False)})
+    model["lm_head"].weight = model["embed"].weight
+    report = quantize_model(model, bits=4, group_size=64)
+    assert [part.name for part in report.storage.parts] == ["embed.weight", "up.bias"]
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,15 @@ from .config import CONFIG, QuantizationConfig
 from .files import check_output, file_sha256, flush, take_name
 from .model_card import write_model_card
 
-__all__ = ["WEIGHTS", "checked_state", "has_packed_layers", "online_rotations", "save_quantized", "stored_config"]
+__all__ = [
+    "WEIGHTS",
+    "cast_floats",
+    "checked_state",
+    "has_packed_layers",
+    "online_rotations",
+    "save_quantized",
+    "stored_config",
+]
 
 WEIGHTS = "model.safetensors"
 _ALIKE = ("bits", "group_size", "act_bits", "act_clip")
@@ -101,6 +109,25 @@ def _fill(folder: Path, model: nn.Module, tokenizer: Any, files: Mapping[str, st
             flush(path)
     folder.chmod(0o755)
     flush(folder)
+
+
+@torch.no_grad()
+def cast_floats(model: nn.Module, dtype: torch.dtype) -> None:
+    """Cast the parameters of a model in place, biases of packed layers too, and say so in its config.
+
+    Unlike ``model.to(dtype)`` it leaves RoPE's tables as they are, which a loaded model computes in float32.
+
+    Raises:
+        ValueError: a value does not fit dtype, named; nothing is changed then.
+    """
+    cast = {name: parameter.to(dtype) for name, parameter in model.named_parameters()}
+    for name, value in cast.items():
+        if not bool(torch.isfinite(value).all()):
+            raise ValueError(f"cast_floats: {name} must be finite in {dtype}, got NaN or Inf; choose another dtype")
+    for name, parameter in model.named_parameters():
+        parameter.data = cast[name]
+    config: Any = model.config
+    config.dtype = dtype
 
 
 def has_packed_layers(model: nn.Module) -> bool:

@@ -38,6 +38,12 @@ class Levels(str, enum.Enum):
     kmeans = "kmeans"
 
 
+class Dtype(str, enum.Enum):
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
 class Preset(str, enum.Enum):
     quick = "quick"
     full = "full"
@@ -47,7 +53,9 @@ ModelName = Annotated[
     str, typer.Argument(metavar="MODEL", help="A transformers directory, a hub id, a .gguf file, or demo.")
 ]
 # Options of quantize that are fields of a recipe: what was not given must not override the recipe's.
-_FIELDS = "method rotation w_bits a_bits kv_bits group_size levels preset text sequence samples seed".split()
+_FIELDS = (
+    "method rotation w_bits a_bits kv_bits group_size levels preset text sequence samples seed dtype untie_head".split()
+)
 # Of these, what a method has no use for.
 _UNUSED = {
     "rtn": ("preset", "text", "sequence", "samples"),
@@ -92,7 +100,14 @@ def quantize(
     ] = None,
     sequence: Annotated[int | None, typer.Option(min=2, help="Tokens of a window.")] = None,
     samples: Annotated[int, typer.Option(min=1, help="Windows of gptq and laquant.")] = 32,
-    seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
+    seed: Annotated[int, typer.Option(help="Random seed.")] = 0,
+    dtype: Annotated[
+        Dtype | None, typer.Option(help="Dtype of what is not packed; the model's own without it (GGUF: bfloat16).")
+    ] = None,
+    untie_head: Annotated[
+        bool,
+        typer.Option("--untie-head", help="Store a tied output head a second time, so that vLLM runs a rotated model."),
+    ] = False,
     recipe: Annotated[
         Path | None, typer.Option(help="Take what is not given here from this YAML file.", exists=True, dir_okay=False)
     ] = None,
@@ -128,8 +143,9 @@ def quantize(
     from .quantize import quantize as run
 
     with _bars() as bars:
-        run(chosen, out, resume=resume, shard=shard, progress=_Reporter(bars))
-    print(f"wrote {out}")
+        summary = run(chosen, out, resume=resume, shard=shard, progress=_Reporter(bars))
+    if summary is not None:
+        print(summary)
 
 
 def evaluate(

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import __version__, extras, hardware
-from ..checkpoint import QuantizationConfig, check_output, save_quantized
+from ..checkpoint import QuantizationConfig, cast_floats, check_output, save_quantized
 from ..methods.calibration import check_vocabulary
 from ..methods.corpus import split_windows
 from ..methods.gptq import gptq_quantize_model
@@ -29,9 +29,10 @@ from ..methods.rotate import Rotated, rotate_model
 from ..methods.student import export_student
 from ..methods.training_state import write_curve
 from ..models import describe
-from ..nn import quantize_model
+from ..nn import quantize_model, storage_report
 from .recipe import OWN, Recipe, recipe_text
-from .sources import encode, group_size_of, load_float, training_text
+from .sources import encode, group_size_of, load_float, source_dtype, training_text
+from .summary import Summary
 
 __all__ = ["Progress", "quantize", "quantize_layers", "windows_of"]
 
@@ -52,7 +53,7 @@ def quantize(
     resume: bool = False,
     shard: bool = False,
     progress: Progress = lambda *_: None,
-) -> Path:
+) -> Summary | None:
     """Run a recipe and write the model.
 
     Args:
@@ -64,7 +65,7 @@ def quantize(
         progress: see `Progress`.
 
     Returns:
-        ``out``, resolved.
+        What was written; None in all processes but the first one under torchrun.
 
     Raises:
         MissingExtra, ValueError, OSError, Diverged: as the steps raise them; ``out`` is then as it was before.
@@ -95,6 +96,8 @@ def quantize(
             )
     started = time.perf_counter(), time.process_time()
     model, tokenizer = load_float(recipe.model)
+    dtype = source_dtype(recipe.model) if recipe.dtype is None else getattr(torch, recipe.dtype)
+    bytes_before = dtype.itemsize * sum(parameter.numel() for parameter in model.parameters())
     describe(model)  # an unknown architecture is refused before work is done for it
     _check_finite(model)
     recipe = dataclasses.replace(recipe, group_size=group_size_of(model, recipe.group_size))
@@ -116,7 +119,7 @@ def quantize(
             f"--resume to go on from the last checkpoint"
         ) from error
     if int(os.environ.get("RANK", "0")):
-        return out  # of several processes under torchrun, the first one writes
+        return None  # of several processes under torchrun, the first one writes
     if shard:
         # A part of it is here: the whole is made anew, of the best weights on the disk.
         model, _ = load_float(recipe.model)
@@ -124,8 +127,18 @@ def quantize(
         assert recipe.group_size is not None
         load_trained(model, recipe.training_config(recipe.group_size), work)
         export_student(model)
-    facts["seconds"] = time.perf_counter() - started[0]
-    facts["cpu_seconds"] = time.process_time() - started[1]
+    cast_floats(model, dtype)
+    summary = Summary(
+        out,
+        storage_report(model),
+        str(dtype).removeprefix("torch."),
+        bytes_before,
+        0,
+        _head_bytes(model) if rotated is not None and rotated.untied else 0,
+        time.perf_counter() - started[0],
+        time.process_time() - started[1],
+    )
+    facts.update(summary.fields())
     facts["rcp_kernels"] = __version__
     facts["conditions"] = hardware.conditions()
     files: dict[str, str | bytes] = {
@@ -157,14 +170,26 @@ def quantize(
                 path.unlink()
         with contextlib.suppress(OSError):  # somebody has put something there
             work.rmdir()
-    return out
+    return dataclasses.replace(summary, bytes_after=sum(path.stat().st_size for path in out.glob("*.safetensors")))
+
+
+def _head_bytes(model: nn.Module) -> int:
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    return sum(parameter.nbytes for parameter in head.parameters())
 
 
 def _rotate(model: nn.Module, recipe: Recipe) -> Rotated | None:
     if recipe.rotation == "none":
         return None
     assert recipe.group_size is not None
-    return rotate_model(model, recipe.rotation, group_size=recipe.group_size, r3=recipe.kv_bits != 16, seed=recipe.seed)
+    return rotate_model(
+        model,
+        recipe.rotation,
+        group_size=recipe.group_size,
+        r3=recipe.kv_bits != 16,
+        seed=recipe.seed,
+        untie=recipe.untie_head,
+    )
 
 
 def _check_work(work: Path) -> None:

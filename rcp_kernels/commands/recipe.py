@@ -16,6 +16,7 @@ from ..methods.rotate import ROTATIONS
 __all__ = ["METHODS", "OWN", "Recipe", "read_recipe", "recipe_text"]
 
 METHODS = ("rtn", "gptq", "rcp", "laquant")
+DTYPES = ("float32", "bfloat16", "float16")
 VERSION = 1
 OWN = {"bits", "group_size", "act_bits", "kv_bits", "seed"}
 """Fields of a training that the recipe has itself."""
@@ -49,6 +50,9 @@ class Recipe:
         sequence: tokens of a window; None for 512, or the preset's with rcp.
         samples: windows to calibrate gptq and laquant on.
         seed: of the windows' order, random rotations and the training.
+        dtype: of what is not packed: "float32", "bfloat16" or "float16"; None for the source's, bfloat16 for a .gguf.
+        untie_head: give an output head that is tied to the embedding a weight of its own where a rotation needs that
+            to run without online rotations around the final norm (vLLM).
         training: fields of RcpConfig that differ from the preset's, of phase one under "blocks"; or of LaquantConfig.
         version: of this form.
     """
@@ -66,6 +70,8 @@ class Recipe:
     sequence: int | None = None
     samples: int = 32
     seed: int = 0
+    dtype: str | None = None
+    untie_head: bool = False
     training: dict[str, Any] = field(default_factory=dict)
     version: int = VERSION
 
@@ -80,6 +86,7 @@ class Recipe:
             "group_size": (None, 32, 64, 128),
             "levels": ("uniform", "clip", "kmeans"),
             "preset": tuple(PRESETS),
+            "dtype": (None, *DTYPES),
             "version": (VERSION,),
         }
         for name, values in allowed.items():

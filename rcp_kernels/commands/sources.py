@@ -23,7 +23,16 @@ from ..methods.generated_text import cached_texts, chat_prompts, generate_texts,
 from ..methods.reasoning_text import reasoning_questions
 from ..methods.student_state import model_digest
 
-__all__ = ["encode", "group_size_of", "held_out_text", "is_quantized", "load_any", "load_float", "training_text"]
+__all__ = [
+    "encode",
+    "group_size_of",
+    "held_out_text",
+    "is_quantized",
+    "load_any",
+    "load_float",
+    "source_dtype",
+    "training_text",
+]
 
 _NUMBER = re.compile(r"\d+")
 _CHARACTERS_PER_TOKEN = 8  # of English about four; twice as many leave no doubt
@@ -104,6 +113,25 @@ def load_float(name: str) -> tuple[nn.Module, Any]:
     return model.eval(), tokenizer
 
 
+def source_dtype(name: str) -> torch.dtype:
+    """The dtype that a float model is stored in, as :func:`load_float` takes it by name; bfloat16 for a .gguf file.
+
+    A .gguf file stores most weights in few bits and no dtype to speak of. The models in such files were published in
+    bfloat16.
+    """
+    if name == "demo" or Path(name).suffix == ".gguf":
+        return torch.bfloat16
+    from transformers import AutoConfig
+
+    local = Path(name).is_dir()
+    dtype = AutoConfig.from_pretrained(name, local_files_only=local).dtype
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if isinstance(dtype, str) and isinstance(getattr(torch, dtype, None), torch.dtype):
+        return getattr(torch, dtype)
+    return torch.float32
+
+
 def is_quantized(name: str) -> bool:
     """Whether this is a directory that ``rcp-kernels quantize`` wrote."""
     config = Path(name) / "config.json"
@@ -122,7 +150,8 @@ def load_any(name: str) -> tuple[nn.Module, Any, QuantizationConfig | None]:
     extras.require("transformers")
     from transformers import AutoTokenizer
 
-    model, config = load_quantized(Path(name))
+    # In float32, as a float model is loaded: what is measured is the quantization, not bfloat16's rounding.
+    model, config = load_quantized(name, dtype=torch.float32)
     return model, AutoTokenizer.from_pretrained(name), config
 
 

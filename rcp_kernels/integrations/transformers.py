@@ -321,25 +321,32 @@ def _saving(model: nn.Module) -> Iterator[None]:
     if isinstance(quantizer, RcpHfQuantizer):
         yield
         return
-    if quantizer is not None:
+    # transformers keeps what read a GGUF file in the model, whose weights it has dequantized.
+    method = getattr(getattr(quantizer, "quantization_config", None), "quant_method", None)
+    if quantizer is not None and method != "gguf":
         raise ValueError(
             f"save_pretrained: a model must be quantized by one method, got QuantLinear layers beside "
             f"{type(quantizer).__name__}; start from the float model"
         )
     said: Any = getattr(model.config, "quantization_config", None)
-    known = (
-        None if said is None else QuantizationConfig.from_dict(said if isinstance(said, Mapping) else said.to_dict())
-    )
+    fields: Any = said if said is None or isinstance(said, Mapping) else said.to_dict()
+    ours = fields is not None and fields.get("quant_method") == QUANT_METHOD
+    known = QuantizationConfig.from_dict(fields) if ours else None
     config = RcpConfig.from_dict(checkpoint.stored_config(model, known).to_dict())
     model.hf_quantizer = RcpHfQuantizer(config, pre_quantized=True)  # type: ignore[assignment]
     try:
         yield
     finally:
-        del model.hf_quantizer
-        if said is None:
-            del model.config.quantization_config  # type: ignore[union-attr]
-        else:
-            model.config.quantization_config = said  # type: ignore[union-attr]
+        _restore(model, "hf_quantizer", quantizer)
+        _restore(model.config, "quantization_config", said)
+
+
+def _restore(owner: Any, name: str, value: Any) -> None:
+    """Give an attribute the value that it had; None stands for none."""
+    if value is None:
+        delattr(owner, name)
+    else:
+        setattr(owner, name, value)
 
 
 def _wrap_save_pretrained() -> None:

@@ -5,19 +5,23 @@ from typing import TYPE_CHECKING, Any
 from .online_rotation import OnlineRotation, rotate_inputs
 from .quant_linear import QuantLinear
 from .quantize_model import LayerReport, QuantizationReport, quantize_model
+from .report import FloatPart, StorageReport, storage_report
 from .rotated_linear import RotatedLinear
 
 if TYPE_CHECKING:
     from .kv_cache import QuantizedKVCache as QuantizedKVCache
 
 __all__ = [
+    "FloatPart",
     "LayerReport",
     "OnlineRotation",
     "QuantLinear",
     "QuantizationReport",
     "RotatedLinear",
+    "StorageReport",
     "quantize_model",
     "rotate_inputs",
+    "storage_report",
 ]
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..quantize import quantize_weight
 from .quant_linear import QuantLinear
+from .report import StorageReport, storage_report
 from .rotated_linear import RotatedLinear
 
 __all__ = ["LayerReport", "QuantizationReport", "quantize_model"]
@@ -42,10 +43,13 @@ class QuantizationReport:
     Attributes:
         layers: the swapped layers, in the order of the model; one that the model uses under several names is here once.
         kept: dotted names of the linear layers left in floating point, by skip or for what would be lost or break.
+        storage: what the whole model stores now; names and counts every parameter in floating point, those too that
+            are no nn.Linear (the fused experts of a mixture).
     """
 
     layers: list[LayerReport]
     kept: list[str]
+    storage: StorageReport
 
     @property
     def bytes_before(self) -> int:
@@ -98,6 +102,7 @@ class QuantizationReport:
         lines[-1:-1] = [rule]
         if self.kept:
             lines.append(f"kept in floating point: {', '.join(self.kept)}")
+        lines.append(str(self.storage))
         return "\n".join(lines)
 
 
@@ -209,7 +214,8 @@ def quantize_model(
         for name in names:
             parent, _, child = name.rpartition(".")
             setattr(modules[parent], child, module)
-    return QuantizationReport(layers, [name for name in linears if id(modules[name]) in kept])
+    kept_names = [name for name in linears if id(modules[name]) in kept]
+    return QuantizationReport(layers, kept_names, storage_report(model))
 
 
 def _is_more_than_linear(module: nn.Module) -> bool:
