@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import shutil
 import tempfile
@@ -115,7 +114,8 @@ def _fill(folder: Path, model: nn.Module, tokenizer: Any, files: Mapping[str, st
 def cast_floats(model: nn.Module, dtype: torch.dtype) -> None:
     """Cast the parameters of a model in place, biases of packed layers too, and say so in its config.
 
-    Unlike ``model.to(dtype)`` it leaves RoPE's tables as they are, which a loaded model computes in float32.
+    Unlike ``model.to(dtype)`` it gives buffers the dtype that they have in a model loaded in dtype: RoPE's tables stay
+    float32.
 
     Raises:
         ValueError: a value does not fit dtype, named; nothing is changed then.
@@ -126,6 +126,10 @@ def cast_floats(model: nn.Module, dtype: torch.dtype) -> None:
             raise ValueError(f"cast_floats: {name} must be finite in {dtype}, got NaN or Inf; choose another dtype")
     for name, parameter in model.named_parameters():
         parameter.data = cast[name]
+    tables = dict(hf.skeleton(model, dtype).named_buffers())
+    for name, buffer in model.named_buffers():
+        if name in tables:
+            buffer.data = buffer.to(tables[name].dtype)
     config: Any = model.config
     config.dtype = dtype
 
@@ -175,7 +179,9 @@ def _inspect(model: nn.Module, stored: QuantizationConfig | None) -> tuple[Quant
                 )
     rotation = rotation_of(model)
     _check_rotation(model, rotation)
-    skeleton = _skeleton(model, rotation)
+    skeleton = hf.skeleton(model, next(model.parameters()).dtype)
+    if rotation is not None:
+        apply_structure(skeleton, rotation)
     _check_structure(model, skeleton, layers)
     config = QuantizationConfig(
         bits=first.bits,
@@ -246,15 +252,6 @@ def _check_rotation(model: nn.Module, rotation: Rotated | None) -> None:
                 f"save: a rotation that runs in the model must have a record, got {attribute} in {path} without one; "
                 f"rotate with rcp_kernels.methods.rotate.rotate_model, or save the float model"
             )
-
-
-def _skeleton(model: nn.Module, rotation: Rotated | None) -> nn.Module:
-    """The model as its class makes it from its config, without values, with the structure of the rotation."""
-    with torch.device("meta"):
-        skeleton = type(model)(copy.deepcopy(model.config))
-    if rotation is not None:
-        apply_structure(skeleton, rotation)
-    return skeleton
 
 
 def _check_structure(model: nn.Module, skeleton: nn.Module, layers: Mapping[str, QuantLinear]) -> None:

@@ -9,13 +9,25 @@ Supported: transformers 5.0 and later (pyproject.toml). The differences so far:
 
 from __future__ import annotations
 
+import copy
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-__all__ = ["cache_argument", "cache_keyword", "file_names", "output_cache", "untie_head", "watch_loading"]
+__all__ = [
+    "cache_argument",
+    "cache_keyword",
+    "file_names",
+    "output_cache",
+    "skeleton",
+    "tensor_state",
+    "untie_head",
+    "watch_loading",
+]
 
 
 def cache_keyword(module: nn.Module | Callable[..., Any]) -> str:
@@ -104,6 +116,27 @@ def watch_loading(model: nn.Module, found: Callable[[set[str], set[str]], None])
         return result
 
     model._adjust_missing_and_unexpected_keys = adjust_and_tell  # type: ignore[assignment]
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def skeleton(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """The model as its class makes it from its config, as ``from_pretrained(dtype=...)`` would, without values.
+
+    Args:
+        model: of transformers.
+        dtype: of its parameters, and of those buffers that do not ask for another one.
+    """
+    with torch.device("meta"), _default_dtype(dtype):
+        return type(model)(copy.deepcopy(model.config))
 
 
 def tensor_state(model: nn.Module) -> dict[str, Tensor]:
