@@ -7,7 +7,6 @@ transformers is there (``on_import``). docs/integrations/transformers.md shows i
 from __future__ import annotations
 
 import functools
-import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -179,10 +178,7 @@ class RcpHfQuantizer(HfQuantizer):
             model.set_submodule(name, nn.Identity())
             if module is head:
                 hf.untie_head(model, name)
-        hf.watch_loading(model, lambda missing, unknown: self._check_names(model, missing, unknown))
-        # transformers warns of every tensor that it was not asked to load.
-        packed = f"^({'|'.join(map(re.escape, self._layers))})\\."
-        model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), packed}
+        hf.watch_loading(model, self._layers, lambda missing, unknown: self._check_names(model, missing, unknown))
 
     def _check_names(self, model: Any, missing: set[str], unknown: set[str]) -> None:
         missing = {name for name in missing if name not in model.all_tied_weights_keys}

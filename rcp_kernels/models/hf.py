@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -99,18 +99,22 @@ def file_names(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
     return {rename_source_key(name, renamings, [])[0]: name for name in names}
 
 
-def watch_loading(model: nn.Module, found: Callable[[set[str], set[str]], None]) -> None:
+def watch_loading(model: nn.Module, own: Collection[str], found: Callable[[set[str], set[str]], None]) -> None:
     """Have a model that is being loaded report what the files lack, which transformers fills with random numbers.
 
     Args:
         model: an instance under construction in ``from_pretrained``.
+        own: full names of modules whose tensors somebody else loads: transformers does not warn of these.
         found: called once with the names that the files lack and those that the model lacks.
     """
     adjust: Any = model._adjust_missing_and_unexpected_keys
+    prefixes = tuple(f"{name}." for name in own)
 
-    def adjust_and_tell(*args: Any, **kwargs: Any) -> Any:
-        result = adjust(*args, **kwargs)
+    def adjust_and_tell(*args: Any) -> Any:
         del model._adjust_missing_and_unexpected_keys
+        unexpected = args[0].unexpected_keys if len(args) == 1 else args[1]
+        unexpected.difference_update([name for name in unexpected if name.startswith(prefixes)])
+        result = adjust(*args)
         missing, unexpected = (args[0].missing_keys, args[0].unexpected_keys) if result is None else result
         found(set(missing), set(unexpected))
         return result
