@@ -18,6 +18,8 @@ PYTEST_ARGS ?=
 DEMO_ARGS ?=
 BENCH_ARGS ?=
 ABLATION_ARGS ?=
+# The oldest transformers that pyproject.toml admits, for test-oldest.
+OLDEST ?= transformers==5.0.0
 # For wheel-check: the torch that the wheel was not built on.
 OTHER_TORCH ?= torch==2.14.1
 
@@ -28,6 +30,10 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --quiet
 STAMPS := $(VENV)/.stamps
+OLDEST_VENV := $(VENV)-oldest
+# In-process tests only: what starts rcp-kernels as a program would get the first environment's transformers.
+OLDEST_TESTS := $(addprefix tests/test_,writers_and_readers.py checkpoint.py integration_transformers.py kv_cache.py \
+  rotate.py gptq.py laquant.py rcp.py cli_quantize.py model_card.py)
 # Another torch is another environment: its name is part of the stamp's name.
 TORCH_STAMP := $(STAMPS)/torch-$(firstword $(shell printf '%s' '$(TORCH)' | cksum))
 BUILD_INPUTS := setup.py pyproject.toml $(wildcard tools/cuda_toolkit.*) $(shell find csrc -type f)
@@ -36,7 +42,7 @@ NVCC_STAMP := $(if $(filter 0,$(RCP_CUDA)),,$(STAMPS)/nvcc)
 
 STAGES := build demo bench test lint
 
-.PHONY: help demo test lint format build bench ablation sanitize wheel-check clean distclean
+.PHONY: help demo test test-oldest lint format build bench ablation sanitize wheel-check clean distclean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -53,6 +59,14 @@ test: export OMP_WAIT_POLICY ?= passive
 test: $(STAMPS)/test ## run the tests
 	$(BIN)/python tests/native/build.py
 	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal $(PYTEST_ARGS)
+
+# A second environment with the oldest transformers and what it pins, in front of the packages of the first one.
+test-oldest: export OMP_WAIT_POLICY ?= passive
+test-oldest: $(STAMPS)/test ## run the tests that touch transformers on the oldest release of it that is admitted
+	$(PYTHON) -m venv $(OLDEST_VENV)
+	$(BIN)/python tools/overlay.py $(OLDEST_VENV)
+	$(OLDEST_VENV)/bin/python -m pip --quiet install '$(OLDEST)'
+	$(OLDEST_VENV)/bin/python -m pytest --numprocesses 2 --dist worksteal $(OLDEST_TESTS) $(PYTEST_ARGS)
 
 lint: $(STAMPS)/lint ## ruff, mypy, clang-format
 	$(BIN)/ruff check .
@@ -95,7 +109,7 @@ clean: ## remove what was built here, the virtual environment excepted
 
 # .venv by name: VENV may be an environment that is not ours to delete.
 distclean: clean ## and the virtual environment .venv
-	rm -rf .venv
+	rm -rf .venv .venv-oldest
 
 # A stamp is touched last, so an environment that was interrupted half-way is completed by the next run, not trusted.
 $(TORCH_STAMP):

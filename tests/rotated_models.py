@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-transformers = pytest.importorskip("transformers", minversion="4.56")
+transformers = pytest.importorskip("transformers", minversion="5")
 
 # hidden 96 = 12 * 8 and 160 = 20 * 8 are no powers of two; groups of 32 divide them and every intermediate size.
 _COMMON = {
