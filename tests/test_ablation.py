@@ -9,7 +9,7 @@ pytest.importorskip("transformers")
 from language_of_numbers import write_model, write_text
 
 from rcp_kernels import ablation
-from rcp_kernels.methods import corpus
+from rcp_kernels.methods import corpus, gptq, student
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +59,23 @@ def test_one_run_and_several_give_the_same(cells, arguments, tmp_path):
     for path in tmp_path.iterdir():
         values = [json.loads((folder / path.name).read_text())["perplexity"] for folder in (tmp_path, cells)]
         assert values[0] == values[1], path.name
+
+
+def test_a_cell_with_a_cache_is_calibrated_with_it(arguments, tmp_path, monkeypatch):
+    caches = []
+
+    class Counted(student.FakeQuantKV):
+        def __init__(self, *args):
+            super().__init__(*args)
+            caches.append(self)
+
+    monkeypatch.setattr(gptq, "FakeQuantKV", Counted)
+    ablation.run(tmp_path, only="W2A4_gptq_gsr", **arguments)
+    assert caches == []
+    ablation.run(tmp_path, only="W2A4KV4_gptq_gsr", **arguments)
+    assert len(caches) == 2  # a layer each
+    assert min(cache.updates for cache in caches) > 0
+    assert {cache.bits for cache in caches} == {4}
 
 
 def test_cells_of_other_conditions_are_refused(cells, arguments):

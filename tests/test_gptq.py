@@ -308,6 +308,21 @@ def test_two_runs_are_equal_and_the_mode_comes_back(ids: Tensor) -> None:
         assert torch.equal(a[name].codes, b[name].codes), name
 
 
+def test_the_cache_changes_the_weights(ids: Tensor) -> None:
+    """Not those of the first q, k and v, which come before any cache."""
+    results = [gptq_quantize_model(tiny_llama(), ids, group_size=32, kv_bits=bits) for bits in (16, 4)]
+    same = {name: torch.equal(results[0][name].codes, results[1][name].codes) for name in results[0]}
+    first = [f"model.layers.0.self_attn.{part}_proj" for part in "qkv"]
+    assert all(same[name] for name in first)
+    assert not any(same[name] for name in same if name not in first)
+
+
+def test_a_model_that_ignores_the_cache_is_refused(ids: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gptq, "cache_argument", lambda *_: {})
+    with pytest.raises(RuntimeError, match=r"layer model\.layers\.0: .* cache of 4 bits, got .* never asked it"):
+        gptq_quantize_model(tiny_llama(), ids, group_size=32, kv_bits=4)
+
+
 def test_biases_stay(ids: Tensor) -> None:
     model = tiny_llama(attention_bias=True)
     with torch.no_grad():

@@ -24,7 +24,7 @@ pytest.importorskip("transformers")
 import transformers
 
 from rcp_kernels import QuantLinear, ops
-from rcp_kernels.methods import corpus, rcp, student_state, training_state
+from rcp_kernels.methods import block_reconstruction, corpus, rcp, rcp_run, student_state, training_state
 from rcp_kernels.methods.block_reconstruction import BlockConfig, reconstruct_blocks, schedule
 from rcp_kernels.methods.distillation import (
     LOSSES,
@@ -258,6 +258,29 @@ def test_phase_one_lowers_the_loss_of_each_layer():
     assert len(losses) == 2
     for layer in losses:
         assert layer[-1] < layer[0]
+
+
+def test_the_cache_changes_phase_one(monkeypatch):
+    teacher, students_ = tiny_model(), []
+    config = BlockConfig(sequences=4, epochs=1, batch=4)
+    for kv_bits in (16, 4):
+        student = tiny_model()
+        make_student(student, group_size=32)
+        reconstruct_blocks(student, teacher, tiny_windows(4), config, kv_bits=kv_bits)
+        students_.append([layer.weight.detach().clone() for layer in students(student)])
+    # q, k and v of every layer learn from what comes after the cache too.
+    assert not any(torch.equal(a, b) for a, b in zip(*students_, strict=True))
+    monkeypatch.setattr(block_reconstruction, "cache_argument", lambda *_: {})
+    student = tiny_model()
+    make_student(student, group_size=32)
+    with pytest.raises(RuntimeError, match=r"layer model\.layers\.0: .* cache of 4 bits, got .* never asked it"):
+        reconstruct_blocks(student, teacher, tiny_windows(4), config, kv_bits=4)
+
+
+def test_phase_two_asks_the_cache(monkeypatch):
+    monkeypatch.setattr(rcp_run, "cache_argument", lambda *_: {})
+    with pytest.raises(RuntimeError, match=r"train: .* cache of 4 bits, got .* never asked it"):
+        rcp.train(tiny_model(), tiny_windows(), tiny_windows(2), dataclasses.replace(CONFIG, blocks=None))
 
 
 def test_training_brings_the_student_nearer_to_the_teacher():
