@@ -236,6 +236,18 @@ def test_seeds(quantized):
     assert len({generate(quantized(), PROMPT, new_tokens=40, seed=seed) for seed in range(5)}) > 1
 
 
+def test_only_the_options_that_are_given_narrow_the_choice(quantized, tmp_path):
+    """Neither the model's own top_k and top_p nor transformers' top_k of 50 do."""
+    folder = tmp_path / "model"
+    shutil.copytree(quantized(), folder)
+    generation = json.loads((folder / "generation_config.json").read_text())
+    changes = {"do_sample": True, "top_k": 1, "top_p": 0.01, "temperature": 0.01}
+    (folder / "generation_config.json").write_text(json.dumps({**generation, **changes}))
+    for how in ({"temperature": 3.0}, {"seed": 5}, {"top_p": 0.99}):
+        how = {"new_tokens": 30, "seed": 4, **how}
+        assert generate(folder, PROMPT, **how) == generate(quantized(), PROMPT, **how) != generate(folder, PROMPT)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
