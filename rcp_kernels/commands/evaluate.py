@@ -243,17 +243,14 @@ def generate(
     if not ids.numel():
         raise ValueError(f"generate: the prompt must have a token at least, got {prompt!r}; pass what to continue")
     _check_positions("generate", model, ids.shape[1] + new_tokens, "prompt and new tokens", log)
-    options: dict[str, Any] = {"max_new_tokens": new_tokens, "do_sample": False}
-    # None overrides what the model's generation_config has for sampling, of which transformers would warn otherwise.
-    options.update(temperature=None, top_p=None, top_k=None)
-    if (temperature, top_p, seed) != (None, None, None):
-        # transformers would draw among the 50 likeliest tokens if nothing were said of top_k.
-        options.update(
-            do_sample=True,
-            temperature=1.0 if temperature is None else float(temperature),
-            top_p=1.0 if top_p is None else float(top_p),
-            top_k=0,
-        )
+    options: dict[str, Any] = {
+        "max_new_tokens": new_tokens,
+        "do_sample": (temperature, top_p, seed) != (None, None, None),
+        # None overrides what the model's generation_config has, and transformers' own top_k of 50.
+        "temperature": None if temperature is None else float(temperature),
+        "top_p": None if top_p is None else float(top_p),
+        "top_k": None,
+    }
     if config is not None and config.kv_bits != 16:
         from ..nn.kv_cache import QuantizedKVCache
 
