@@ -11,6 +11,7 @@ from smollm2 import load
 from transformers import StaticCache
 
 from rcp_kernels import quantize_model
+from rcp_kernels.models.hf import cache_argument
 
 TOKENS = 8
 
@@ -18,13 +19,13 @@ TOKENS = 8
 def decode(model, forward, prompt):
     """Greedy tokens after a prompt, by a static cache: no shape changes from one step to the next."""
     cache = StaticCache(model.config, max_cache_len=64)
-    logits = model(input_ids=prompt, past_key_values=cache).logits
+    logits = model(input_ids=prompt, **cache_argument(model, cache)).logits
     found = []
     for step in range(TOKENS):
         token = logits[:, -1].argmax(-1, keepdim=True)
         found.append(int(token))
         position = torch.tensor([[prompt.shape[1] + step]])
-        logits = forward(input_ids=token, past_key_values=cache, position_ids=position).logits
+        logits = forward(input_ids=token, position_ids=position, **cache_argument(model, cache)).logits
     return found
 
 

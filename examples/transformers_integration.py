@@ -11,9 +11,9 @@ import torch
 from smollm2 import write
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rcp_kernels.checkpoint import load_quantized
-from rcp_kernels.integrations.transformers import RcpConfig  # also registers the method "rcp" with transformers
-from rcp_kernels.model_card import write_model_card
+from rcp_kernels.checkpoint import load_quantized, write_model_card
+from rcp_kernels.integrations.transformers import RcpConfig
+from rcp_kernels.models.hf import cache_argument
 from rcp_kernels.nn import QuantizedKVCache
 
 
@@ -44,7 +44,7 @@ def main(directory: str | None = None) -> None:
     caches = {
         "dynamic cache": {},
         "static cache": {"cache_implementation": "static"},
-        "4-bit cache": {"past_key_values": QuantizedKVCache(model.config)},
+        "4-bit cache": cache_argument(model, QuantizedKVCache(model.config)),
     }
     for name, cache in caches.items():
         tokens = model.generate(ids, attention_mask=torch.ones_like(ids), **cache, **how)[0, ids.shape[1] :]

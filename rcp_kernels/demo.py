@@ -117,23 +117,20 @@ def load_model(path: Path) -> tuple[nn.Module, Any]:
         ValueError: the file is damaged, or holds no language model that transformers knows.
     """
     extras.require("transformers", "gguf", "accelerate")
-    from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
+
+    from .models.gguf import load_gguf
 
     logging.set_verbosity_error()
     # transformers' own bars, which no setting turns off, would fight with ours for the terminal.
     try:
         with contextlib.redirect_stderr(io.StringIO()):
-            # Not by the environment, which would forbid this process a dataset as well.
-            where = {"gguf_file": path.name, "local_files_only": True}
-            tokenizer = AutoTokenizer.from_pretrained(path.parent, **where)
-            model = AutoModelForCausalLM.from_pretrained(path.parent, dtype=torch.float32, **where)
+            return load_gguf(path)
     except (struct.error, ValueError, LookupError, TypeError, RuntimeError) as error:
         raise ValueError(
             f"model: {path} must be a GGUF file of a language model that transformers knows, got "
             f"{type(error).__name__}: {error}; copy it again, or pass the model as a directory of transformers"
         ) from error
-    return model.eval(), tokenizer
 
 
 def topics_text() -> str:

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from .models.hf import cache_keyword, output_cache
+
 __all__ = ["Divergence", "divergence", "greedy_tokens", "prompt_windows"]
 
 # Logits of this many tokens exist at once: 1024 x 49152 float32 is 200 MB.
@@ -77,7 +79,7 @@ def greedy_tokens(
     """The greedy continuation of each prompt, int64 [prompts, new_tokens]; an end of text does not stop it.
 
     Args:
-        model: called as ``model(ids, past_key_values=..., use_cache=True)``, as a transformers model is.
+        model: of transformers, or another whose forward takes ids, a key/value cache and ``use_cache=True``.
         prompts: int64 [prompts, tokens], without padding.
         new_tokens: at least 1.
         progress: called with the tokens done of each prompt.
@@ -90,11 +92,12 @@ def greedy_tokens(
             f"greedy_tokens: prompts must be [prompts, tokens], not empty, and new_tokens at least 1, got "
             f"{tuple(prompts.shape)} and {new_tokens}; pass prompts of one length"
         )
-    step, past = prompts, None
+    step, cache = prompts, None
+    keyword = cache_keyword(model)
     tokens = []
     for done in range(1, new_tokens + 1):
-        out = model(step, past_key_values=past, use_cache=True)
-        past = out.past_key_values
+        out = model(step, **{keyword: cache}, use_cache=True)
+        cache = output_cache(out)
         step = out.logits[:, -1:].argmax(-1)
         tokens.append(step)
         if progress is not None:

@@ -79,7 +79,9 @@ def models(tmp_path_factory):
     """SmolLM2-135M as a directory of transformers, and what the command line makes of it."""
     folder = tmp_path_factory.mktemp("smollm2")
     run(EXAMPLES / "smollm2.py", folder / "float")
-    options = "--method rtn --w-bits 3 --a-bits 8 --kv-bits 4 --group-size 64 --rotation gsr --levels uniform"
+    options = (
+        "--method rtn --w-bits 3 --a-bits 8 --kv-bits 4 --group-size 64 --rotation gsr --levels uniform --untie-head"
+    )
     run("-m", "rcp_kernels", "quantize", folder / "float", "-o", folder / "quantized", *options.split())
     return folder
 

@@ -13,7 +13,11 @@ from rcp_kernels import OnlineRotation, ops
 
 transformers = pytest.importorskip("transformers", reason="QuantizedKVCache is a transformers Cache")
 
+from rcp_kernels.models.hf import cache_keyword  # noqa: E402
 from rcp_kernels.nn.kv_cache import ATTENTION, QuantizedKVCache  # noqa: E402
+
+# No call of ours uses a name that transformers is about to drop.
+pytestmark = pytest.mark.filterwarnings("error::FutureWarning")
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 ISAS = range(min(torch.ops.rcp_kernels.cpu_isa_supported(), 2) + 1)
@@ -288,7 +292,8 @@ def prompts(batch: int = 2, length: int = 20, padded: int = 7) -> dict[str, torc
 def generated(model, cache, implementation: str = "sdpa", prompt=None, **arguments):
     model.set_attn_implementation(implementation)
     options = {"max_new_tokens": 24, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
-    out = model.generate(**(prompt or prompts()), past_key_values=cache, **{**options, **arguments})
+    options |= {cache_keyword(model): cache, **arguments}
+    out = model.generate(**(prompt or prompts()), **options)
     return out.sequences, torch.stack(out.logits)
 
 
@@ -344,10 +349,10 @@ def test_a_prompt_in_pieces(chunk):
     ids = prompts(1, 60)["input_ids"]
     model.set_attn_implementation("sdpa")
     with torch.no_grad():
-        expected = model(ids, past_key_values=FakeQuantizedCache()).logits
+        expected = model(ids, **{cache_keyword(model): FakeQuantizedCache()}).logits
         model.set_attn_implementation(ATTENTION)
         cache = QuantizedKVCache(model.config)
-        found = [model(piece, past_key_values=cache).logits for piece in ids.split(chunk, dim=1)]
+        found = [model(piece, **{cache_keyword(model): cache}).logits for piece in ids.split(chunk, dim=1)]
     torch.testing.assert_close(torch.cat(found, dim=1), expected, rtol=1e-4, atol=1e-4)
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from .. import extras
+from ..models import hf
 from .config import CONFIG, QuantizationConfig, read_quantization_config
 from .files import file_sha256
 from .save import WEIGHTS
@@ -58,9 +59,10 @@ def load_quantized(
         ) from None
     placed = {} if torch.device(device).type == "cpu" else {"device_map": {"": torch.device(device)}}
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            directory, dtype="auto" if dtype is None else dtype, local_files_only=True, **placed
-        )
+        with hf.without_bars():
+            model = AutoModelForCausalLM.from_pretrained(
+                directory, dtype="auto" if dtype is None else dtype, local_files_only=True, **placed
+            )
     except SafetensorError as error:
         raise ValueError(
             f"load_quantized: the weights in {directory} must be whole safetensors files, got {error}; copy them again"

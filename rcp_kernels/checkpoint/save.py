@@ -92,7 +92,8 @@ def save_quantized(
 
 def _fill(folder: Path, model: nn.Module, tokenizer: Any, files: Mapping[str, str | bytes]) -> None:
     """Write all files of a model, README.md last as it is about the others, flushed to the disk."""
-    model.save_pretrained(folder)  # type: ignore[operator]
+    with hf.without_bars():
+        model.save_pretrained(folder)  # type: ignore[operator]
     fields = json.loads((folder / CONFIG).read_text())
     if (folder / WEIGHTS).is_file():  # transformers splits models of more than 50 GB
         fields["quantization_config"]["sha256"] = file_sha256(folder / WEIGHTS)

@@ -200,17 +200,30 @@ def evaluate(
 def generate(
     model: ModelName,
     prompt: Annotated[str, typer.Option(help="What to continue, or ask.")],
-    new_tokens: Annotated[int, typer.Option(min=1, help="At most.")] = 64,
+    new_tokens: Annotated[int, typer.Option(min=1, help="How many tokens to add at most.")] = 64,
     chat: Annotated[bool, typer.Option("--chat/--no-chat", help="Use the model's chat template, if any.")] = True,
+    temperature: Annotated[
+        float | None, typer.Option(help="Draw tokens by chance, from logits divided by this. The likeliest without it.")
+    ] = None,
+    top_p: Annotated[
+        float | None, typer.Option(help="Draw among the likeliest tokens that have this probability together.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Random seed: draws the same tokens again.")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; torch's default without it.")] = None,
 ) -> None:
-    """Continue a prompt, greedily."""
+    """Continue a prompt, greedily unless an option of sampling is given."""
     if not prompt:
         raise typer.BadParameter("--prompt needs a text, got an empty one; pass what to continue")
     _set_threads(threads)
+    from .evaluate import check_sampling
     from .evaluate import generate as run
 
-    print(run(model, prompt, new_tokens=new_tokens, chat=chat))
+    try:
+        check_sampling(temperature, top_p, seed)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    text = run(model, prompt, new_tokens=new_tokens, chat=chat, temperature=temperature, top_p=top_p, seed=seed)
+    print(text)
 
 
 def ablation(

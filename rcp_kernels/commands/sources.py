@@ -22,6 +22,7 @@ from ..methods import corpus
 from ..methods.generated_text import cached_texts, chat_prompts, generate_texts, opening_prompts
 from ..methods.reasoning_text import reasoning_questions
 from ..methods.student_state import model_digest
+from ..models import hf
 
 __all__ = [
     "encode",
@@ -84,13 +85,14 @@ def load_float(name: str) -> tuple[nn.Module, Any]:
     tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=local)
     try:
         # Sizes that do not fit are refused below, by name.
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            name,
-            dtype=torch.float32,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,
-            local_files_only=local,
-        )
+        with hf.without_bars():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                name,
+                dtype=torch.float32,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                local_files_only=local,
+            )
     except SafetensorError as error:
         raise ValueError(
             f"model: the weights of {name} must be whole safetensors files, got {error}; copy the model again"

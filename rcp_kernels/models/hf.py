@@ -27,6 +27,7 @@ __all__ = [
     "tensor_state",
     "untie_head",
     "watch_loading",
+    "without_bars",
 ]
 
 
@@ -120,6 +121,20 @@ def watch_loading(model: nn.Module, own: Collection[str], found: Callable[[set[s
         return result
 
     model._adjust_missing_and_unexpected_keys = adjust_and_tell  # type: ignore[assignment]
+
+
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """No progress bars of transformers on the terminal, where a caller has its own or wants none."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 @contextmanager

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import extras
+from ..models.hf import cache_keyword
 from ..ops.kv_cache import (
     empty_kv_cache,
     kv_cache_append,
@@ -28,17 +29,29 @@ from transformers.cache_utils import Cache, CacheLayerMixin  # noqa: E402
 from transformers.integrations.sdpa_attention import sdpa_attention_forward  # noqa: E402
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask  # noqa: E402
 
-__all__ = ["ATTENTION", "QuantizedKVCache", "QuantizedKVLayer"]
+__all__ = [
+    "ATTENTION",
+    "MOST_QUERIES",
+    "QuantizedKVCache",
+    "QuantizedKVLayer",
+    "UnsupportedAttention",
+    "use_packed_attention",
+]
 
 ATTENTION = "rcp_kv4"
 
 # Storage grows by so many positions: copying then costs a 256th of the cache per token, and less than 256 lie idle.
 _GROWTH = 256
 
-# From here on decoding the cache once for all queries is worth its memory: torch's attention has tiles for many.
-_MOST_QUERIES = 16
+# So many query tokens at most read the cache packed. For more, dequantizing it once is worth the memory: torch's
+# attention has tiles for many queries.
+MOST_QUERIES = 16
 
 _HANDLE = "_rcp_kv_layer"
+
+
+class UnsupportedAttention(ValueError):
+    """The model's attention has a part that ``"rcp_kv4"`` does not compute."""
 
 
 class QuantizedKVLayer(CacheLayerMixin):
@@ -46,6 +59,7 @@ class QuantizedKVLayer(CacheLayerMixin):
 
     Attributes:
         length: positions held, for every sequence of the batch.
+        unread: whether keys were handed out under ``"rcp_kv4"`` and have not come to its function.
         key_codes, key_scales, value_codes, value_scales: as ``ops.empty_kv_cache`` makes them, once there are any.
     """
 
@@ -67,6 +81,7 @@ class QuantizedKVLayer(CacheLayerMixin):
         self._capacity = capacity
         self.key_rotation = key_rotation
         self.length = 0
+        self.unread = False
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         batch, heads, _, self.head_dim = key_states.shape
@@ -87,12 +102,19 @@ class QuantizedKVLayer(CacheLayerMixin):
         function here.
 
         Raises:
-            ValueError: gradients are wanted, the shape is not that of what was appended before, or NaN or Inf.
+            ValueError: gradients are wanted, the shape is not that of what was appended before, NaN or Inf, or what
+                came back last time never reached the function of ``"rcp_kv4"``.
         """
         if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
             raise ValueError(
                 "QuantizedKVCache: keys and values must not require grad, got some that do; call the model under "
                 "torch.no_grad(), or train with ops.fake_quantize_kv and no cache"
+            )
+        packed = self._packed()
+        if packed and self.unread:
+            raise ValueError(
+                f"QuantizedKVCache: under {ATTENTION!r} a model must hand the keys of the cache to its attention "
+                f'unchanged, got one that does not; use set_attn_implementation("sdpa")'
             )
         if not self.is_initialized or (self.length == 0 and self.key_codes.shape[0] != key_states.shape[0]):
             self.lazy_initialization(key_states, value_states)
@@ -102,7 +124,8 @@ class QuantizedKVLayer(CacheLayerMixin):
         kv_cache_append(keys, self.key_codes, self.key_scales, self.length, self._clip)
         kv_cache_append(value_states, self.value_codes, self.value_scales, self.length, self._clip)
         self.length += tokens
-        if self._packed():
+        if packed:
+            self.unread = True
             handle = key_states.detach()
             setattr(handle, _HANDLE, self)
             return handle, value_states
@@ -142,6 +165,7 @@ class QuantizedKVLayer(CacheLayerMixin):
     def reset(self) -> None:
         """Forget all positions; the storage is kept for the next ones, unless these are of another batch size."""
         self.length = 0
+        self.unread = False
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last ``-tokens_to_remove`` positions; a positive number is what to keep (transformers 4)."""
@@ -260,13 +284,15 @@ def _packed_attention(
     """
     for name in ("softcap", "s_aux", "position_bias"):
         if kwargs.get(name) is not None:
-            raise ValueError(
+            raise UnsupportedAttention(
                 f"{ATTENTION}: attention with {name} is not something this kernel computes, got one; use "
                 f'set_attn_implementation("eager") with the same cache'
             )
     layer = getattr(key, _HANDLE, None)
+    if layer is not None:
+        layer.unread = False
     boolean = attention_mask is None or attention_mask.dtype == torch.bool
-    if layer is None or query.shape[2] > _MOST_QUERIES or not boolean:
+    if layer is None or query.shape[2] > MOST_QUERIES or not boolean:
         if layer is not None:
             key, value = layer.dequantize(query.dtype)
             if attention_mask is None and layer.length > query.shape[2] > 1:
@@ -282,6 +308,37 @@ def _packed_attention(
     # A mask says all there is to say; the window again, so that what it hides need not be read.
     out = layer.attention(query, scaling, causal and attention_mask is None, sliding_window or 0, mask)
     return out.transpose(1, 2).contiguous(), None
+
+
+def use_packed_attention(model: Any) -> str | None:
+    """Give a model the attention implementation ``"rcp_kv4"``, if that computes the attention it has.
+
+    One token goes through the model to find out. Where the answer is no, the model keeps the implementation it had.
+
+    Args:
+        model: a causal language model of transformers.
+
+    Returns:
+        None, or why the model did not get it.
+    """
+    before = model.config._attn_implementation
+    model.set_attn_implementation(ATTENTION)
+    cache = QuantizedKVCache(model.config)
+    reason = None
+    try:
+        with torch.inference_mode():
+            token = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
+            model(token, **{cache_keyword(model): cache}, use_cache=True)
+    except UnsupportedAttention as error:
+        reason = str(error).partition("; ")[0]
+    layers: list[Any] = cache.layers
+    if reason is None and (
+        not _reads_packed(model.config.get_text_config(decoder=True)) or any(layer.unread for layer in layers)
+    ):
+        reason = f"{ATTENTION}: {type(model).__name__} does not call the attention function that it is given"
+    if reason is not None:
+        model.set_attn_implementation(before)
+    return reason
 
 
 AttentionInterface.register(ATTENTION, _packed_attention)

@@ -1,0 +1,246 @@
+"""Language models from GGUF files, in one pass over the file.
+
+transformers reads a GGUF file three times. Each time ``gguf.GGUFReader`` makes an array of every token of the
+vocabulary. It also builds gguf's table of tensor names again for every module of the model. Here the header is parsed
+once, by ``struct``, and the table is built once. What the model is stays with transformers: ``AutoConfig`` reads the
+config from a copy of the header without the vocabulary, and transformers' own reader makes the tokenizer.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+import struct
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+__all__ = ["load_gguf"]
+
+# By the general.architecture of a file, the model_type that transformers gives to what it holds.
+_MODEL_TYPES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gemma2": "gemma2", "gemma3": "gemma3_text"}
+# llama.cpp stores the rows of q and k of these in the order of its own RoPE: pairs (0, 1), (2, 3), ... of a head.
+_PERMUTED = ("llama",)
+# llama.cpp stores the factor of a norm. transformers stores that factor minus one.
+_OFFSET_NORMS = ("gemma2", "gemma3")
+
+_MAGIC = b"GGUF"
+_VERSIONS = (2, 3)
+_STRING, _ARRAY = 8, 9
+_SCALARS = dict(enumerate(["<B", "<b", "<H", "<h", "<I", "<i", "<f", "<?"])) | {10: "<Q", 11: "<q", 12: "<d"}
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """Where a tensor lies: shape in torch's order, type as in ``gguf.GGMLQuantizationType``, offset into the data."""
+
+    shape: tuple[int, ...]
+    type: int
+    offset: int
+
+
+@dataclass(frozen=True)
+class _Header:
+    """The metadata of a GGUF file.
+
+    Attributes:
+        values: of the scalar and string fields. The value of an array is its length.
+        fields: the bytes of each field, name and value, without the arrays of the tokenizer.
+        tensors: by name.
+        alignment: of the tensors' data, in bytes.
+        data_start: where in the file the tensors' data begin.
+    """
+
+    values: dict[str, Any]
+    fields: dict[str, bytes]
+    tensors: dict[str, _Stored]
+    alignment: int
+    data_start: int
+
+
+def load_gguf(path: Path) -> tuple[nn.Module, Any]:
+    """A language model in float32, in eval mode, and its tokenizer.
+
+    Weights, config and tokenizer are those that transformers makes of the file. An architecture that is not described
+    here, or a file with other tensors than the model has, goes through transformers' own loader.
+
+    Args:
+        path: of a .gguf file.
+
+    Raises:
+        ValueError, LookupError, TypeError, RuntimeError, struct.error: the file is damaged, or holds no language model
+            that transformers knows.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    with path.open("rb") as file:
+        data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+    # A file of another magic, version or byte order goes to transformers, which reads it or says what is wrong.
+    if data[:4] == _MAGIC and struct.unpack_from("<I", data, 4)[0] in _VERSIONS:
+        header = _read_header(data)
+        config = _config(header, path)
+        if config is not None:
+            model = _model(header, data, config)
+            if model is not None:
+                return model, _tokenizer(header, path, config.model_type)
+    where = {"gguf_file": path.name, "local_files_only": True}
+    tokenizer = AutoTokenizer.from_pretrained(path.parent, **where)
+    return AutoModelForCausalLM.from_pretrained(path.parent, dtype=torch.float32, **where).eval(), tokenizer
+
+
+def _read_header(view: memoryview) -> _Header:
+    """Parse a little-endian file of version 2 or 3."""
+
+    def string(at: int) -> tuple[str, int]:
+        (length,) = struct.unpack_from("<Q", view, at)
+        end = at + 8 + length
+        if end > len(view):
+            raise ValueError(f"a name or text at byte {at} is longer than the file")
+        return bytes(view[at + 8 : end]).decode(), end
+
+    def skip_strings(at: int, count: int) -> int:
+        for _ in range(count):
+            at += 8 + struct.unpack_from("<Q", view, at)[0]
+        return at
+
+    def value(kind: int, at: int) -> tuple[Any, int]:
+        if kind == _STRING:
+            return string(at)
+        if kind == _ARRAY:
+            inner, count = struct.unpack_from("<IQ", view, at)
+            at += 12
+            if inner == _STRING:
+                return count, skip_strings(at, count)
+            return count, at + count * struct.calcsize(_SCALARS[inner])
+        return struct.unpack_from(_SCALARS[kind], view, at)[0], at + struct.calcsize(_SCALARS[kind])
+
+    _, _, tensor_count, field_count = struct.unpack_from("<4sIQQ", view, 0)
+    at = 24
+    values: dict[str, Any] = {}
+    fields: dict[str, bytes] = {}
+    for _ in range(field_count):
+        begin = at
+        name, at = string(at)
+        (kind,) = struct.unpack_from("<I", view, at)
+        values[name], at = value(kind, at + 4)
+        if kind != _ARRAY or not name.startswith("tokenizer."):
+            fields[name] = bytes(view[begin:at])
+    tensors: dict[str, _Stored] = {}
+    for _ in range(tensor_count):
+        name, at = string(at)
+        (dimensions,) = struct.unpack_from("<I", view, at)
+        *shape, kind, offset = struct.unpack_from(f"<{dimensions}QIQ", view, at + 4)
+        at += 4 + 8 * dimensions + 12
+        # GGUF names the fastest dimension first.
+        tensors[name] = _Stored(tuple(reversed(shape)), kind, offset)
+    alignment = values.get("general.alignment", 32)
+    if alignment < 1:
+        raise ValueError(f"general.alignment must be at least 1, got {alignment}")
+    return _Header(values, fields, tensors, alignment, -(-at // alignment) * alignment)
+
+
+def _config(header: _Header, path: Path) -> Any:
+    """What transformers reads from the file as a config; None for an architecture that is not described here.
+
+    transformers parses a copy of the header without the vocabulary, which is almost all of it.
+    """
+    from transformers import AutoConfig
+
+    architecture = header.values.get("general.architecture")
+    if architecture not in _MODEL_TYPES:
+        return None
+    # The config says that the head is tied if there is no such tensor.
+    head = b"output.weight" if "output.weight" in header.tensors else None
+    copy = struct.pack("<4sIQQ", _MAGIC, 3, int(head is not None), len(header.fields)) + b"".join(
+        header.fields.values()
+    )
+    if head is not None:
+        copy += struct.pack(f"<Q{len(head)}sIQIQ", len(head), head, 1, 1, 0, 0)
+        copy += bytes(-len(copy) % header.alignment + 4)
+    extra: dict[str, Any] = {}
+    if f"{architecture}.vocab_size" not in header.values and "tokenizer.ggml.tokens" in header.values:
+        extra["vocab_size"] = header.values["tokenizer.ggml.tokens"]
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "header.gguf").write_bytes(copy)
+        config = AutoConfig.from_pretrained(folder, gguf_file="header.gguf", local_files_only=True, **extra)
+    config.name_or_path = str(path.parent)
+    config.dtype = torch.float32
+    return config if config.model_type == _MODEL_TYPES[architecture] else None
+
+
+def _model(header: _Header, data: memoryview, config: Any) -> Any:
+    """The model with its weights; None if the file has other tensors than the model."""
+    from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
+    from transformers import AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
+
+    architecture = header.values["general.architecture"]
+    with no_init_weights():
+        model: Any = AutoModelForCausalLM.from_config(config)
+    arch = next(key for key, name in MODEL_ARCH_NAMES.items() if name == architecture)
+    names = get_tensor_name_map(arch, config.num_hidden_layers)
+    stored: dict[str, str] = {}
+    for name in model.state_dict():
+        if name != "lm_head.weight" or not config.tie_word_embeddings:
+            stem, _, suffix = name.rpartition(".")
+            stored[f"{names.get_name(stem)}.{suffix}"] = name
+    if stored.keys() != header.tensors.keys():
+        return None
+    state: dict[str, Tensor] = {}
+    for name, target in stored.items():
+        values = _dequantized(name, header, data)
+        if architecture in _PERMUTED and (".attn_q." in name or ".attn_k." in name):
+            heads = config.num_attention_heads if ".attn_q." in name else config.num_key_value_heads
+            pairs = values.reshape(heads, -1, 2, *values.shape[1:])
+            values = pairs.swapaxes(1, 2).reshape(values.shape)
+        if architecture in _OFFSET_NORMS and "norm.weight" in name:
+            values = values - 1
+        # What is stored as float32 is still a part of the file.
+        state[target] = torch.from_numpy(values if values.flags.writeable else values.copy())
+    model.load_state_dict(state, strict=False, assign=True)
+    model.tie_weights()
+    return model.eval()
+
+
+def _dequantized(name: str, header: _Header, data: memoryview) -> np.ndarray:
+    """A tensor of the file as float32."""
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+    from gguf.quants import dequantize
+
+    stored = header.tensors[name]
+    kind = GGMLQuantizationType(stored.type)
+    block, size = GGML_QUANT_SIZES[kind]
+    row = stored.shape[-1] // block * size
+    count = math.prod(stored.shape[:-1]) * row
+    begin = header.data_start + stored.offset
+    if stored.shape[-1] % block or begin + count > len(data):
+        raise ValueError(
+            f"{name} of shape {stored.shape} and type {kind.name} at byte {begin} does not lie in the file of "
+            f"{len(data)} bytes"
+        )
+    raw = np.frombuffer(data, np.uint8, count, begin).reshape(*stored.shape[:-1], row)
+    return dequantize(raw, kind)
+
+
+def _tokenizer(header: _Header, path: Path, model_type: str) -> Any:
+    """The tokenizer that AutoTokenizer makes of the file, without reading the file again to see which class it is."""
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    where: dict[str, Any] = {"gguf_file": path.name, "local_files_only": True}
+    if (path.parent / "tokenizer_config.json").exists():
+        return AutoTokenizer.from_pretrained(path.parent, **where)
+    if model_type != "llama":
+        return AutoTokenizer.from_pretrained(path.parent, tokenizer_type=model_type, **where)
+    # AutoTokenizer of transformers 5.0 takes every such file for Code Llama's, and adds its special tokens.
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(path.parent, **where)
+    # transformers 5.0 gives the end of a text the token of its beginning.
+    for attribute, field in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
+        index = header.values.get(f"tokenizer.ggml.{field}_token_id")
+        if index is not None and index != getattr(tokenizer, f"{attribute}_token_id"):
+            setattr(tokenizer, f"{attribute}_token", tokenizer.convert_ids_to_tokens(index))
+    return tokenizer
