@@ -365,7 +365,7 @@ def test_a_directory_is_what_config_json_says(tmp_path):
     path.write_bytes(data)
     with pytest.raises(ValueError, match=r"sha256 of .* must be the one in config.json.*truncated or altered"):
         config.maybe_update_config(str(tmp_path / "model"))
-    with pytest.raises(ValueError, match="format_version must be 1 to 2, got 7"):
+    with pytest.raises(ValueError, match="format_version must be 1 to 3, got 7"):
         get_quantization_config("rcp").from_config({**stored.to_dict(), "format_version": 7})
 
 

@@ -35,12 +35,15 @@ class ImportedWeight:
         error: largest distance of a weight from its source, relative to the largest one of its group (of an integer
             grid: the largest level). 0.0: every value is the source's.
         permutation: int64 [K] or None. With one, the groups of the source are no neighbours (act-order): ``weight`` is
-            for reordered inputs, ``x[..., permutation]``.
+            for reordered inputs, ``x[..., permutation]``. :meth:`rcp_kernels.QuantLinear.from_imported` makes a layer
+            that reorders its input.
+        bias: floating point [N] or None.
     """
 
     weight: PackedWeight
     error: float
     permutation: Tensor | None = None
+    bias: Tensor | None = None
 
     def dequantize(self) -> Tensor:
         """The weight as float32 [N, K], its columns in the order of the source."""
