@@ -5,7 +5,8 @@
 
 namespace rcp::binding {
 
-// Checked, but for the blob's contents, the entries of the input order and the rotation, which are the device's business.
+// Checked, but for the blob's contents, the entries of the input order, and the rotation. Each device checks these as
+// far as it can.
 struct LutLinearInputs {
   WeightShape shape;
   FloatType type;
