@@ -67,7 +67,7 @@ class ImportedWeight:
 
 
 def as_tensor(where: str, name: str, value: Tensor | np.ndarray) -> Tensor:
-    """A tensor as it is, or a numpy array as a tensor; bfloat16 arrays, which ``safetensors.numpy`` makes, too.
+    """A tensor as it is, or a numpy array as a tensor.
 
     Raises:
         ValueError: neither, or an array whose dtype torch does not have.
@@ -78,12 +78,12 @@ def as_tensor(where: str, name: str, value: Tensor | np.ndarray) -> Tensor:
     if not isinstance(value, np.ndarray):
         raise ValueError(f"{rule}, got {type(value).__name__}; load it as the library stored it")
     array = np.array(value, order="C", copy=None if value.flags.writeable else True)
-    if array.dtype.name == "bfloat16":  # of the package ml_dtypes
-        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
     try:
         return torch.from_numpy(array)
     except TypeError:
-        raise ValueError(f"{rule}, got a numpy array of {array.dtype}; convert it with astype") from None
+        raise ValueError(
+            f"{rule}, got a numpy array of {array.dtype}; load the file with safetensors.torch, or use astype"
+        ) from None
 
 
 def take(
