@@ -68,7 +68,7 @@ def _stored(name: str) -> Any:
         if name != "rotation":
             return layer.packed_weight().state_dict()[name]
         if layer.input_rotation is None:
-            raise AttributeError("QuantLinear: rotation is only there where input_rotation is not None")
+            raise AttributeError(name)  # nn.Module.__getattr__ is asked next, and says that there is none
         return layer.input_rotation.state()
 
     def refuse(layer: QuantLinear, value: object) -> None:

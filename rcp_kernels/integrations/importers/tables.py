@@ -66,6 +66,10 @@ class ImportedWeight:
         return source
 
 
+# torch.load(weights_only=True), the default, builds only classes that it was told of.
+torch.serialization.add_safe_globals([ImportedWeight])
+
+
 def as_tensor(where: str, name: str, value: Tensor | np.ndarray) -> Tensor:
     """A tensor as it is, or a numpy array as a tensor.
 
