@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from ..formats import PackedWeight
 from ..models import Layer, describe
-from ..nn.quant_linear import QuantLinear
+from ..nn.quant_linear import QuantLinear, type_of
 from ..ops.quantize_activation import quantize_activation
 from .calibration import check_calibration_ids, check_vocabulary, first_layer_inputs, run_layer
 from .gptq_weight import (
@@ -101,9 +101,10 @@ def gptq_quantize_model(
 
     Raises:
         TypeError: calibration_ids are no integers.
-        ValueError: an unknown architecture, bits or a clip outside its set, a layer that is packed already, calibration
-            text shorter than one sequence or with an id outside the vocabulary, NaN or Inf on the way (names the
-            layer), or a Hessian that no damping makes positive definite (same).
+        ValueError: an unknown architecture, bits or a clip outside its set, a layer that is packed already, a parameter
+            on the meta device, where accelerate keeps what it has offloaded, calibration text shorter than one sequence
+            or with an id outside the vocabulary, NaN or Inf on the way (names the layer), or a Hessian that no damping
+            makes positive definite (same).
     """
     where = "gptq_quantize_model"
     check_calibration_ids(calibration_ids, where)
@@ -120,9 +121,17 @@ def gptq_quantize_model(
     for name, module in linears.items():
         if not isinstance(module, nn.Linear):
             raise ValueError(
-                f"{where}: layer {name} must be an nn.Linear, got {type(module).__name__}; start from the floating "
-                f"point model"
+                f"{where}: layer {name} must be an nn.Linear, got {type_of(module)}; start from the floating point "
+                f"model"
             )
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise ValueError(
+                f"{where}: {name} must have values, got a parameter on the meta device, where accelerate keeps what it "
+                f"has offloaded; load the whole model into memory, without offloading"
+            )
+    for name, module in linears.items():
+        assert isinstance(module, nn.Linear)
         check_arguments(module.weight, bits, group_size, levels, damping, block, f"{where}: layer {name}")
     result = QuantizedLayers()
     training = model.training
@@ -226,14 +235,19 @@ class _LayerRun:
         self._layer = layer
         self._taps = taps
         self._keywords = keywords
+        self._forwards: dict[str, Any] = {}
 
     def __enter__(self) -> None:
-        for tap in self._taps.values():
+        for name, tap in self._taps.items():
+            if "forward" in vars(tap.linear):  # of accelerate's hooks, for one
+                self._forwards[name] = tap.linear.forward
             tap.linear.forward = tap  # type: ignore[assignment]
 
     def __exit__(self, *_: object) -> None:
-        for tap in self._taps.values():
+        for name, tap in self._taps.items():
             del tap.linear.forward
+            if name in self._forwards:
+                tap.linear.forward = self._forwards[name]  # type: ignore[method-assign]
 
     def hessian(self, hidden: Tensor, names: Sequence[str]) -> Tensor:
         """Mean of x x^T over the inputs of layers that share theirs, float32 [K, K]."""

@@ -48,6 +48,12 @@ def _pack(weight: PackedWeight) -> Tensor:
     return pack_weight(weight)
 
 
+def type_of(module: object) -> str:
+    """The name of an object's class for an error message, which says so where the object is quantized already."""
+    name = type(module).__name__
+    return f"{name}, which is quantized already" if isinstance(module, QuantLinear) else name
+
+
 def autocast_input(x: Tensor) -> Tensor:
     """``x`` in the dtype that ``nn.Linear`` would compute with under ``torch.autocast``; x itself outside of it."""
     device = x.device.type
@@ -330,7 +336,7 @@ class QuantLinear(nn.Module):
         """
         if not isinstance(linear, nn.Linear):
             raise TypeError(
-                f"QuantLinear: linear must be an nn.Linear, got {type(linear).__name__}; for a weight by itself use "
+                f"QuantLinear: linear must be an nn.Linear, got {type_of(linear)}; for a weight by itself use "
                 f"quantize_weight and from_packed"
             )
         weight = linear.weight
