@@ -352,6 +352,23 @@ def test_a_rotation_that_vllm_cannot_run_is_refused():
     plugin_config(dataclasses.replace(stored, rotation=dataclasses.replace(record, rotation="none")))
 
 
+def test_an_input_order_is_refused(ranks):
+    with pytest.raises(
+        ValueError, match=r"format_version must be below 3 in vLLM, got 3: a layer .* has an input_order"
+    ):
+        plugin_config(QuantizationConfig(3, 32, format_version=3))
+    model, stored = quantized()
+    layer = make_layer(model, plugin_config(stored), ROW[0])
+    tensors = [
+        (key, torch.cat([torch.tensor([3]), tensor[1:], torch.tensor([0])[: 6 - len(tensor)]]), shard)
+        if key == "format"
+        else (key, tensor, shard)
+        for key, tensor, shard in checkpoint(model, ROW[0])
+    ]
+    with pytest.raises(ValueError, match=r"o_proj: format must be of a version below 3, got 3: .* has an input_order"):
+        load(layer, tensors)
+
+
 def test_a_directory_is_what_config_json_says(tmp_path):
     model, stored = quantized()
     save_quantized(model, tmp_path / "model", stored)
