@@ -306,8 +306,8 @@ class RcpLinearMethod(LinearMethodBase):
             if header[0] >= INPUT_ORDER_VERSION:
                 raise ValueError(
                     f"{self.prefix}: format must be of a version below {INPUT_ORDER_VERSION}, got {int(header[0])}: "
-                    f"the stored weight has an input_order, which the plugin does not apply; quantize the model without "
-                    f"act-order"
+                    f"the stored weight has an input_order, which the plugin does not apply; quantize the model "
+                    f"without act-order"
                 )
             header[3], header[4] = self.in_features, count
         try:
