@@ -38,6 +38,9 @@ __all__ = ["QuantLinear"]
 
 _Layer = TypeVar("_Layer", bound="QuantLinear")
 
+# What torch's own modules ask: 0.1 us a call, where asking for the device of x takes 0.6.
+_is_any_autocast_enabled = torch._C._is_any_autocast_enabled
+
 _BIAS_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -408,7 +411,7 @@ class QuantLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] -> [..., out_features], in the dtype of x (float32, float16 or bfloat16) or autocast's."""
         try:
-            if torch._C._is_any_autocast_enabled():
+            if _is_any_autocast_enabled():
                 x = autocast_input(x)
             # Straight from the dicts: nn.Module.__getattr__, twice, would double the 2 us that the module adds.
             rotation: OnlineRotation | None = self._modules.get("input_rotation")  # type: ignore[assignment]
