@@ -46,7 +46,7 @@ def main(directory: str | None = None) -> None:
             tensors, weight = write_gptq(linear.weight, f"{name}.")
             imported = import_gptq(tensors, f"{name}.", bits=BITS, group_size=GROUP)
             exact = exact and imported.error == 0.0 and torch.equal(imported.dequantize(), weight)
-            packed[name] = QuantLinear.from_packed(imported.weight, linear.bias, act_bits=16)
+            packed[name] = QuantLinear.from_imported(imported, act_bits=16)
             linear.weight.copy_(weight)
     expected = model(ids).logits
     for name, layer in packed.items():

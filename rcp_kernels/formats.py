@@ -26,8 +26,11 @@ __all__ = [
     "unpack_codes",
 ]
 
-FORMAT_VERSION = 2
-"""The newest version that this package reads. A weight is written in the lowest one that has its kind."""
+FORMAT_VERSION = 3
+"""The newest version that this package reads. A weight is written in the lowest one that can express it."""
+
+INPUT_ORDER_VERSION = 3
+"""The version that brought ``input_order``. Every weight of this version has one, and no weight of an earlier one."""
 
 KINDS = ("table", "uniform")
 """What a group stores of its levels: all of them, or the first of an arithmetic progression. The index is the number
@@ -78,6 +81,28 @@ def kind_version(kind: str) -> int:
 def uniform_step(bits: int) -> int:
     """The difference of neighbouring levels in a uniform group: 32, 16 or 8, so that any 2**bits of them fit int8."""
     return 1 << (7 - bits)
+
+
+def check_input_order(order: Tensor, in_features: int) -> Tensor:
+    """Return ``order`` if it is a permutation of the inputs of a layer, else raise ValueError.
+
+    Args:
+        order: int64 [in_features]; its values are not looked at on the meta device, which has none.
+        in_features: K.
+    """
+    rule = f"input_order must be int64 [{in_features}] (in_features) with each of 0 to {in_features - 1} once"
+    if not isinstance(order, Tensor):
+        raise ValueError(f"{rule}, got {type(order).__name__}; convert with torch.as_tensor")
+    if order.dtype != torch.int64 or tuple(order.shape) != (in_features,):
+        raise ValueError(f"{rule}, got {order.dtype} of shape {tuple(order.shape)}; store it unconverted")
+    if not order.is_meta:
+        wrong = order.sort().values != torch.arange(in_features, device=order.device)
+        if bool(wrong.any()):
+            raise ValueError(
+                f"{rule}, got values where {int(wrong.nonzero()[0])} is missing or another one comes twice; pass the "
+                f"permutation of the columns"
+            )
+    return order
 
 
 def num_groups(in_features: int, group_size: int) -> int:
@@ -328,7 +353,7 @@ class PackedWeight:
 
     @property
     def version(self) -> int:
-        """The format version that stores it: 1 for tables, 2 for uniform groups."""
+        """The format version that stores it without an input order: 1 for tables, 2 for uniform groups."""
         return kind_version(self.kind)
 
     def as_table(self) -> PackedWeight:
@@ -479,26 +504,52 @@ class PackedWeight:
         """Stored bits for each of the N * K weights, padding, tables and scales included."""
         return 8 * self.nbytes / (self.in_features * self.out_features)
 
-    def state_dict(self, prefix: str = "") -> dict[str, Tensor]:
+    def state_dict(self, prefix: str = "", input_order: Tensor | None = None) -> dict[str, Tensor]:
         """The on-disk form: the four tensors and ``format``, int64 [version, bits, group_size, in_features,
         out_features], with the number of the kind as a sixth entry from version 2 on.
 
         ``format`` is on the CPU wherever the tensors are, so that reading it never waits for a device.
+
+        Args:
+            prefix: of the keys.
+            input_order: int64 [K], where column k of the weight belongs to input ``input_order[k]`` of the layer. It
+                is stored as a sixth tensor, and the version is then :data:`INPUT_ORDER_VERSION`.
         """
         tensors: dict[str, Tensor] = {prefix + name: getattr(self, name) for name in self.TENSORS}
-        header = [self.version, self.bits, self.group_size, self.in_features, self.out_features]
-        if self.version > 1:
-            header.append(KINDS.index(self.kind))
-        tensors[prefix + "format"] = torch.tensor(header, dtype=torch.int64, device="cpu")
+        version = self.version if input_order is None else INPUT_ORDER_VERSION
+        shape = (self.bits, self.group_size, self.in_features, self.out_features)
+        tensors[prefix + "format"] = make_header(version, self.kind, *shape)
+        if input_order is not None:
+            tensors[prefix + "input_order"] = input_order
         return tensors
 
     @classmethod
     def from_state_dict(cls, state_dict: Mapping[str, Tensor], prefix: str = "") -> PackedWeight:
-        """Read what :meth:`state_dict` wrote; other keys are ignored.
+        """Read what :meth:`state_dict` wrote without an input order; other keys are ignored.
 
         Raises:
-            ValueError: a key is missing, format is no int64 tensor with values or is from the future, or
-                :meth:`validate` finds a broken rule.
+            ValueError: as :meth:`read`, or the weight has an input order, which a PackedWeight does not hold.
+        """
+        weight, order = cls.read(state_dict, prefix)
+        if order is not None:
+            raise ValueError(
+                f"PackedWeight: a stored weight must have no input_order, which a PackedWeight does not hold, got one "
+                f"of {len(order)} entries; read it with QuantLinear.from_state_dict, or with PackedWeight.read, which "
+                f"returns the order too"
+            )
+        return weight
+
+    @classmethod
+    def read(cls, state_dict: Mapping[str, Tensor], prefix: str = "") -> tuple[PackedWeight, Tensor | None]:
+        """Read what :meth:`state_dict` wrote; other keys are ignored.
+
+        Returns:
+            The weight, and its input order or None: column k of the weight belongs to input ``input_order[k]``.
+
+        Raises:
+            ValueError: a key is missing, format is no int64 tensor with values or is from the future, there is an
+                input order in a version that has none, or :meth:`validate` or :func:`check_input_order` finds a broken
+                rule.
         """
         missing = [prefix + name for name in cls.KEYS if prefix + name not in state_dict]
         if missing:
@@ -506,37 +557,61 @@ class PackedWeight:
                 f"PackedWeight: a stored weight is the five tensors {', '.join(cls.KEYS)}, missing "
                 f"{', '.join(missing)}; the checkpoint is incomplete or was not written in this format"
             )
-        header = state_dict[prefix + "format"]
-        rule = "PackedWeight: format must be int64 [version, bits, group_size, in_features, out_features]"
-        if not isinstance(header, Tensor):
-            raise ValueError(f"{rule}, got {type(header).__name__}; store it as the tensor that state_dict gave")
-        if header.dtype != torch.int64 or header.dim() != 1 or header.numel() < 1:
-            raise ValueError(f"{rule}, got {header.dtype} of shape {tuple(header.shape)}; store it unconverted")
-        if header.is_meta:
-            raise ValueError(f"{rule}, got a tensor on the meta device, which has no values; load it on the CPU")
-        version, *fields = (int(value) for value in header.tolist())
-        if not 1 <= version <= FORMAT_VERSION:  # before its length: a later version may say more
-            hint = (
-                "the file was written by a newer rcp-kernels: upgrade it"
-                if version > FORMAT_VERSION
-                else "the file is damaged"
-            )
-            raise ValueError(f"PackedWeight: version must be 1 to {FORMAT_VERSION}, got {version}; {hint}")
-        entries = 4 if version == 1 else 5
-        if len(fields) != entries:
-            raise ValueError(
-                f"PackedWeight: format of version {version} has {entries + 1} entries, got {header.numel()}; the file "
-                f"is damaged"
-            )
-        kind = fields[4] if version > 1 else 0
-        if not 0 <= kind < version:
-            raise ValueError(
-                f"PackedWeight: kind in format of version {version} must be one of "
-                f"{', '.join(f'{i} ({name})' for i, name in enumerate(KINDS[:version]))}, got {kind}; the file is "
-                f"damaged"
-            )
-        bits, group_size, in_features, out_features = fields[:4]
+        version, kind, (bits, group_size, in_features, out_features) = _read_header(state_dict[prefix + "format"])
         codes, levels, scales, tensor_scale = (state_dict[prefix + name] for name in cls.TENSORS)
-        return cls(
-            codes, levels, scales, tensor_scale, bits, group_size, in_features, out_features, KINDS[kind]
-        ).validate()
+        weight = cls(codes, levels, scales, tensor_scale, bits, group_size, in_features, out_features, kind).validate()
+        order = state_dict.get(prefix + "input_order")
+        if (order is None) != (version < INPUT_ORDER_VERSION):
+            raise ValueError(
+                f"PackedWeight: a weight of version {version} must have {'an' if order is None else 'no'} input_order "
+                f"beside it, got {'none' if order is None else 'one'}; the checkpoint is incomplete or the tensors are "
+                f"of two layers"
+            )
+        try:
+            return weight, None if order is None else check_input_order(order, in_features)
+        except ValueError as error:
+            raise ValueError(f"PackedWeight: {error}") from None
+
+
+def make_header(version: int, kind: str, *shape: int) -> Tensor:
+    """``format`` of a stored weight; ``shape`` is bits, group_size, in_features, out_features."""
+    kinds = [KINDS.index(kind)] if version > 1 else []
+    return torch.tensor([version, *shape, *kinds], dtype=torch.int64, device="cpu")
+
+
+def _read_header(header: object) -> tuple[int, str, tuple[int, int, int, int]]:
+    """Version, kind, and bits, group_size, in_features and out_features of ``format``."""
+    rule = "PackedWeight: format must be int64 [version, bits, group_size, in_features, out_features]"
+    if not isinstance(header, Tensor):
+        raise ValueError(f"{rule}, got {type(header).__name__}; store it as the tensor that state_dict gave")
+    if header.dtype != torch.int64 or header.dim() != 1 or header.numel() < 1:
+        raise ValueError(f"{rule}, got {header.dtype} of shape {tuple(header.shape)}; store it unconverted")
+    if header.is_meta:
+        raise ValueError(f"{rule}, got a tensor on the meta device, which has no values; load it on the CPU")
+    version, *fields = (int(value) for value in header.tolist())
+    if not 1 <= version <= FORMAT_VERSION:  # before its length: a later version may say more
+        hint = (
+            "the file was written by a newer rcp-kernels: upgrade it"
+            if version > FORMAT_VERSION
+            else "the file is damaged"
+        )
+        raise ValueError(f"PackedWeight: version must be 1 to {FORMAT_VERSION}, got {version}; {hint}")
+    entries = 4 if version == 1 else 5
+    if len(fields) != entries:
+        raise ValueError(
+            f"PackedWeight: format of version {version} has {entries + 1} entries, got {header.numel()}; the file is "
+            f"damaged"
+        )
+    kind = fields[4] if version > 1 else 0
+    kinds = KINDS[:version]
+    if not 0 <= kind < len(kinds):
+        raise ValueError(
+            f"PackedWeight: kind in format of version {version} must be one of "
+            f"{', '.join(f'{i} ({name})' for i, name in enumerate(kinds))}, got {kind}; the file is damaged"
+        )
+    bits, group_size, in_features, out_features = fields[:4]
+    return version, kinds[kind], (bits, group_size, in_features, out_features)
+
+
+# torch.load(weights_only=True), the default, builds only classes that it was told of.
+torch.serialization.add_safe_globals([PackedWeight])

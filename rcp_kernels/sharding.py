@@ -46,7 +46,8 @@ def shard_rows(weight: PackedWeight, rank: int, world: int) -> PackedWeight:
 def shard_columns(weight: PackedWeight, rank: int, world: int) -> PackedWeight:
     """Columns ``rank * K / world`` up to the next rank's, exactly: inputs of the layer.
 
-    A group's levels and scale belong to all of its columns, so a cut may only run between two groups.
+    A group's levels and scale belong to all of its columns, so a cut may only run between two groups. The columns of a
+    layer with an ``input_order`` are not its inputs: such a weight must not be cut by columns.
 
     Args:
         weight: [N, K].

@@ -138,8 +138,8 @@ def change(folder, **fields):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"format_version": 3}, r"format_version must be 1 to 2, got 3.*upgrade"),
-        ({"format_version": True}, r"format_version must be 1 to 2, got True"),
+        ({"format_version": 4}, r"format_version must be 1 to 3, got 4.*upgrade"),
+        ({"format_version": True}, r"format_version must be 1 to 3, got True"),
         ({"quant_method": "gptq"}, r"quant_method must be 'rcp', got 'gptq'"),
         ({"bits": 5}, "bits must be one of"),
         ({"act_bits": 5}, r"act_bits must be one of \(4, 8, 16\), got 5"),

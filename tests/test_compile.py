@@ -28,6 +28,17 @@ def test_opcheck_lut_linear(dtype: torch.dtype, shape: tuple[int, ...], bits: in
     torch.library.opcheck(torch.ops.rcp_kernels.lut_linear.default, arguments, {"clip": 0.9})
 
 
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("shape", [(200,), (2, 3, 200), (0, 200)])
+@pytest.mark.parametrize(("bits", "act_bits"), [(2, 4), (3, 8), (4, 16)])
+def test_opcheck_lut_linear_with_an_input_order(
+    dtype: torch.dtype, shape: tuple[int, ...], bits: int, act_bits: int
+) -> None:
+    blob = ops.pack_weight(quantize_weight(torch.randn(24, 200), bits, 64))
+    arguments = (torch.randn(shape, dtype=dtype), blob, torch.randn(24), 24, 200, bits, 64, act_bits)
+    torch.library.opcheck(torch.ops.rcp_kernels.lut_linear.default, arguments, {"input_order": torch.randperm(200)})
+
+
 @pytest.mark.parametrize(("bits", "in_features", "group_size"), [(2, 200, 64), (3, 77, 77), (4, 128, 128)])
 def test_opcheck_pack_and_unpack_weight(bits: int, in_features: int, group_size: int) -> None:
     weight = quantize_weight(torch.randn(24, in_features), bits, group_size)
@@ -61,6 +72,34 @@ def test_compiled_layer_is_bit_equal() -> None:
     x = torch.randn(3, 96)
     with torch.no_grad():
         assert torch.equal(torch.compile(layer, fullgraph=True, backend="aot_eager")(x), layer(x))
+
+
+def test_compiled_layer_with_an_input_order() -> None:
+    torch.manual_seed(0)
+    layer = QuantLinear.from_packed(
+        quantize_weight(torch.randn(24, 96), 3, 32), torch.randn(24), 8, input_order=torch.randperm(96)
+    )
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    for tokens in (1, 5, 9):
+        x = torch.randn(tokens, 96)
+        with torch.no_grad():
+            assert torch.equal(compiled(x), layer(x))
+        x.requires_grad_()
+        found, expected = (torch.autograd.grad(module(x).square().sum(), x)[0] for module in (compiled, layer))
+        torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_compiled_layer_under_autocast(dtype: torch.dtype) -> None:
+    layer = make_model()[0]
+    x = torch.randn(3, 96)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    with torch.no_grad(), torch.autocast("cpu", dtype=dtype):
+        y = compiled(x)
+        assert y.dtype == dtype
+        assert torch.equal(y, layer(x))
+    with torch.no_grad():
+        assert torch.equal(compiled(x), layer(x))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

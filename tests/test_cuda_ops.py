@@ -166,6 +166,28 @@ def test_input_rotation_is_walsh_transform_before_it(order, group):
 
 
 @pytest.mark.parametrize("act_bits", [4, 8, 16])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_an_input_order_is_reordered_inputs(act_bits, dtype):
+    weight = random_weight(48, 513, 3, 64)
+    order = torch.randperm(513, generator=torch.Generator().manual_seed(0))
+    for shape in ((513,), (1, 513), (2, 3, 513), (0, 513), (130, 513)):
+        x = noise(*shape, dtype=dtype)
+        y = run(x, weight, act_bits=act_bits, input_order=order.to(DEVICE))
+        assert torch.equal(y, run(x[..., order], weight, act_bits=act_bits))
+        strided = x.transpose(0, -1).contiguous().transpose(0, -1)
+        assert torch.equal(run(strided, weight, act_bits=act_bits, input_order=order.to(DEVICE)), y)
+    layer = QuantLinear.from_packed(weight, None, act_bits, input_order=order).to(DEVICE)
+    assert layer.input_order.is_cuda
+    x = noise(5, 513).to(DEVICE).requires_grad_()
+    layer(x).sum().backward()
+    torch.testing.assert_close(x.grad, layer.dequantize().sum(0).expand(5, 513))
+    for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer)), layer.cpu().to(DEVICE)):
+        assert torch.equal(twin(x), layer(x))
+    with pytest.raises(ValueError, match="input_order must be on cuda:0 like the other arguments, got the CPU"):
+        run(x.detach(), weight, act_bits=act_bits, input_order=order)
+
+
+@pytest.mark.parametrize("act_bits", [4, 8, 16])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_a_token_with_nan_or_inf_is_nan_and_the_others_are_not(act_bits, bad):
     weight = random_weight(130, 1000, 2, 128)

@@ -207,14 +207,17 @@ def test_from_state_dict_refuses_damage() -> None:
         with rejects("five tensors", f"missing {name}", "incomplete"):
             PackedWeight.from_state_dict({key: value for key, value in good.items() if key != name})
     # A later version may have more fields: it must be refused for its version.
-    for future in ([3, 2, 32, 96, 4], [7, 1, 2, 3, 4, 5, 6, 7]):
-        with rejects("version must be 1 to 2", f"got {future[0]}", "newer rcp-kernels"):
+    for future in ([4, 2, 32, 96, 4], [7, 1, 2, 3, 4, 5, 6, 7]):
+        with rejects("version must be 1 to 3", f"got {future[0]}", "newer rcp-kernels"):
             PackedWeight.from_state_dict({**good, "format": torch.tensor(future)})
     for header, words in (
-        ([0, 2, 32, 96, 4], ("version must be 1 to 2", "got 0", "damaged")),
+        ([0, 2, 32, 96, 4], ("version must be 1 to 3", "got 0", "damaged")),
         ([1, 2, 32], ("version 1 has 5 entries", "got 3", "damaged")),
         ([1, 2, 32, 96, 4, 1], ("version 1 has 5 entries", "got 6", "damaged")),
         ([2, 2, 32, 96, 4], ("version 2 has 6 entries", "got 5", "damaged")),
+        ([3, 2, 32, 96, 4], ("version 3 has 6 entries", "got 5", "damaged")),
+        ([3, 2, 32, 96, 4, 2], ("kind in format of version 3", r"0 \(table\), 1 \(uniform\)", "got 2", "damaged")),
+        ([3, 2, 32, 96, 4, 0], ("version 3 must have an input_order", "got none", "incomplete")),
         ([2, 2, 32, 96, 4, 2], ("kind in format of version 2", r"0 \(table\), 1 \(uniform\)", "got 2", "damaged")),
         ([2, 2, 32, 96, 4, -1], ("kind in format of version 2", "got -1", "damaged")),
         ([2, 2, 32, 96, 4, 1], ("levels must have shape", r"\(4, 3, 1\)", "kind='uniform'", r"got \(4, 3, 4\)")),

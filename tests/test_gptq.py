@@ -403,7 +403,9 @@ def test_bad_arguments(ids: Tensor) -> None:
     with pytest.raises(ValueError, match=r"block must be at least 1 column, got 0"):
         gptq_quantize_model(model, ids, group_size=32, block=0)
     gptq_quantize_model(model, ids, group_size=32)
-    with pytest.raises(ValueError, match=r"must be an nn.Linear, got QuantLinear; start from"):
+    with pytest.raises(
+        ValueError, match=r"must be an nn.Linear, got QuantLinear, which is quantized already; start from"
+    ):
         gptq_quantize_model(model, ids, group_size=32)
     weight, hessian = problem(4, 64)
     with pytest.raises(

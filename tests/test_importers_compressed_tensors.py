@@ -51,6 +51,48 @@ def test_pack_quantized(bits, symmetric, rows, columns, group_size, dtype):
     )
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_one_scale_and_one_zero_point_for_the_tensor(bits, dtype):
+    """The library leaves the zero point of the strategy tensor unpacked."""
+    for seed in range(4):
+        packed, values = compress("pack-quantized", bits, 7, 45, None, False, dtype, seed)
+        assert packed["weight_zero_point"].shape == packed["weight_scale"].shape == (1,)
+        imported = import_compressed_tensors(packed, bits=bits)
+        assert imported.error == 0.0
+        assert torch.equal(imported.dequantize().to(dtype), values)
+    with pytest.raises(ValueError, match=rf"weight_zero_point must be {-(2 ** (bits - 1))} to .*, got 100; check bits"):
+        import_compressed_tensors({**packed, "weight_zero_point": torch.tensor([100])}, bits=bits)
+    with pytest.raises(ValueError, match=r"weight_zero_point must have shape \(1,\), got \(2,\)"):
+        import_compressed_tensors({**packed, "weight_zero_point": torch.tensor([0, 0])}, bits=bits)
+    with pytest.raises(ValueError, match=r"weight_scale must have shape \(1,\), got \(7,\)"):
+        import_compressed_tensors({**packed, "weight_scale": packed["weight_scale"].expand(7)}, bits=bits)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_zero_points_that_are_not_packed(bits):
+    packed, _ = compress("pack-quantized", bits, 13, 64, 32, False, torch.float16)
+    zeros = torch.randint(-(2 ** (bits - 1)), 2 ** (bits - 1), (13, 2), dtype=torch.int8)
+    plain = import_compressed_tensors({**packed, "weight_zero_point": zeros}, bits=bits, group_size=32)
+    symmetric = {key: tensor for key, tensor in packed.items() if key != "weight_zero_point"}
+    shift = import_compressed_tensors(symmetric, bits=bits, group_size=32).dequantize().double() - plain.dequantize()
+    scale = packed["weight_scale"].double()
+    assert torch.equal(shift, (scale * zeros).repeat_interleave(32, dim=1))
+
+
+def test_a_g_idx_that_was_never_set():
+    packed, values = compress("pack-quantized", 4, 8, 64, 32, True, torch.float16)
+    for dtype in (torch.int32, torch.int64):
+        unset = {**packed, "weight_g_idx": torch.full((64,), -1, dtype=dtype)}
+        imported = import_compressed_tensors(unset, bits=4, group_size=32)
+        assert imported.permutation is None
+        assert torch.equal(imported.dequantize().half(), values)
+    mixed = torch.arange(64) // 32
+    mixed[3] = -1
+    with pytest.raises(ValueError, match="each group of g_idx must have 32 columns"):
+        import_compressed_tensors({**packed, "weight_g_idx": mixed}, bits=4, group_size=32)
+
+
 def test_float32_scales_a_tensor_scale_and_act_order():
     packed, values = compress("pack-quantized", 4, 8, 64, 32, True, torch.float32)
     with pytest.raises(ValueError, match="pass exact=False"):

@@ -1,5 +1,6 @@
 """GPTQ layers packed by AutoGPTQ 0.7.1 itself (tests/importers_data), and what its files do not cover, by hand."""
 
+import copy
 import re
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from rcp_kernels import QuantLinear
 from rcp_kernels.integrations.importers import import_gptq
 
 DATA = Path(__file__).parent / "importers_data"
@@ -85,6 +87,170 @@ def test_a_zero_of_all_ones_is_ambiguous_in_version_1():
     assert torch.equal(wrapped, values + 16 * tensors["scales"].double()[[0] * 32 + [1] * 32].t())
 
 
+def borrowed(zeros, bits):
+    """What GPTQModel makes of zeros [groups, N] at 2 and 4 bits: 1 less in every code, whole 32-bit words at a time.
+
+    At 3 bits three words are one number of 96 bits. With Python's integers, independently of the importer.
+    """
+    groups, count = zeros.shape
+    unit, words_of_unit = (32, 3) if bits == 3 else (32 // bits, 1)
+    words = np.zeros((groups, -(-count // unit) * words_of_unit), np.uint32)
+    ones = sum(1 << (bits * k) for k in range(unit))
+    for group in range(groups):
+        for first in range(0, count, unit):
+            number = sum(int(zero) << (bits * k) for k, zero in enumerate(zeros[group, first : first + unit]))
+            number = (number - ones) % (1 << 32 * words_of_unit)
+            for word in range(words_of_unit):
+                words[group, first // unit * words_of_unit + word] = number >> 32 * word & 0xFFFFFFFF
+    return torch.from_numpy(words.view(np.int32))[:, : -(-count * bits // 32)]
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+@pytest.mark.parametrize("rows", [32, 64, 37])
+@pytest.mark.parametrize("seed", range(5))
+def test_a_zero_of_0_borrows_from_the_next_code(bits, rows, seed):
+    zeros = np.random.default_rng(seed).integers(0, 2**bits, (3, rows))
+    tensors, values = layer(bits, rows, 96, version=2, seed=seed, zeros=zeros)
+    tensors["qzeros"] = borrowed(zeros, bits)
+    assert not torch.equal(tensors["qzeros"], stream(zeros.T - 1, bits).T)
+    for settings in ({}, {"zero_of_all_ones": "borrow"}, {"sym": False}):
+        imported = import_gptq(tensors, bits=bits, group_size=32, **settings)
+        assert torch.equal(imported.dequantize().double(), values)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_zeros_without_0_are_read_without_a_word(bits):
+    """Any writer stores them alike, and the codes that straddle two words do not change that."""
+    for seed in range(5):
+        tensors, values = layer(bits, 96, 64, seed=seed)
+        stored = stream(borrowed_free_zeros(bits, seed).T - 1, bits).T.contiguous()
+        assert torch.equal(stored, borrowed(borrowed_free_zeros(bits, seed), bits))
+        assert torch.equal(import_gptq(tensors, bits=bits, group_size=32).dequantize().double(), values)
+
+
+def borrowed_free_zeros(bits, seed):
+    return np.random.default_rng(seed).integers(1, 2**bits, (2, 96))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_zero_of_0_at_3_bits_has_two_readings_and_a_warning(seed):
+    zeros = np.random.default_rng(seed).integers(0, 8, (3, 64))
+    tensors, values = layer(3, 64, 96, version=2, seed=seed, zeros=zeros)
+    tensors["qzeros"] = borrowed(zeros, 3)
+    with pytest.warns(
+        UserWarning, match=r"zero of 7 in row, group \[\d+, \d\] is read as 0 that has borrowed"
+    ) as found:
+        imported = import_gptq(tensors, bits=3, group_size=32)
+    assert found[0].filename == __file__
+    assert torch.equal(imported.dequantize().double(), values)
+    imported = import_gptq(tensors, bits=3, group_size=32, zero_of_all_ones="borrow")
+    assert torch.equal(imported.dequantize().double(), values)
+    tensors["qzeros"] = stream((zeros.T - 1) % 8, 3).T.contiguous()
+    imported = import_gptq(tensors, bits=3, group_size=32, zero_of_all_ones=0)
+    assert torch.equal(imported.dequantize().double(), values)
+
+
+def spill(zeros, bits):
+    """AutoGPTQ's packing: -1 as an unsigned number, or-ed into the word without a mask."""
+    count = 32 // bits
+    shifted = (zeros.reshape(len(zeros), -1, count) - 1).astype(np.uint32) << np.arange(0, 32, bits, dtype=np.uint32)
+    return torch.from_numpy(np.bitwise_or.reduce(shifted, axis=-1).view(np.int32))
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_zeros_that_autogptq_has_lost_are_refused(bits):
+    middle = 2 ** (bits - 1)
+    zeros = np.full((2, 32), middle)
+    zeros[1, 5] = 0
+    tensors, values = layer(bits, version=2, zeros=zeros)
+    tensors["qzeros"] = spill(zeros, bits)
+    with pytest.raises(ValueError, match=rf"got {2**bits - 1} in row, group \[5, 1\], which libraries read as"):
+        import_gptq(tensors, bits=bits, group_size=32)
+    # In the last code of a word nothing is lost, and every writer's 0 is the same.
+    zeros[1, 5], zeros[1, 32 // bits - 1] = middle, 0
+    tensors, values = layer(bits, version=2, zeros=zeros)
+    assert torch.equal(spill(zeros, bits), borrowed(zeros, bits))
+    tensors["qzeros"] = spill(zeros, bits)
+    assert torch.equal(import_gptq(tensors, bits=bits, group_size=32).dequantize().double(), values)
+    # Zeros of 1 after it look like AutoGPTQ's in the stored words.
+    zeros[1, 32 // bits - 2 : 32 // bits] = 0, 1
+    tensors, values = layer(bits, version=2, zeros=zeros)
+    tensors["qzeros"] = borrowed(zeros, bits)
+    with pytest.raises(ValueError, match='"borrow" if the zeros after it are 1'):
+        import_gptq(tensors, bits=bits, group_size=32)
+    imported = import_gptq(tensors, bits=bits, group_size=32, zero_of_all_ones="borrow")
+    assert torch.equal(imported.dequantize().double(), values)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize(("labelled", "stored"), [(1, 2), (2, 1)])
+def test_symmetric_zeros_under_a_wrong_label(bits, labelled, stored):
+    middle = 2 ** (bits - 1)
+    tensors, values = layer(bits, version=stored, zeros=np.full((2, 32), middle))
+    with pytest.raises(
+        ValueError, match=rf"got version={labelled} and zeros that are all {middle} .* version={stored};"
+    ):
+        import_gptq(tensors, bits=bits, group_size=32, version=labelled)
+    for version, sym in ((labelled, True), (stored, True), (stored, None), (stored, False)):
+        imported = import_gptq(tensors, bits=bits, group_size=32, version=version, sym=sym)
+        assert torch.equal(imported.dequantize().double(), values)
+    step = (
+        imported.dequantize() - import_gptq(tensors, bits=bits, group_size=32, version=labelled, sym=False).dequantize()
+    )
+    assert torch.equal(step, (labelled - stored) * -1.0 * tensors["scales"].float().repeat_interleave(32, 0).t())
+
+
+def test_symmetric_zeros_that_gptqmodel_wrote_at_3_bits():
+    """Before April 2026 it subtracted the constants of its three words in the reverse of their order."""
+    tensors, values = layer(3, version=2, zeros=np.full((2, 32), 4))
+    constants = np.array([0x24924924, 0x92492492, 0x49249249], np.uint32)
+    tensors["qzeros"] = torch.from_numpy((tensors["qzeros"].numpy().view(np.uint32) - constants).view(np.int32))
+    with pytest.raises(ValueError, match="if they are read as version=1 of GPTQModel before April 2026; pass sym=True"):
+        import_gptq(tensors, bits=3, group_size=32)
+    imported = import_gptq(tensors, bits=3, group_size=32, sym=True)
+    assert torch.equal(imported.dequantize().double(), values)
+
+
+def test_symmetric_is_not_what_these_are():
+    tensors, _ = layer(4)
+    with pytest.raises(ValueError, match="the zeros of a symmetric checkpoint must all be 8, got others"):
+        import_gptq(tensors, bits=4, group_size=32, sym=True)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("act_order", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_layer_of_a_checkpoint_takes_x_as_it_comes(bits, act_order, bias):
+    rng = np.random.default_rng(bits)
+    tensors, values = layer(bits, 24, 128)
+    if act_order:
+        g_idx = (np.arange(128) // 32)[rng.permutation(128)]
+        tensors["g_idx"] = torch.from_numpy(g_idx.astype(np.int32))
+        codes = import_gptq({**tensors, "g_idx": torch.arange(128) // 32}, bits=bits, group_size=32)
+        scales = tensors["scales"].double()
+        integers = (codes.dequantize().double() / scales.repeat_interleave(32, 0).t()).round()
+        zeros = _true_zeros(tensors, bits, 24)
+        raw = integers + zeros.repeat_interleave(32, 0).t()
+        values = scales[g_idx].t() * (raw - zeros[g_idx].t())
+    if bias:
+        tensors["bias"] = torch.randn(24).half()
+    arrays = {f"up.{key}": tensor.numpy() for key, tensor in tensors.items()}
+    imported = import_gptq(arrays, "up.", bits=bits, group_size=32)
+    made = QuantLinear.from_imported(imported, act_bits=16)
+    assert (made.input_order is not None) == act_order
+    assert (made.bias is not None) == bias
+    x = torch.randn(5, 128)
+    expected = x.double() @ values.t() + (tensors["bias"].double() if bias else 0)
+    for module in (made, copy.deepcopy(made), QuantLinear.from_state_dict(made.state_dict(), act_bits=16)):
+        torch.testing.assert_close(module(x).double(), expected, rtol=1e-4, atol=1e-4)
+
+
+def _true_zeros(tensors, bits, rows):
+    words = tensors["qzeros"].numpy().view(np.uint32).astype(object)
+    numbers = [sum(int(word) << 32 * i for i, word in enumerate(row)) for row in words]
+    return torch.tensor([[(number >> bits * k) % 2**bits + 1 for k in range(rows)] for number in numbers]).double()
+
+
 def test_scales_that_float16_cannot_hold():
     tensors, values = layer(4, dtype=torch.float32)
     with pytest.raises(ValueError, match=r"import_gptq: every level .* row, group \(\d+, \d+\); pass exact=False"):
@@ -116,6 +282,7 @@ def test_groups_of_mixed_size_and_damaged_layers_are_refused():
         ({"group_size": 64}, "must have 1 groups of 64"),
         ({"group_size": 32, "version": 3}, "version must be"),
         ({"group_size": 32, "zero_of_all_ones": 7}, "zero_of_all_ones must be"),
+        ({"group_size": 32, "zero_of_all_ones": "wrap"}, "zero_of_all_ones must be"),
     ):
         with pytest.raises(ValueError, match=message):
             import_gptq(tensors, bits=4, **arguments)

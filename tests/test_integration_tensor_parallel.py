@@ -20,6 +20,7 @@ SECONDS = 120
 
 # name: (out_features, in_features, bits, group_size, act_bits, act_clip, bias, rotation, dtype of x)
 COLUMN = {
+    "W3A8 with an input order": (24, 96, 3, 32, 8, 0.9, True, "order", torch.bfloat16),
     "W2A4": (96, 160, 2, 32, 4, 1.0, True, None, torch.float32),
     "W3A8 bfloat16, one group a row": (10, 77, 3, 77, 8, 0.9, True, None, torch.bfloat16),
     "W4A16 float16": (6, 64, 4, 64, 16, 1.0, False, None, torch.float16),
@@ -44,13 +45,16 @@ def make(case):
     """The whole layer of a case and its input, the same on every rank and in the test."""
     out_features, in_features, bits, group_size, act_bits, clip, with_bias, rotation, dtype = case
     torch.manual_seed(0)
+    order = torch.randperm(in_features) if rotation == "order" else None
+    if order is not None:
+        rotation = None
     if rotation == "signs":
         rotation = {"group_size": 64, "order": "natural", "signs": torch.randint(2, (in_features,)) * 2 - 1}
     if rotation is not None:
         rotation = OnlineRotation(in_features, **rotation)
     bias = nn.Parameter(torch.randn(out_features)) if with_bias else None
     weight = random_packed_weight(out_features, in_features, bits, group_size)
-    layer = QuantLinear.from_packed(weight, bias, act_bits, clip, rotation)
+    layer = QuantLinear.from_packed(weight, bias, act_bits, clip, rotation, order)
     x = torch.randn(2, 3, in_features)
     x[0, 0, in_features // 2 :] *= (
         100  # this token's largest magnitude is the second rank's, the next one's the first's
@@ -107,6 +111,12 @@ def rank_main(rank, folder):
             half = x.chunk(WORLD, -1)[rank]
             found["row", name] = layer(half), layer(half)
         found["mlp"] = mlp(mesh)
+        for style, case in ((RcpColwiseParallel, COLUMN["W2A4"]), (RcpRowwiseParallel, ROW["W2A4"])):
+            layer, x = make(case)
+            layouts = {"input_layouts": Replicate(), "output_layouts": Replicate()}
+            parallelize_module(layer, mesh, style(**layouts))
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                found["autocast", style.__name__] = layer(x)
 
         layer, x = make(ROW["W2A4"])
         parallelize_module(layer, mesh, RcpRowwiseParallel(input_layouts=Replicate(), output_layouts=Shard(0)))
@@ -132,6 +142,7 @@ def rank_main(rank, folder):
         wide, _ = make(COLUMN["W2A4"])
         hooked = QuantLinear(64, 8, 2, 32)
         hooked.register_forward_hook(lambda *_: None)
+        ordered, _ = make(COLUMN["W3A8 with an input order"])
         mixed = QuantLinear(128, 8, 2, 64, input_rotation=OnlineRotation(128))
         found["errors"] = [
             error(lambda: parallelize_module(wide, mesh, RcpRowwiseParallel())),
@@ -140,6 +151,7 @@ def rank_main(rank, folder):
             error(lambda: parallelize_module(nn.Linear(4, 4), mesh, RcpColwiseParallel())),
             error(lambda: parallelize_module(QuantLinear(64, 8, 2, 32, device="meta"), mesh, RcpRowwiseParallel())),
             error(lambda: parallelize_module(hooked, mesh, RcpColwiseParallel())),
+            error(lambda: parallelize_module(ordered, mesh, RcpRowwiseParallel())),
         ]
         found["untouched"] = type(wide) is QuantLinear
 
@@ -222,6 +234,19 @@ def test_row_parallel_is_within_the_contract(ranks, name):
         assert bool(((first.double() - expected).abs() <= bound).all())
 
 
+def test_autocast_gives_the_undivided_layers_dtype_and_bits(ranks):
+    for style, case in ((RcpColwiseParallel, COLUMN["W2A4"]), (RcpRowwiseParallel, ROW["W2A4"])):
+        layer, x = make(case)
+        with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):
+            expected = layer(x)
+        for found in ranks:
+            y = found["autocast", style.__name__]
+            assert y.dtype == expected.dtype == torch.bfloat16
+            # The parts of a row-parallel layer are summed in another order before the one cast.
+            torch.testing.assert_close(y, expected, rtol=2.0**-7, atol=0 if style is RcpColwiseParallel else 1e-3)
+            assert style is RcpRowwiseParallel or torch.equal(y, expected)
+
+
 def test_a_scale_of_each_rank_by_itself_would_fail_the_bound():
     """The bound is narrow enough to see the scale: it is what makes the ranks agree on it."""
     layer, x = make(ROW["W2A4"])
@@ -302,7 +327,9 @@ def test_an_input_of_another_width_or_dtype_is_refused(ranks):
 
 def test_errors_name_the_rule_and_leave_the_layer(ranks):
     for found in ranks:
-        group, rotation, rows, kind, device, hooks = found["errors"]
+        group, rotation, rows, kind, device, hooks, order = found["errors"]
+        assert order.startswith("ValueError: RcpRowwiseParallel: the layer must have no input_order")
+        assert "got an order of 96 inputs; divide its outputs with RcpColwiseParallel" in order
         assert group.startswith("ValueError: shard_columns: in_features must be a multiple of ranks * group_size")
         assert "got 160, 2 ranks and group_size 32; quantize this layer with a smaller group_size" in group
         assert (

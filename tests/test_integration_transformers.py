@@ -147,7 +147,7 @@ def change_tensors(folder, change):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"format_version": 3}, r"format_version must be 1 to 2, got 3.*upgrade"),
+        ({"format_version": 4}, r"format_version must be 1 to 3, got 4.*upgrade"),
         ({"bits": 5}, "bits must be one of"),
         ({"colour": 1}, r"unknown \['colour'\]"),
         ({"bits": 3}, "q_proj must fit config.json.*bits of the stored weight must be the layer's, 3, got 2"),
@@ -167,7 +167,7 @@ LAYER = "model.layers.1.self_attn.k_proj"
 
 
 def from_the_future(tensors):
-    tensors[f"{LAYER}.format"] = torch.tensor([3, 2, 32, 96, 32, 7])
+    tensors[f"{LAYER}.format"] = torch.tensor([4, 2, 32, 96, 32, 7])
 
 
 def cast(tensors):
@@ -185,7 +185,7 @@ def negative(tensors):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (from_the_future, f"{LAYER} must fit.*version must be 1 to 2, got 3; the file was written by a newer"),
+        (from_the_future, f"{LAYER} must fit.*version must be 1 to 3, got 4; the file was written by a newer"),
         (cast, f"{LAYER} must fit.*scales must be torch.float16, got torch.float32"),
         (cut, f"{LAYER} must fit.*codes must have shape.*truncated"),
         (negative, r"scales must be finite and >= 0, got -1.0 in row, group \[3, 1\]"),

@@ -352,12 +352,29 @@ def test_a_rotation_that_vllm_cannot_run_is_refused():
     plugin_config(dataclasses.replace(stored, rotation=dataclasses.replace(record, rotation="none")))
 
 
+def test_an_input_order_is_refused(ranks):
+    with pytest.raises(
+        ValueError, match=r"format_version must be below 3 in vLLM, got 3: a layer .* has an input_order"
+    ):
+        plugin_config(QuantizationConfig(3, 32, format_version=3))
+    model, stored = quantized()
+    layer = make_layer(model, plugin_config(stored), ROW[0])
+    tensors = [
+        (key, torch.cat([torch.tensor([3]), tensor[1:], torch.tensor([0])[: 6 - len(tensor)]]), shard)
+        if key == "format"
+        else (key, tensor, shard)
+        for key, tensor, shard in checkpoint(model, ROW[0])
+    ]
+    with pytest.raises(ValueError, match=r"o_proj: format must be of a version below 3, got 3: .* has an input_order"):
+        load(layer, tensors)
+
+
 def test_a_directory_is_what_config_json_says(tmp_path):
     model, stored = quantized()
     save_quantized(model, tmp_path / "model", stored)
     _, stored = read_quantization_config(tmp_path / "model")
     assert plugin_config(stored).stored == stored
-    with pytest.raises(ValueError, match="format_version must be 1 to 2, got 7"):
+    with pytest.raises(ValueError, match="format_version must be 1 to 3, got 7"):
         get_quantization_config("rcp").from_config({**stored.to_dict(), "format_version": 7})
 
 

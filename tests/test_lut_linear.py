@@ -287,6 +287,64 @@ def test_rotation_inside_equals_rotation_before(isa, dtype, order, group, act_bi
         assert torch.equal(layer(x.clone().requires_grad_()), expected)
 
 
+@pytest.mark.usefixtures("restore_isa")
+@pytest.mark.parametrize("isa", range(len(SUPPORTED)), ids=SUPPORTED)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("columns", "group"), [(192, 64), (77, 77), (130, 32), (1, 1)])
+@pytest.mark.parametrize("act_bits", [4, 8, 16])
+def test_an_input_order_equals_reordered_inputs(isa, dtype, columns, group, act_bits):
+    """Bit for bit, and the reference reorders likewise; inputs of any strides, empty ones too."""
+    torch.ops.rcp_kernels.set_cpu_isa(isa)
+    weight = random_weight(40, columns, 2, group)
+    blob = ops.pack_weight(weight)
+    order = torch.randperm(columns, generator=torch.Generator().manual_seed(columns))
+
+    def ordered(x, order=order):
+        return ops.lut_linear(x, blob, None, 40, columns, 2, group, act_bits, 0.9, input_order=order)
+
+    for tokens in (0, 1, 3, 20, 130):
+        x = torch.randn(tokens, columns, generator=torch.Generator().manual_seed(tokens)).to(dtype)
+        expected = run(x[:, order], weight, act_bits=act_bits, clip=0.9)
+        assert torch.equal(ordered(x), expected)
+        assert torch.equal(ordered(x.clone().requires_grad_()), expected)
+        assert torch.equal(ordered(x.t().contiguous().t()), expected)
+        strided = torch.stack((order, order), -1)[:, 0]
+        assert torch.equal(ordered(x, strided), expected)
+        reference = ops.reference.lut_linear(x, weight, None, act_bits, 0.9, input_order=order)
+        assert torch.equal(reference, ops.reference.lut_linear(x[:, order], weight, None, act_bits, 0.9))
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize(
+    ("order", "message"),
+    [
+        (torch.full((64,), 64), r"input_order must hold 0 to 63, got 64"),
+        (torch.full((64,), -1), r"input_order must hold 0 to 63, got -1"),
+        (torch.arange(63), r"input_order must have shape \[64\], got \[63\]"),
+        (torch.arange(64, dtype=torch.int32), r"input_order must be Long, got Int"),
+        (torch.arange(64, device="meta"), r"input_order must be on the device of x \(cpu\), got meta"),
+    ],
+)
+def test_bad_input_orders(grad, order, message):
+    blob = ops.pack_weight(random_weight(16, 64, 2, 64))
+    x = torch.ones((2, 64), requires_grad=grad)
+    with pytest.raises(ValueError, match=message):
+        ops.lut_linear(x, blob, None, 16, 64, 2, 64, 4, input_order=order)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_an_input_order_beside_a_rotation_is_refused(grad):
+    weight = random_weight(16, 64, 2, 64)
+    x = torch.ones((2, 64), requires_grad=grad)
+    with pytest.raises(ValueError, match="input_order must be left out where rotation_group is not 0, got both"):
+        ops.lut_linear(
+            x, ops.pack_weight(weight), None, 16, 64, 2, 64, 4, rotation_group=32, input_order=torch.arange(64)
+        )
+    for bad, message in ((torch.arange(63), r"int64 of shape \(64,\)"), (torch.arange(64).int(), "got torch.int32")):
+        with pytest.raises(ValueError, match=message):
+            ops.reference.lut_linear(x, weight, input_order=bad)
+
+
 def test_bad_rotation_arguments():
     blob = ops.pack_weight(random_weight(16, 64, 2, 64))
     op = torch.ops.rcp_kernels.lut_linear

@@ -296,7 +296,7 @@ def test_loading_names_what_is_wrong() -> None:
         fails(
             r"PackedWeight: codes must have shape.*got \(24, 63\); .* truncated", strict, codes=state["codes"][:, :-1]
         )
-        fails(r"PackedWeight: version must be 1 to 2, got 3.*upgrade", strict, format=torch.tensor([3, 2, 64, 200, 24]))
+        fails(r"PackedWeight: version must be 1 to 3, got 4.*upgrade", strict, format=torch.tensor([4, 2, 64, 200, 24]))
         fails(r"PackedWeight: .* five tensors.*missing scales; the checkpoint is incomplete", strict, scales=None)
         fails(r"PackedWeight: scales must be torch.float16, got torch.float32", strict, scales=state["scales"].float())
         fails(r"PackedWeight: levels must be ascending.*sort", strict, levels=state["levels"].flip(-1))

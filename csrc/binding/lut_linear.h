@@ -5,7 +5,8 @@
 
 namespace rcp::binding {
 
-// Checked, but for the blob's contents and the rotation, which are the device's business.
+// Checked, but for the blob's contents, the entries of the input order, and the rotation. Each device checks these as
+// far as it can.
 struct LutLinearInputs {
   WeightShape shape;
   FloatType type;
@@ -13,10 +14,11 @@ struct LutLinearInputs {
   int64_t tokens;
   std::optional<Tensor> bias;  // contiguous
   FloatType bias_type = FloatType::float32;
+  std::optional<Tensor> input_order;  // contiguous
 
   LutLinearInputs(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias_in, int64_t out_features,
                   int64_t in_features, int64_t bits, int64_t group_size, int64_t act_bits_in, double clip,
-                  const Device& device)
+                  int64_t rotation_group, const std::optional<Tensor>& input_order_in, const Device& device)
       : shape(checked_shape("lut_linear", out_features, in_features, bits, group_size)),
         act_bits(static_cast<int>(act_bits_in)) {
     if (act_bits_in != 4 && act_bits_in != 8 && act_bits_in != 16) {
@@ -35,6 +37,14 @@ struct LutLinearInputs {
       bias_type = float_type(*bias_in, "lut_linear: bias");
       check_tensor(*bias_in, "lut_linear: bias", bias_in->scalar_type(), {out_features}, device);
       bias = torch::stable::contiguous(*bias_in);
+    }
+    if (input_order_in.has_value()) {
+      if (rotation_group != 0) {
+        fail("lut_linear: input_order must be left out where rotation_group is not 0, got both with rotation_group " +
+             std::to_string(rotation_group) + "; reorder x before the call");
+      }
+      check_tensor(*input_order_in, "lut_linear: input_order", ScalarType::Long, {in_features}, device);
+      input_order = torch::stable::contiguous(*input_order_in);
     }
   }
 };

@@ -10,7 +10,7 @@ STABLE_TORCH_LIBRARY(rcp_kernels, m) {
   m.def(
       "lut_linear(Tensor x, Tensor weight, Tensor? bias, int out_features, int in_features, int bits, int group_size, "
       "int act_bits, float clip=1.0, Tensor? rotation_base=None, Tensor? rotation_permutation=None, int "
-      "rotation_group=0) "
+      "rotation_group=0, Tensor? input_order=None) "
       "-> Tensor");
   m.def(
       "pack_weight(Tensor codes, Tensor levels, Tensor scales, Tensor tensor_scale, int in_features, int bits, int "

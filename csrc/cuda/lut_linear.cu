@@ -96,15 +96,25 @@ Tensor transformed(const Tensor& x, const std::optional<Tensor>& base, const std
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
+// x with its last dimension in the order of the weight's columns.
+Tensor reordered(const Tensor& x, const Tensor& input_order) {
+  using torch::stable::detail::from;
+  std::array<StableIValue, 3> stack{from(x), from(x.dim() - 1), from(input_order)};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::index_select", "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
 Tensor lut_linear_cuda(const Tensor& x_in, const Tensor& weight, const std::optional<Tensor>& bias,
                        int64_t out_features, int64_t in_features, int64_t bits, int64_t group_size, int64_t act_bits,
                        double clip, const std::optional<Tensor>& rotation_base,
-                       const std::optional<Tensor>& rotation_permutation, int64_t rotation_group) {
+                       const std::optional<Tensor>& rotation_permutation, int64_t rotation_group,
+                       const std::optional<Tensor>& input_order) {
   const CudaCall call("lut_linear", x_in, "x");
   const LutLinearInputs checked(x_in, weight, bias, out_features, in_features, bits, group_size, act_bits, clip,
-                                call.device);
+                                rotation_group, input_order, call.device);
   check_blob_size("lut_linear", weight, checked.shape);
-  Tensor x = x_in.is_contiguous() ? x_in : torch::stable::contiguous(x_in);
+  Tensor x = checked.input_order.has_value() ? reordered(x_in, *checked.input_order) : x_in;
+  if (!x.is_contiguous()) x = torch::stable::contiguous(x);
   bool fused = false;
   if (rotation_group != 0) {
     check_rotation(x, rotation_base, rotation_permutation, rotation_group, call.device);

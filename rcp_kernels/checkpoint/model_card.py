@@ -127,7 +127,8 @@ def _loading(stored: dict[str, Any], has_tokenizer: bool) -> str:
             "",
             "from rcp_kernels.nn import QuantizedKVCache",
             "",
-            "# A new one for each text: model.generate(..., cache=cache), past_key_values=cache before transformers 5.24",
+            "# A new one for each text: model.generate(..., cache=cache)",
+            "# The argument was called past_key_values before transformers 5.24.",
             f"cache = QuantizedKVCache(model.config, clip={stored['kv_clip']})",
         ]
     code = "\n".join(lines)

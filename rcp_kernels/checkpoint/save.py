@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from .. import extras
-from ..formats import kind_version
 from ..methods.rotate import Rotated, apply_structure, rotation_of
 from ..models import hf
 from ..nn import QuantLinear
@@ -193,7 +192,7 @@ def _inspect(model: nn.Module, stored: QuantizationConfig | None) -> tuple[Quant
         kv_clip=1.0 if stored is None else stored.kv_clip,
         rotation=rotation,
         modules_to_not_convert=tuple(n for n, module in model.named_modules() if isinstance(module, nn.Linear)),
-        format_version=max(kind_version(layer.kind) for layer in layers.values()),
+        format_version=max(layer.format_version for layer in layers.values()),
     )
     return config, {name: m.bias is not None for name, m in skeleton.named_modules() if isinstance(m, nn.Linear)}
 

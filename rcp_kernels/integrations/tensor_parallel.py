@@ -16,7 +16,7 @@ from torch.distributed.tensor.parallel import ParallelStyle
 from torch.nn import functional
 
 from ..formats import PackedWeight
-from ..nn.quant_linear import QuantLinear
+from ..nn.quant_linear import QuantLinear, autocast_input
 from ..sharding import shard_columns, shard_rotation, shard_rows
 
 __all__ = ["ColumnParallelLinear", "RcpColwiseParallel", "RcpRowwiseParallel", "RowParallelLinear"]
@@ -29,7 +29,7 @@ _Parallel = TypeVar("_Parallel", bound="_ParallelLinear")
 class RcpColwiseParallel(ParallelStyle):
     """Divide the outputs of a :class:`QuantLinear` among the ranks: bit-equal to the undivided layer.
 
-    Every rank sees all inputs, and so rotates and quantizes them as one process would.
+    Every rank sees all inputs, and so reorders or rotates and quantizes them as one process would.
     """
 
     def __init__(
@@ -58,7 +58,9 @@ class RcpColwiseParallel(ParallelStyle):
         if bias is not None:
             rows = weight.out_features
             bias = nn.Parameter(bias.detach()[rank * rows : (rank + 1) * rows], requires_grad=bias.requires_grad)
-        shard = QuantLinear.from_packed(weight, bias, layer.act_bits, layer.act_clip, layer.input_rotation)
+        shard = QuantLinear.from_packed(
+            weight, bias, layer.act_bits, layer.act_clip, layer.input_rotation, layer.input_order
+        )
         return _become(
             ColumnParallelLinear,
             layer,
@@ -73,8 +75,9 @@ class RcpColwiseParallel(ParallelStyle):
 class RcpRowwiseParallel(ParallelStyle):
     """Divide the inputs of a :class:`QuantLinear` among the ranks, and sum what these give in float32.
 
-    Cuts run between groups of the weight, and between blocks of an input rotation, or there is an error. With 4- or
-    8-bit activations the ranks agree on each token's scale first, so that their integers are those of one process.
+    Cuts run between groups of the weight, and between blocks of an input rotation, or there is an error. A layer with
+    an input order is refused: the inputs of a group then lie on several ranks. With 4- or 8-bit activations the ranks
+    agree on each token's scale first, so that their integers are those of one process.
     """
 
     def __init__(
@@ -99,6 +102,12 @@ class RcpRowwiseParallel(ParallelStyle):
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         layer, rank, world = _check("RcpRowwiseParallel", module, device_mesh)
+        if layer.input_order is not None:
+            raise ValueError(
+                f"RcpRowwiseParallel: the layer must have no input_order, as each rank has neighbouring inputs and a "
+                f"group needs inputs of all ranks, got an order of {layer.in_features} inputs; divide its outputs with "
+                f"RcpColwiseParallel, or leave the layer whole on each rank"
+            )
         weight = shard_columns(layer.packed_weight(), rank, world)
         rotation = shard_rotation(layer.input_rotation, rank, world)
         if world > 1 and layer.act_bits < 16:
@@ -178,7 +187,7 @@ class RowParallelLinear(_ParallelLinear):
     input_rotation: nn.Module | None
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., in_features / ranks], or as input_layouts says -> [..., out_features], in the dtype of x.
+        """[..., in_features / ranks], or as input_layouts says -> [..., out_features], in the dtype of x or autocast's.
 
         Raises:
             ValueError: an x of another width or dtype; on every rank, NaN or Inf in an x to quantize on any of them.
@@ -192,11 +201,19 @@ class RowParallelLinear(_ParallelLinear):
                 f"in its last dimension (in_features / ranks), got {local.dtype} {tuple(local.shape)} from an x laid "
                 f"out as {self._input_layouts[0]}; check x, and input_layouts of RcpRowwiseParallel"
             )
+        if torch._C._is_any_autocast_enabled():
+            local = autocast_input(local)
+            # The shard's inputs and outputs are float32 from here on.
+            with torch.autocast(local.device.type, enabled=False):
+                return self._multiply(local)
+        return self._multiply(local)
+
+    def _multiply(self, local: Tensor) -> Tensor:
         if self.input_rotation is not None:
             local = self.input_rotation(local)
         # float32 in, float32 out: a part that is rounded to x.dtype before the sum would be outside the contract.
         values = local.to(torch.float32)
-        spare = self.shard.in_features - width
+        spare = self.shard.in_features - local.shape[-1]
         if spare:
             values = torch.cat((values, functional.pad(self._largest(values), (0, spare - 1))), dim=-1)
         partial = DTensor.from_local(self.shard(values), self._mesh, (Partial(),), run_check=False)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .. import extras
 from ..checkpoint import QUANT_METHOD
 from ..checkpoint import QuantizationConfig as StoredConfig
-from ..formats import FORMAT_VERSION, PackedWeight, check_group_size, num_groups, row_bytes
+from ..formats import FORMAT_VERSION, INPUT_ORDER_VERSION, PackedWeight, check_group_size, num_groups, row_bytes
 from ..models.families import FAMILIES
 from ..nn import OnlineRotation, QuantLinear
 from ..ops.lut_linear import lut_linear
@@ -47,9 +47,15 @@ class RcpQuantizationConfig(QuantizationConfig):
         """Wrap what config.json says.
 
         Raises:
-            ValueError: the rotation needs an operation between vLLM's layers.
+            ValueError: the rotation needs an operation between vLLM's layers, or a layer has an input order.
         """
         super().__init__()
+        if stored.format_version >= INPUT_ORDER_VERSION:
+            raise ValueError(
+                f"RcpQuantizationConfig: format_version must be below {INPUT_ORDER_VERSION} in vLLM, got "
+                f"{stored.format_version}: a layer of the model has an input_order (act-order), which the plugin does "
+                f"not apply; run the model with transformers, or quantize it without act-order"
+            )
         rotation = stored.rotation
         if rotation is not None and rotation.rotation != "none":
             family = FAMILIES.get(rotation.model_type)
@@ -292,6 +298,12 @@ class RcpLinearMethod(LinearMethodBase):
                     f"{self.prefix}: bits, group_size and in_features of the stored weight must be {rule}, and "
                     f"out_features {count} times at most {layer.tp_size}, got {found} and {out_features}; copy "
                     f"config.json and the weights again"
+                )
+            if header[0] >= INPUT_ORDER_VERSION:
+                raise ValueError(
+                    f"{self.prefix}: format must be of a version below {INPUT_ORDER_VERSION}, got {int(header[0])}: "
+                    f"the stored weight has an input_order, which the plugin does not apply; quantize the model "
+                    f"without act-order"
                 )
             header[3], header[4] = self.in_features, count
         try:

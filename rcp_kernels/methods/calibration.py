@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..models import describe
+from ..models import Architecture, describe
+from ..nn.quant_linear import type_of
 
-__all__ = ["check_calibration_ids", "check_vocabulary", "first_layer_inputs", "run_layer"]
+__all__ = ["check_calibration_ids", "check_vocabulary", "first_layer_inputs", "float_linears", "run_layer"]
 
 
 class _Stop(Exception):
@@ -61,6 +62,32 @@ def check_vocabulary(model: nn.Module, ids: Tensor, where: str) -> None:
             f"{where}: token ids must be in [0, {size}), the model's vocabulary, got {int(outside[0])}; tokenize the "
             f"text with the model's own tokenizer"
         )
+
+
+def float_linears(model: nn.Module, architecture: Architecture, where: str) -> dict[str, nn.Linear]:
+    """The linear layers of the decoder by full name, after a look at whether there is anything to quantize.
+
+    Args:
+        model: that architecture describes.
+        where: the function to name in errors.
+
+    Raises:
+        ValueError: a layer is packed already or of another kind, named; or a parameter has no values.
+    """
+    linears = {name: model.get_submodule(name) for layer in architecture.layers for name in layer.linears}
+    for name, module in linears.items():
+        if not isinstance(module, nn.Linear):
+            raise ValueError(
+                f"{where}: layer {name} must be an nn.Linear, got {type_of(module)}; start from the floating point "
+                f"model"
+            )
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise ValueError(
+                f"{where}: {name} must have values, got a parameter on the meta device, where accelerate keeps what it "
+                f"has offloaded; load the whole model into memory, without offloading"
+            )
+    return linears  # type: ignore[return-value]
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ from ..models import Layer, describe
 from ..models.hf import cache_argument
 from ..nn.quant_linear import QuantLinear
 from ..ops.quantize_activation import quantize_activation
-from .calibration import check_calibration_ids, check_vocabulary, first_layer_inputs, run_layer
+from .calibration import check_calibration_ids, check_vocabulary, first_layer_inputs, float_linears, run_layer
 from .gptq_weight import (
     Chooser,
     check_arguments,
@@ -102,9 +102,10 @@ def gptq_quantize_model(
 
     Raises:
         TypeError: calibration_ids are no integers.
-        ValueError: an unknown architecture, bits or a clip outside its set, a layer that is packed already, calibration
-            text shorter than one sequence or with an id outside the vocabulary, NaN or Inf on the way (names the
-            layer), or a Hessian that no damping makes positive definite (same).
+        ValueError: an unknown architecture, bits or a clip outside its set, a layer that is packed already, a parameter
+            on the meta device, where accelerate keeps what it has offloaded, calibration text shorter than one sequence
+            or with an id outside the vocabulary, NaN or Inf on the way (names the layer), or a Hessian that no damping
+            makes positive definite (same).
     """
     where = "gptq_quantize_model"
     check_calibration_ids(calibration_ids, where)
@@ -117,14 +118,9 @@ def gptq_quantize_model(
             raise ValueError(f"{where}: {name} must be a number in (0, 1], got {clip!r}; 1.0 keeps the largest value")
     architecture = describe(model)
     check_vocabulary(model, calibration_ids, where)
-    linears = {name: model.get_submodule(name) for layer in architecture.layers for name in layer.linears}
-    for name, module in linears.items():
-        if not isinstance(module, nn.Linear):
-            raise ValueError(
-                f"{where}: layer {name} must be an nn.Linear, got {type(module).__name__}; start from the floating "
-                f"point model"
-            )
-        check_arguments(module.weight, bits, group_size, levels, damping, block, f"{where}: layer {name}")
+    linears = float_linears(model, architecture, where)
+    for name, linear in linears.items():
+        check_arguments(linear.weight, bits, group_size, levels, damping, block, f"{where}: layer {name}")
     result = QuantizedLayers()
     training = model.training
     model.eval()
@@ -163,7 +159,6 @@ def gptq_quantize_model(
         model.train(training)
     for name, packed in result.items():
         linear = linears[name]
-        assert isinstance(linear, nn.Linear)
         if simulate:
             with torch.no_grad():
                 linear.weight.copy_(packed.dequantize())
@@ -231,14 +226,19 @@ class _LayerRun:
         self._layer = layer
         self._taps = taps
         self._keywords = keywords
+        self._forwards: dict[str, Any] = {}
 
     def __enter__(self) -> None:
-        for tap in self._taps.values():
+        for name, tap in self._taps.items():
+            if "forward" in vars(tap.linear):  # of accelerate's hooks, for one
+                self._forwards[name] = tap.linear.forward
             tap.linear.forward = tap  # type: ignore[assignment]
 
     def __exit__(self, *_: object) -> None:
-        for tap in self._taps.values():
+        for name, tap in self._taps.items():
             del tap.linear.forward
+            if name in self._forwards:
+                tap.linear.forward = self._forwards[name]  # type: ignore[method-assign]
 
     def hessian(self, hidden: Tensor, names: Sequence[str]) -> Tensor:
         """Mean of x x^T over the inputs of layers that share theirs, float32 [K, K]."""

@@ -29,7 +29,7 @@ from ..atomic import write_atomic
 from ..formats import PackedWeight
 from ..models import Layer, describe
 from ..nn import QuantLinear
-from .calibration import check_calibration_ids, first_layer_inputs, run_layer
+from .calibration import check_calibration_ids, first_layer_inputs, float_linears, run_layer
 from .rcp_config import Diverged
 from .student_state import model_digest
 from .uniform import UniformQuantizer
@@ -133,6 +133,7 @@ def laquant_quantize_model(
     config = LaquantConfig() if config is None else config
     check_calibration_ids(calibration_ids, "laquant")
     architecture = describe(model)
+    float_linears(model, architecture, "laquant")
     result, was_training = LaquantResult(), model.training
     learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
     model.eval().requires_grad_(False)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..models import Architecture, describe
 from ..models.hf import untie_head
 from ..nn.online_rotation import OnlineRotation
+from ..nn.quant_linear import type_of
 from ..nn.rotated_linear import RotatedLinear, rotate_around, rotate_output, rotate_queries_and_keys
 from .rotation_plan import GIVEN, KINDS, ROTATIONS, GivenRotation, Plan, Rotated, make_plan
 
@@ -168,7 +169,7 @@ def _check_layers(model: nn.Module, architecture: Architecture, values: bool = T
             raise ValueError(f"rotate_model: {name} must not be rotated yet, got one that is; load the model anew")
         if not isinstance(linear, nn.Linear) or not linear.weight.is_floating_point():
             raise TypeError(
-                f"rotate_model: {name} must be a floating point nn.Linear, got {type(linear).__name__}; rotate before "
+                f"rotate_model: {name} must be a floating point nn.Linear, got {type_of(linear)}; rotate before "
                 f"quantizing"
             )
         found = (linear.in_features, linear.out_features)

@@ -16,6 +16,7 @@ from ..nn.online_rotation import OnlineRotation
 from ..nn.quant_linear import QuantLinear
 from ..ops.kv_cache import fake_quantize_kv
 from ..ops.quantize_activation import quantize_activation
+from .calibration import float_linears
 from .ldp import LearnableDirectPartitioning
 
 __all__ = ["FakeQuantKV", "FakeQuantLinear", "export_student", "fake_quantize_activation", "make_student", "students"]
@@ -192,24 +193,18 @@ def make_student(
     if init not in INITS:
         raise ValueError(f"make_student: init must be one of {INITS}, got {init!r}; check the spelling")
     architecture = describe(model)
+    linears = float_linears(model, architecture, "make_student")
     model.requires_grad_(False)
-    for layer in architecture.layers:
-        for name in layer.linears:
-            linear = model.get_submodule(name)
-            if not isinstance(linear, nn.Linear):
-                raise ValueError(
-                    f"make_student: layer {name} must be an nn.Linear, got {type(linear).__name__}; start from the "
-                    f"floating point model"
-                )
-            quantizer = LearnableDirectPartitioning(
-                tuple(linear.weight.shape), bits, group_size, learn_clip, learn_partition, device=linear.weight.device
-            )
-            if init == "kmeans":
-                quantizer.init_kmeans(linear.weight)
-            elif init == "clip":
-                quantizer.init_clip_search(linear.weight)
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, FakeQuantLinear(linear, quantizer, act_bits, act_clip, name))
+    for name, linear in linears.items():
+        quantizer = LearnableDirectPartitioning(
+            tuple(linear.weight.shape), bits, group_size, learn_clip, learn_partition, device=linear.weight.device
+        )
+        if init == "kmeans":
+            quantizer.init_kmeans(linear.weight)
+        elif init == "clip":
+            quantizer.init_clip_search(linear.weight)
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, FakeQuantLinear(linear, quantizer, act_bits, act_clip, name))
     return architecture
 
 

@@ -7,12 +7,22 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from numbers import Real
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from ..formats import PackedWeight, check_bits, check_group_size, num_groups, row_bytes
+from ..formats import (
+    INPUT_ORDER_VERSION,
+    PackedWeight,
+    check_bits,
+    check_group_size,
+    check_input_order,
+    kind_version,
+    make_header,
+    num_groups,
+    row_bytes,
+)
 from ..ops import cuda_library
 from ..ops.lut_linear import lut_linear
 from ..ops.pack_weight import dequantize, pack_weight, unpack_weight
@@ -21,9 +31,15 @@ from ..quantize import quantize_weight
 from .online_rotation import OnlineRotation
 from .rotated_linear import RotatedLinear
 
+if TYPE_CHECKING:
+    from ..integrations.importers import ImportedWeight
+
 __all__ = ["QuantLinear"]
 
 _Layer = TypeVar("_Layer", bound="QuantLinear")
+
+# What torch's own modules ask: 0.1 us a call, where asking for the device of x takes 0.6.
+_is_any_autocast_enabled = torch._C._is_any_autocast_enabled
 
 _BIAS_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -33,6 +49,45 @@ def _pack(weight: PackedWeight) -> Tensor:
     if weight.codes.is_meta:
         return torch.empty(0, dtype=torch.uint8, device="meta")
     return pack_weight(weight)
+
+
+def type_of(module: object) -> str:
+    """The name of an object's class for an error message, which says so where the object is quantized already."""
+    name = type(module).__name__
+    return f"{name}, which is quantized already" if isinstance(module, QuantLinear) else name
+
+
+def autocast_input(x: Tensor) -> Tensor:
+    """``x`` in the dtype that ``nn.Linear`` would compute with under ``torch.autocast``; x itself outside of it."""
+    device = x.device.type
+    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+        return x
+    # As autocast itself, which leaves integers and float64 alone.
+    if not x.is_floating_point() or x.dtype == torch.float64:
+        return x
+    return x.to(torch.get_autocast_dtype(device))
+
+
+def _stored(name: str) -> Any:
+    """A tensor of ``state_dict`` as an attribute that can be read: torch's tools look its names up in the module."""
+
+    def read(layer: QuantLinear) -> Tensor:
+        if name == "format":
+            return layer._header()
+        if name != "rotation":
+            return layer.packed_weight().state_dict()[name]
+        if layer.input_rotation is None:
+            raise AttributeError(name)  # nn.Module.__getattr__ is asked next, and says that there is none
+        return layer.input_rotation.state()
+
+    def refuse(layer: QuantLinear, value: object) -> None:
+        raise AttributeError(
+            f"QuantLinear: {name} must not be set, as the layer computes with a repacked copy of it, got "
+            f"{type(value).__name__}; use load_state_dict or QuantLinear.from_state_dict (torch.func.functional_call "
+            f"can replace the bias only)"
+        )
+
+    return property(read, refuse)
 
 
 class QuantLinear(nn.Module):
@@ -51,6 +106,16 @@ class QuantLinear(nn.Module):
     ``state_dict`` has a sixth tensor, ``rotation`` (:meth:`OnlineRotation.state`), and the rotation's signs if it has
     any, and a checkpoint and a layer whose rotations differ do not load.
 
+    With an ``input_order`` column k of the packed weight belongs to ``x[..., input_order[k]]``: act-order checkpoints
+    sort their columns so that those of a group are neighbours. The operator reorders x as it reads it, and
+    ``state_dict`` has the order as another tensor. A layer has an input order or an input rotation, not both: nothing
+    writes such a weight, and a rotation of reordered inputs mixes other entries than a rotation of the inputs.
+
+    Under ``torch.autocast`` the input is cast, as ``nn.Linear``'s is, and the output has autocast's dtype.
+
+    The tensors of ``state_dict`` can be read as attributes (``layer.codes``), each time as new tensors. They cannot be
+    set: ``torch.func.functional_call`` raises an error that names the tensor if it is given one of them.
+
     Attributes:
         in_features, out_features: K and N.
         bits: bits a weight code.
@@ -61,11 +126,19 @@ class QuantLinear(nn.Module):
         act_clip: the share of a token's largest magnitude that 4 or 8 bits cover, in (0, 1].
         bias: Parameter [out_features] or None.
         input_rotation: OnlineRotation of in_features entries, or None.
+        input_order: int64 [in_features], or None; like ``kind`` that of the weight that the layer holds.
     """
 
     packed: Tensor
     bias: nn.Parameter | None
     input_rotation: OnlineRotation | None
+    input_order: Tensor | None
+    codes = _stored("codes")
+    levels = _stored("levels")
+    scales = _stored("scales")
+    tensor_scale = _stored("tensor_scale")
+    format = _stored("format")
+    rotation = _stored("rotation")
 
     def __init__(
         self,
@@ -163,6 +236,7 @@ class QuantLinear(nn.Module):
         weight = PackedWeight(codes, levels, scales, one, bits, group_size, in_features, out_features)
         self.kind = weight.kind
         self.register_buffer("packed", _pack(weight), persistent=False)
+        self.register_buffer("input_order", None, persistent=False)
 
     @classmethod
     def from_packed(
@@ -172,6 +246,7 @@ class QuantLinear(nn.Module):
         act_bits: int = 4,
         act_clip: float = 1.0,
         input_rotation: OnlineRotation | None = None,
+        input_order: Tensor | None = None,
     ) -> QuantLinear:
         """Make a layer of a packed weight.
 
@@ -182,10 +257,12 @@ class QuantLinear(nn.Module):
             act_bits: 4, 8 or 16.
             act_clip: in (0, 1].
             input_rotation: of in_features entries, already folded into weight; kept, not copied. None for none.
+            input_order: int64 [in_features], copied: column k of weight belongs to ``x[..., input_order[k]]``. None for
+                columns in the order of x.
 
         Raises:
-            ValueError: the weight breaks a rule of the format, bias has a wrong shape or no values, or the rotation
-                another size.
+            ValueError: the weight breaks a rule of the format, bias has a wrong shape or no values, the rotation
+                another size, input_order is no permutation of the inputs, or there is a rotation beside it.
             TypeError: weight is not a PackedWeight, bias is not a floating point tensor, or input_rotation is not an
                 OnlineRotation.
         """
@@ -211,7 +288,13 @@ class QuantLinear(nn.Module):
             input_rotation=input_rotation,
             device="meta",
         )
-        module._hold(weight)
+        if input_order is not None:
+            try:
+                input_order = check_input_order(input_order, weight.in_features).to(weight.codes.device, copy=True)
+            except ValueError as error:
+                raise ValueError(f"QuantLinear: {error}") from None
+            module._check_order_alone(input_order)
+        module._hold(weight, input_order)
         if bias is not None:
             if tuple(bias.shape) != (weight.out_features,):
                 raise ValueError(
@@ -256,7 +339,7 @@ class QuantLinear(nn.Module):
         """
         if not isinstance(linear, nn.Linear):
             raise TypeError(
-                f"QuantLinear: linear must be an nn.Linear, got {type(linear).__name__}; for a weight by itself use "
+                f"QuantLinear: linear must be an nn.Linear, got {type_of(linear)}; for a weight by itself use "
                 f"quantize_weight and from_packed"
             )
         weight = linear.weight
@@ -273,9 +356,63 @@ class QuantLinear(nn.Module):
         module = cls.from_packed(packed, linear.bias, act_bits, act_clip, input_rotation)
         return module.train(linear.training)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., in_features] -> [..., out_features], in the dtype of x (float32, float16 or bfloat16)."""
+    @classmethod
+    def from_imported(cls, imported: ImportedWeight, act_bits: int = 4, act_clip: float = 1.0) -> QuantLinear:
+        """Make a layer of what an importer read, with its bias and its input order.
+
+        Args:
+            imported: of :mod:`rcp_kernels.integrations.importers`.
+            act_bits: 4, 8 or 16.
+            act_clip: in (0, 1].
+
+        Raises:
+            TypeError: imported is not an ImportedWeight.
+            ValueError: as :meth:`from_packed`.
+        """
+        from ..integrations.importers import ImportedWeight
+
+        if not isinstance(imported, ImportedWeight):
+            raise TypeError(
+                f"QuantLinear: imported must be an ImportedWeight, got {type(imported).__name__}; for a PackedWeight "
+                f"use from_packed"
+            )
+        return cls.from_packed(imported.weight, imported.bias, act_bits, act_clip, input_order=imported.permutation)
+
+    @classmethod
+    def from_state_dict(
+        cls, state_dict: Mapping[str, Tensor], prefix: str = "", act_bits: int = 4, act_clip: float = 1.0
+    ) -> QuantLinear:
+        """Make a layer of the tensors that another one's ``state_dict`` gave, whatever its bits, groups and kind.
+
+        All but the treatment of activations is read from the tensors: sizes, bits, group_size and kind from ``format``,
+        and the rotation, the input order and the bias where there are such keys.
+
+        Args:
+            state_dict: with the keys of one layer; other keys are ignored.
+            prefix: of the layer's keys, ``"model.layers.0.mlp.up_proj."`` say.
+            act_bits: 4, 8 or 16.
+            act_clip: in (0, 1].
+
+        Returns:
+            The layer, on the device of codes. The bias has the stored dtype, and takes a gradient.
+
+        Raises:
+            ValueError: a tensor is missing or breaks a rule of docs/format.md; or as :meth:`from_packed`.
+        """
+        name = prefix.rstrip(".")
         try:
+            weight, order = PackedWeight.read(state_dict, prefix)
+            rotation = _read_rotation(state_dict, prefix)
+            layer = cls.from_packed(weight, state_dict.get(prefix + "bias"), act_bits, act_clip, rotation, order)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{name}: {error}") if name else error from None
+        return layer if layer.bias is None else layer.requires_grad_(True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in_features] -> [..., out_features], in the dtype of x (float32, float16 or bfloat16) or autocast's."""
+        try:
+            if _is_any_autocast_enabled():
+                x = autocast_input(x)
             # Straight from the dicts: nn.Module.__getattr__, twice, would double the 2 us that the module adds.
             rotation: OnlineRotation | None = self._modules.get("input_rotation")  # type: ignore[assignment]
             base = permutation = None
@@ -287,9 +424,10 @@ class QuantLinear(nn.Module):
                     base, permutation = transform_tables("QuantLinear", x, rotation_group, rotation.order)
                 else:
                     x = rotation(x)
+            buffers = self._buffers
             return lut_linear(
                 x,
-                self._buffers["packed"],  # type: ignore[arg-type]
+                buffers["packed"],  # type: ignore[arg-type]
                 self._parameters["bias"],
                 self.out_features,
                 self.in_features,
@@ -300,6 +438,7 @@ class QuantLinear(nn.Module):
                 base,
                 permutation,
                 rotation_group,
+                buffers["input_order"],
             )
         except (AttributeError, RuntimeError):
             # Looked at only here: a check of every x would be paid by every call.
@@ -337,29 +476,55 @@ class QuantLinear(nn.Module):
                 self._buffers["packed"] = pack_weight(self.packed_weight().to(after))
         return super()._apply(fn, recurse)
 
+    @property
+    def format_version(self) -> int:
+        """The version of docs/format.md that a reader of this layer's state needs."""
+        return kind_version(self.kind) if self.input_order is None else INPUT_ORDER_VERSION
+
+    def _header(self) -> Tensor:
+        shape = (self.bits, self.group_size, self.in_features, self.out_features)
+        return make_header(self.format_version, self.kind, *shape)
+
     def packed_weight(self) -> PackedWeight:
-        """The weight in the canonical format and of the layer's kind, as new tensors."""
+        """The weight in the canonical format and of the layer's kind, as new tensors.
+
+        Its columns are those of the stored weight: with an ``input_order`` it is for ``x[..., input_order]``.
+        """
         weight = unpack_weight(self.packed, self.out_features, self.in_features, self.bits, self.group_size)
         return weight.as_uniform() if self.kind == "uniform" else weight
 
-    def _hold(self, weight: PackedWeight) -> None:
+    def _hold(self, weight: PackedWeight, input_order: Tensor | None = None) -> None:
         self.kind = weight.kind
         self.packed = _pack(weight)
+        self.input_order = input_order
+
+    def _check_order_alone(self, order: Tensor | None) -> None:
+        if order is not None and self.input_rotation is not None:
+            raise ValueError(
+                f"QuantLinear: input_order must be None in a layer with an input_rotation, got an order of "
+                f"{len(order)} inputs beside {self.input_rotation}; a rotation of reordered inputs is not that of the "
+                f"inputs: quantize the rotated weight without act-order"
+            )
 
     def dequantize(self) -> Tensor:
-        """The weight as float32 [out_features, in_features]."""
-        return dequantize(self.packed, self.out_features, self.in_features, self.bits, self.group_size)
+        """The weight as float32 [out_features, in_features], its columns in the order of x."""
+        weight = dequantize(self.packed, self.out_features, self.in_features, self.bits, self.group_size)
+        if self.input_order is None:
+            return weight
+        return torch.empty_like(weight).index_copy_(1, self.input_order, weight)
 
     def extra_repr(self) -> str:
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bits={self.bits}, "
             f"group_size={self.group_size}, act_bits={self.act_bits}, act_clip={self.act_clip}, "
-            f"bias={self.bias is not None}" + (f", kind={self.kind}" if self.kind != "table" else "")
+            f"bias={self.bias is not None}"
+            + (f", kind={self.kind}" if self.kind != "table" else "")
+            + (", input_order=True" if self.input_order is not None else "")
         )
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination.update(self.packed_weight().state_dict(prefix))
+        destination.update(self.packed_weight().state_dict(prefix, self.input_order))
         if self.input_rotation is not None:
             destination[prefix + "rotation"] = self.input_rotation.state()
 
@@ -375,18 +540,19 @@ class QuantLinear(nn.Module):
     ) -> None:
         keys = [prefix + name for name in PackedWeight.KEYS]
         own_keys = keys if self.input_rotation is None else [*keys, prefix + "rotation"]
-        known = {*keys, prefix + "rotation"}
+        known = {*keys, prefix + "rotation", prefix + "input_order"}
         if any(key in state_dict for key in known):
             # A part of a packed weight is an error even where strict=False allows a layer to be left out as a whole;
             # so is a weight that wants its input rotated in another way than this layer does.
             try:
-                weight = PackedWeight.from_state_dict(state_dict, prefix)
+                weight, order = PackedWeight.read(state_dict, prefix)
                 self._check_geometry(weight)
                 self._check_rotation(state_dict, prefix)
+                self._check_order_alone(order)
             except ValueError as error:
                 error_msgs.append(f"{prefix.rstrip('.') or type(self).__name__}: {error}")
             else:
-                self._load_packed(weight, assign=local_metadata.get("assign_to_params_buffers", False))
+                self._load_packed(weight, order, assign=local_metadata.get("assign_to_params_buffers", False))
         elif strict:
             missing_keys.extend(own_keys)
         rest = {key: value for key, value in state_dict.items() if key not in known}
@@ -420,7 +586,7 @@ class QuantLinear(nn.Module):
                 f"another file"
             )
 
-    def _load_packed(self, weight: PackedWeight, assign: bool) -> None:
+    def _load_packed(self, weight: PackedWeight, order: Tensor | None, assign: bool) -> None:
         device = self.packed.device
         if device.type == "meta":
             if not assign:
@@ -432,7 +598,7 @@ class QuantLinear(nn.Module):
                 return
             device = weight.codes.device
         tensors = {name: getattr(weight, name).to(device).contiguous() for name in PackedWeight.TENSORS}
-        self._hold(replace(weight, **tensors))
+        self._hold(replace(weight, **tensors), None if order is None else order.to(device, copy=True))
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickles and copies carry the canonical tensors: the backend's order may change between versions."""
@@ -446,9 +612,26 @@ class QuantLinear(nn.Module):
         stored = state.pop("packed_weight", None)
         super().__setstate__(state)
         self.__dict__.setdefault("kind", "table")  # pickles of before there were kinds
+        self._buffers.setdefault("input_order", None)  # and of before there were orders
+        self._non_persistent_buffers_set.add("input_order")
         if stored is None:
             return
         if stored["codes"].is_meta:  # torch.load(..., map_location="meta"): the format has no values either
             self._buffers["packed"] = torch.empty(0, dtype=torch.uint8, device="meta")
         else:
             self._buffers["packed"] = pack_weight(PackedWeight.from_state_dict(stored))
+
+
+def _read_rotation(state_dict: Mapping[str, Tensor], prefix: str) -> OnlineRotation | None:
+    """The input rotation of a stored layer, with its signs."""
+    state, signs = state_dict.get(prefix + "rotation"), state_dict.get(prefix + "input_rotation.signs")
+    if state is None:
+        if signs is not None:
+            raise ValueError(
+                "QuantLinear: input_rotation.signs must come with a rotation, got none; the checkpoint is incomplete"
+            )
+        return None
+    rotation = OnlineRotation.from_state(state)
+    if signs is None:
+        return rotation
+    return OnlineRotation(rotation.size, rotation.group_size, rotation.order, rotation.heads, signs)

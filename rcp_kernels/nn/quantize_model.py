@@ -226,14 +226,15 @@ def _is_more_than_linear(module: nn.Module) -> bool:
 
 def _nothing_to_replace(model: nn.Module, linears: list[str]) -> str:
     rule = f"quantize_model: model must contain an nn.Linear to replace, got a {type(model).__name__} with"
+    packed = sum(isinstance(module, QuantLinear) for module in model.modules())
+    if packed:
+        found = f"{len(linears)} linear layers to be kept" if linears else "none"
+        return f"{rule} {found}, but {packed} QuantLinear: it is quantized already; start from the floating point model"
     if linears:
         return (
             f"{rule} {len(linears)} linear layers, all of them to be kept ({linears[0]}, for one): named in skip, of a "
             f"subclass, with hooks, or in a transformer layer of torch's; check skip and the model"
         )
-    packed = sum(isinstance(module, QuantLinear) for module in model.modules())
-    if packed:
-        return f"{rule} none, but {packed} QuantLinear: it is quantized already; start from the floating point model"
     return f"{rule} none; pass the module that holds the linear layers (others, such as convolutions, are not replaced)"
 
 

@@ -30,6 +30,7 @@ def lut_linear(
     rotation_base: Tensor | None = None,
     rotation_permutation: Tensor | None = None,
     rotation_group: int = 0,
+    input_order: Tensor | None = None,
 ) -> Tensor:
     """``x @ dequantize(weight).T + bias`` with x quantized per token inside the operator.
 
@@ -50,26 +51,34 @@ def lut_linear(
         rotation_base, rotation_permutation, rotation_group: with a group above 0, first transform every run of so many
             inputs by the orthonormal Walsh transform, inside the operator; bit-equal to
             :func:`rcp_kernels.ops.walsh_transform` before it. Base and permutation as that operator takes them.
+        input_order: int64 [in_features], or None. Column k of the weight then belongs to ``x[..., input_order[k]]``,
+            and the result is that of ``x[..., input_order]`` without it, bit for bit. Not together with a rotation.
 
     Returns:
         x.dtype [..., out_features].
 
     Raises:
-        ValueError: a wrong dtype, shape or argument, a weight packed for others, NaN or Inf in an x to quantize. CUDA
-            cannot look into x or the weight without waiting for the device: there a token with NaN or Inf gives NaN in
-            all its outputs, and a weight of another layout, version or shape whose size betrays nothing, NaN in all.
+        ValueError: a wrong dtype, shape or argument, a weight packed for others, an input_order outside 0 to
+            in_features - 1 or beside a rotation, NaN or Inf in an x to quantize. CUDA cannot look into x or the weight
+            without waiting for the device: there a token with NaN or Inf gives NaN in all its outputs, and a weight
+            with a wrong header and the right size gives NaN in all. An entry outside input_order's range is CUDA's own
+            error there, as in torch.index_select.
         RuntimeError: on CUDA, the CUDA kernels are missing.
     """
     if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
         if rotation_group:
+            if input_order is not None:
+                _check_input_order(x, in_features, input_order, rotation_group)  # refuses the two together
             x = transform_blocks(
                 x, rotation_base, rotation_permutation, rotation_group, rotation_group**-0.5, inverse=False
             )
-        return _LutLinear.apply(x, weight, bias, out_features, in_features, bits, group_size, act_bits, clip)
-    if rotation_group:
+        return _LutLinear.apply(
+            x, weight, bias, out_features, in_features, bits, group_size, act_bits, clip, input_order
+        )
+    if rotation_group or input_order is not None:
         return torch.ops.rcp_kernels.lut_linear.default(
             x, weight, bias, out_features, in_features, bits, group_size, act_bits, clip,
-            rotation_base, rotation_permutation, rotation_group,
+            rotation_base, rotation_permutation, rotation_group, input_order,
         )  # fmt: skip
     # The overload, not the packet: it saves the overload resolution of every call.
     return torch.ops.rcp_kernels.lut_linear.default(
@@ -91,15 +100,17 @@ class _LutLinear(torch.autograd.Function):
         group_size: int,
         act_bits: int,
         clip: float,
+        input_order: Tensor | None,
     ) -> Tensor:
         return torch.ops.rcp_kernels.lut_linear.default(
-            x, weight, bias, out_features, in_features, bits, group_size, act_bits, clip
-        )
+            x, weight, bias, out_features, in_features, bits, group_size, act_bits, clip,
+            input_order=input_order,
+        )  # fmt: skip
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         x, weight, bias, *geometry = inputs
-        ctx.save_for_backward(weight)
+        ctx.save_for_backward(weight, geometry[-1])
         ctx.geometry = geometry[:4]
         ctx.x_dtype = x.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
@@ -109,12 +120,15 @@ class _LutLinear(torch.autograd.Function):
         grad_x = grad_bias = None
         grad = grad_y.to(torch.float32)
         if ctx.needs_input_grad[0]:
-            (weight,) = ctx.saved_tensors
-            grad_x = (grad @ dequantize(weight, *ctx.geometry)).to(ctx.x_dtype)
+            weight, input_order = ctx.saved_tensors
+            grad_x = grad @ dequantize(weight, *ctx.geometry)
+            if input_order is not None:
+                grad_x = torch.zeros_like(grad_x).index_add(-1, input_order, grad_x)
+            grad_x = grad_x.to(ctx.x_dtype)
         if ctx.bias_dtype is not None and ctx.needs_input_grad[2]:
             grad_bias = grad.flatten(0, -2).sum(0) if grad.dim() > 1 else grad
             grad_bias = grad_bias.to(ctx.bias_dtype)
-        return grad_x, None, grad_bias, None, None, None, None, None, None
+        return grad_x, None, grad_bias, None, None, None, None, None, None, None
 
 
 def _check_x(x: Tensor, in_features: int) -> None:
@@ -124,6 +138,20 @@ def _check_x(x: Tensor, in_features: int) -> None:
         raise ValueError(
             f"lut_linear: x must have {in_features} features in its last dimension (in_features), got shape "
             f"{tuple(x.shape)}; pass activations of the layer that this weight belongs to"
+        )
+
+
+def _check_input_order(x: Tensor, in_features: int, order: Tensor, rotation_group: int = 0) -> None:
+    _check_x(x, in_features)
+    if rotation_group:
+        raise ValueError(
+            f"lut_linear: input_order must be left out where rotation_group is not 0, got both with rotation_group "
+            f"{rotation_group}; reorder x before the call"
+        )
+    if order.dtype != torch.int64 or tuple(order.shape) != (in_features,):
+        raise ValueError(
+            f"lut_linear: input_order must be int64 of shape ({in_features},) (in_features), got {order.dtype} of "
+            f"shape {tuple(order.shape)}; pass the one of the same layer"
         )
 
 
@@ -146,11 +174,14 @@ def _fake(
     rotation_base: Tensor | None = None,
     rotation_permutation: Tensor | None = None,
     rotation_group: int = 0,
+    input_order: Tensor | None = None,
 ) -> Tensor:
     _check_x(x, in_features)
     _check_act_bits(act_bits)
+    if input_order is not None:
+        _check_input_order(x, in_features, input_order, rotation_group)
     # A meta tensor among real ones would otherwise bring us here and back with memory nobody wrote.
-    for name, tensor in (("weight", weight), ("bias", bias)):
+    for name, tensor in (("weight", weight), ("bias", bias), ("input_order", input_order)):
         if tensor is not None and tensor.device != x.device:
             raise ValueError(
                 f"lut_linear: {name} must be on the device of x ({x.device}), got {tensor.device}; move them together, "
@@ -190,7 +221,12 @@ def lut_linear_group_sums_reference(q: Tensor, weight: PackedWeight) -> Tensor:
 
 
 def lut_linear_reference(
-    x: Tensor, weight: PackedWeight, bias: Tensor | None = None, act_bits: int = 4, clip: float = 1.0
+    x: Tensor,
+    weight: PackedWeight,
+    bias: Tensor | None = None,
+    act_bits: int = 4,
+    clip: float = 1.0,
+    input_order: Tensor | None = None,
 ) -> Tensor:
     """:func:`lut_linear` in plain torch: exact integers inside a group, float64 outside, no rounding to x.dtype.
 
@@ -200,6 +236,7 @@ def lut_linear_reference(
         bias: floating point [out_features], or None.
         act_bits: 4, 8 or 16.
         clip: of the activation quantization, in (0, 1].
+        input_order: int64 [in_features], or None: column k of the weight belongs to ``x[..., input_order[k]]``.
 
     Returns:
         float64 [..., out_features].
@@ -210,6 +247,9 @@ def lut_linear_reference(
     _check_x(x, weight.in_features)
     _check_act_bits(act_bits)
     tokens = x.detach().reshape(-1, weight.in_features)
+    if input_order is not None:
+        _check_input_order(x, weight.in_features, input_order)
+        tokens = tokens[:, input_order]
     if act_bits == 16:
         y = tokens.to(torch.float64) @ weight.dequantize().to(torch.float64).T
     else:

@@ -133,7 +133,7 @@ rcp::detail::Plan widened_plan(rcp::Isa isa, int bits, int64_t tokens, int act_b
 Array<uint8_t> lut_linear(const Array<uint8_t>& x, const std::string& type_name, const Array<uint8_t>& packed,
                           const py::object& bias, int64_t tokens, int64_t rows, int64_t columns, int bits,
                           int64_t group_size, int act_bits, float clip, int isa, int threads,
-                          const std::string& variant) {
+                          const std::string& variant, const py::object& input_order) {
   rcp::LutLinearArguments a{};
   a.shape = checked_shape(rows, columns, bits, group_size);
   a.type = float_type(type_name);
@@ -151,6 +151,15 @@ Array<uint8_t> lut_linear(const Array<uint8_t>& x, const std::string& type_name,
     require(bias_array.size() == rows, "bias must have one element per row");
     a.bias = bias_array.data();
     a.bias_type = rcp::FloatType::float32;
+  }
+  Array<int64_t> order_array;
+  if (!input_order.is_none()) {
+    order_array = input_order.cast<Array<int64_t>>();
+    require(order_array.size() == columns, "input_order must have one element per column");
+    for (int64_t k = 0; k < columns; ++k) {
+      require(order_array.data()[k] >= 0 && order_array.data()[k] < columns, "input_order must hold columns");
+    }
+    a.input_order = order_array.data();
   }
   Array<uint8_t> y(tokens * rows * element);
   std::fill_n(y.mutable_data(), y.size(), uint8_t{0xff});
@@ -310,7 +319,9 @@ PYBIND11_MODULE(rcp_native, m) {
   m.def("pack_nibbles", &pack_nibbles);
   m.def("pack_weight", &pack_weight);
   m.def("unpack_weight", &unpack_weight);
-  m.def("lut_linear", &lut_linear);
+  m.def("lut_linear", &lut_linear, py::arg(), py::arg(), py::arg(), py::arg(), py::arg(), py::arg(), py::arg(),
+        py::arg(), py::arg(), py::arg(), py::arg(), py::arg(), py::arg(), py::arg(),
+        py::arg("input_order") = py::none());
   m.def("walsh_transform", &walsh_transform);
   m.def("kv_cache_append", &kv_cache_append);
   m.def("kv_cache_dequantize", &kv_cache_dequantize);

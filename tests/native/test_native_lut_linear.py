@@ -37,7 +37,7 @@ def paths(native) -> list[int | str]:
     return [*range(supported + 1), *([SOFT_AMX, FOUR_STREAMS, WIDENED] if supported >= 2 else [])]
 
 
-def run(native, x, name, w, packed, bias, act_bits, path, threads=1, clip=1.0):
+def run(native, x, name, w, packed, bias, act_bits, path, threads=1, clip=1.0, input_order=None):
     rows, columns = w.codes.shape
     isa, variant = (2, path) if isinstance(path, str) else (path, "")
     raw = native.lut_linear(
@@ -55,6 +55,7 @@ def run(native, x, name, w, packed, bias, act_bits, path, threads=1, clip=1.0):
         isa,
         threads,
         variant,
+        input_order=input_order,
     )
     return from_bytes(raw, name).reshape(len(x), rows)
 
@@ -112,6 +113,22 @@ def test_agrees_with_float64(native, bits, group, rows, columns, tokens, seed, a
         results[path] = y
     for path, y in results.items():
         np.testing.assert_array_equal(y, results[0], err_msg=f"{path} differs from the plain C++ path")
+
+
+@given(**cases, act_bits=st.sampled_from([4, 8, 16]), name=st.sampled_from(FLOAT_TYPES))
+def test_an_input_order_is_bit_equal_to_reordered_inputs(
+    native, bits, group, rows, columns, tokens, seed, act_bits, name
+):
+    rng = np.random.default_rng(seed)
+    w = random_weight(rng, rows, columns, bits, group or columns)
+    packed = pack(native, w)
+    x = representable(rng.standard_normal((tokens, columns)).astype(np.float32), name)
+    order = rng.permutation(columns)
+    for path in paths(native):
+        expected = run(native, x[:, order], name, w, packed, None, act_bits, path)
+        for threads in (1, 3):
+            y = run(native, x, name, w, packed, None, act_bits, path, threads, input_order=order)
+            np.testing.assert_array_equal(y, expected, err_msg=str(path))
 
 
 @given(**cases, act_bits=st.sampled_from([4, 8, 16]), name=st.sampled_from(FLOAT_TYPES))

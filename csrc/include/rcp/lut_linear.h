@@ -33,21 +33,38 @@ struct LutLinearArguments {
   FloatType bias_type;
   void* y;                         // [tokens][rows], contiguous
   const WalshTransform* rotation;  // of x, block by block along columns; or null
+  const int64_t* input_order;      // column k belongs to x[input_order[k]]; or null. Not together with a rotation
 };
 
 namespace detail {
 
-// A token after the input rotation, rounded to the type of x: bit-equal to a walsh_transform before the call.
-class Rotated {
+// to[k] = from[order[k]], for elements of so many bytes.
+template <int BYTES>
+void gather(const void* from, const int64_t* order, int64_t n, char* to) {
+  for (int64_t k = 0; k < n; ++k) std::memcpy(to + k * BYTES, static_cast<const char*>(from) + order[k] * BYTES, BYTES);
+}
+
+// A token as the weight's columns meet it, in the type of x: in the order of the columns, or after the rotation. The
+// result is bit-equal to an index_select or a walsh_transform before the call.
+class PreparedToken {
  public:
-  Rotated(const LutLinearArguments& a, Isa isa) : a_(a), isa_(isa) {
-    if (a.rotation == nullptr) return;
+  PreparedToken(const LutLinearArguments& a, Isa isa) : a_(a), isa_(isa) {
+    if (a.rotation == nullptr && a.input_order == nullptr) return;
     const int64_t bytes = a.shape.columns * static_cast<int64_t>(float_size(a.type));
-    scratch_.emplace(Scratch::size_of<char>(bytes) + Scratch::size_of<float>(a.rotation->scratch_floats()));
+    const int64_t floats = a.rotation == nullptr ? 0 : a.rotation->scratch_floats();
+    scratch_.emplace(Scratch::size_of<char>(bytes) + Scratch::size_of<float>(floats));
     row_ = scratch_->take<char>(bytes);
-    work_ = scratch_->take<float>(a.rotation->scratch_floats());
+    work_ = scratch_->take<float>(floats);
   }
   const void* operator()(const void* row) {
+    if (a_.input_order != nullptr) {
+      if (a_.type == FloatType::float32) {
+        gather<4>(row, a_.input_order, a_.shape.columns, row_);
+      } else {
+        gather<2>(row, a_.input_order, a_.shape.columns, row_);
+      }
+      return row_;
+    }
     if (a_.rotation == nullptr) return row;
     const FlushSubnormals flush;
     walsh_blocks(*a_.rotation, row, row_, a_.type, a_.shape.columns / a_.rotation->n, isa_, work_);
@@ -160,11 +177,11 @@ inline void lut_linear(const LutLinearArguments& a, Isa isa, const ThreadPool& p
     const int64_t q_rows = (rows + chosen.row_multiple - 1) / chosen.row_multiple * chosen.row_multiple;
     std::atomic<int64_t> bad_token{std::numeric_limits<int64_t>::max()};
 
-    using detail::Rotated;
+    using detail::PreparedToken;
     const auto prepare_float = [&](int64_t begin, int64_t end) {
-      Rotated rotated(a, isa);
+      PreparedToken prepared(a, isa);
       for (int64_t m = begin; m < end; ++m) {
-        const void* row = rotated(advance(a.x, a.type, (token0 + m) * shape.columns));
+        const void* row = prepared(advance(a.x, a.type, (token0 + m) * shape.columns));
         factor[m] = a.tensor_scale;
         for (int64_t g = 0; g < groups; ++g) {
           const int64_t at = (g * tokens + m) * padded, first = g * shape.group_size;
@@ -181,9 +198,9 @@ inline void lut_linear(const LutLinearArguments& a, Isa isa, const ThreadPool& p
       }
     };
     const auto prepare_integer = [&](int64_t begin, int64_t end) {
-      Rotated rotated(a, isa);
+      PreparedToken prepared(a, isa);
       for (int64_t m = begin; m < end; ++m) {
-        const void* row = rotated(advance(a.x, a.type, (token0 + m) * shape.columns));
+        const void* row = prepared(advance(a.x, a.type, (token0 + m) * shape.columns));
         bool finite = true;
         const float scale = token_scale(kernels, row, a.type, shape.columns, qmax, a.clip, finite);
         if (!finite) {

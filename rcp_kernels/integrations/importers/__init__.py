@@ -2,7 +2,7 @@
 
 from .awq import import_awq
 from .compressed_tensors import import_compressed_tensors, import_compressed_tensors_mxfp4
-from .gguf import import_gguf
+from .gguf import import_gguf, undo_llama_permutation
 from .gptq import import_gptq
 from .lut import import_any_precision, import_lut, import_squeezellm
 from .tables import ImportedWeight
@@ -17,4 +17,5 @@ __all__ = [
     "import_gptq",
     "import_lut",
     "import_squeezellm",
+    "undo_llama_permutation",
 ]

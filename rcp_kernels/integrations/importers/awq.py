@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from .tables import ImportedWeight, code_groups, pack_grid, take, unpack_words
+from .tables import ImportedWeight, code_groups, pack_grid, take, take_bias, unpack_words
 
 __all__ = ["import_awq"]
 
@@ -19,7 +20,7 @@ _NIBBLE_OF_COLUMN = (0, 4, 1, 5, 2, 6, 3, 7)
 
 
 def import_awq(
-    tensors: Mapping[str, Tensor], prefix: str = "", *, group_size: int, exact: bool = True
+    tensors: Mapping[str, Tensor | np.ndarray], prefix: str = "", *, group_size: int, exact: bool = True
 ) -> ImportedWeight:
     """Read one layer of an AWQ checkpoint of ``version: gemm``.
 
@@ -28,7 +29,7 @@ def import_awq(
 
     Args:
         tensors: ``qweight`` int32 [K, N/8], ``qzeros`` int32 [groups, N/8] and ``scales`` [groups, N] float16, bfloat16
-            or float32, each under ``prefix``.
+            or float32 and, optional, ``bias`` [N], each under ``prefix``; tensors or numpy arrays.
         prefix: of the layer, ``"model.layers.0.mlp.up_proj."`` say.
         group_size: of the checkpoint's quantization_config; -1 for a whole row.
         exact: refuse scales that float16 cannot hold, instead of rounding them.
@@ -56,7 +57,8 @@ def import_awq(
     codes = _columns(qweight)
     zeros = _columns(qzeros).to(torch.int16)
     levels = torch.arange(16, dtype=torch.int16, device=zeros.device) - zeros[..., None]
-    return pack_grid(where, codes, levels, scales.t(), bits=4, group_size=group_size, exact=exact)
+    bias = take_bias(where, tensors, prefix, out_features)
+    return pack_grid(where, codes, levels, scales.t(), bits=4, group_size=group_size, exact=exact, bias=bias)
 
 
 def _columns(words: Tensor) -> Tensor:

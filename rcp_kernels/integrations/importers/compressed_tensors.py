@@ -1,9 +1,10 @@
 """compressed-tensors (llm-compressor, vLLM): ``pack-quantized`` integers of 2 to 4 bits and ``mxfp4-pack-quantized``.
 
-pack-quantized: ``weight_packed`` int32 [N, ceil(K * bits / 32)] is a dense stream along K of ``q + 2**(bits - 1)``,
-``weight_zero_point`` int32 [ceil(N * bits / 32), groups] (asymmetric only) the same along N; a weight is
-``weight_scale * (q - zero)``. mxfp4: ``weight_packed`` uint8 [N, K / 2], the even column in the low nibble, codes of
-E2M1 numbers, and ``weight_scale`` uint8 [N, K / 32], a power of two of bias 127 (OCP Microscaling 1.0).
+pack-quantized: ``weight_packed`` int32 [N, ceil(K * bits / 32)] is a dense stream along K of ``q + 2**(bits - 1)``. A
+weight is ``weight_scale * (q - zero)``. The zeros of asymmetric checkpoints are ``weight_zero_point``: int32
+[ceil(N * bits / 32), groups], a dense stream of ``zero + 2**(bits - 1)`` along N, or plain integers of the scale's
+shape, as for the strategy ``tensor``. mxfp4: ``weight_packed`` uint8 [N, K / 2], the even column in the low nibble,
+codes of E2M1 numbers, and ``weight_scale`` uint8 [N, K / 32], a power of two of bias 127 (OCP Microscaling 1.0).
 """
 
 from __future__ import annotations
@@ -15,18 +16,24 @@ import torch
 from torch import Tensor
 
 from ...formats import check_bits
-from .tables import ImportedWeight, code_groups, column_order, pack_grid, take, unpack_words
+from .tables import ImportedWeight, as_tensor, code_groups, column_order, pack_grid, take, take_bias, unpack_words
 
 __all__ = ["E2M1_DOUBLED", "import_compressed_tensors", "import_compressed_tensors_mxfp4", "mx_scales"]
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+_INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64)
 
 E2M1_DOUBLED = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
 """Twice the value of each E2M1 code: the sign is the high bit."""
 
 
 def import_compressed_tensors(
-    tensors: Mapping[str, Tensor], prefix: str = "", *, bits: int, group_size: int | None = None, exact: bool = True
+    tensors: Mapping[str, Tensor | np.ndarray],
+    prefix: str = "",
+    *,
+    bits: int,
+    group_size: int | None = None,
+    exact: bool = True,
 ) -> ImportedWeight:
     """Read one layer of a ``pack-quantized`` checkpoint.
 
@@ -35,8 +42,9 @@ def import_compressed_tensors(
 
     Args:
         tensors: ``weight_packed`` int32 [N, ceil(K*bits/32)], ``weight_scale`` [N, groups], [N, 1] or [1],
-            ``weight_shape`` integer [2] and, optional, ``weight_zero_point`` int32 [ceil(N*bits/32), groups] and
-            ``weight_g_idx`` integer [K], each under ``prefix``.
+            ``weight_shape`` integer [2] and, optional, ``weight_zero_point`` int32 [ceil(N*bits/32), groups] or
+            plain integers of the scale's shape, ``weight_g_idx`` integer [K] (-1 in all of them: never set) and
+            ``bias`` [N], each under ``prefix``; tensors or numpy arrays.
         prefix: of the layer, ``"model.layers.0.mlp.up_proj."`` say.
         bits: ``num_bits`` of the checkpoint: 2, 3 or 4.
         group_size: of the checkpoint; None or -1 for the strategies ``channel`` and ``tensor``.
@@ -53,40 +61,71 @@ def import_compressed_tensors(
     check_bits(bits)
     packed = take(where, tensors, prefix + "weight_packed", (torch.int32,), 2)
     shape = take(where, tensors, prefix + "weight_shape", (torch.int64, torch.int32), 1)
-    scales = tensors.get(prefix + "weight_scale")
-    dims = 1 if isinstance(scales, Tensor) and scales.dim() == 1 else 2
-    scales = take(where, tensors, prefix + "weight_scale", _FLOATS, dims)
+    dims = getattr(tensors.get(prefix + "weight_scale"), "ndim", 2)
+    per_tensor = dims == 1
+    scales = take(where, tensors, prefix + "weight_scale", _FLOATS, 1 if per_tensor else 2)
     out_features, in_features = (int(size) for size in shape)
-    if dims == 1:
-        scales = scales[:1].expand(out_features)[:, None]
+    if per_tensor:
+        _check(where, "weight_scale", scales, (1,))
+        scales = scales.expand(out_features)[:, None]
     groups = scales.shape[1]
     _check(where, "weight_packed", packed, (out_features, -(-in_features * bits // 32)))
     _check(where, "weight_scale", scales, (out_features, groups))
     group_size = code_groups(where, group_size, in_features, groups)
     codes = unpack_words(packed, bits, in_features)
-    zeros = torch.full((out_features, groups), 2 ** (bits - 1), dtype=torch.int16, device=codes.device)
-    if prefix + "weight_zero_point" in tensors:
-        stored = take(where, tensors, prefix + "weight_zero_point", (torch.int32,), 2)
-        _check(where, "weight_zero_point", stored, (-(-out_features * bits // 32), groups))
-        zeros = unpack_words(stored.t(), bits, out_features).t().to(torch.int16)
+    zeros = _zeros(where, tensors, prefix + "weight_zero_point", bits, scales, per_tensor)
     levels = torch.arange(2**bits, dtype=torch.int16, device=codes.device) - zeros[..., None]
     order = None
     if prefix + "weight_g_idx" in tensors:
         g_idx = take(where, tensors, prefix + "weight_g_idx", (torch.int32, torch.int64), 1)
         _check(where, "weight_g_idx", g_idx, (in_features,))
         order = column_order(where, g_idx, group_size)
-    return pack_grid(where, codes, levels, scales, bits=bits, group_size=group_size, exact=exact, permutation=order)
+    bias = take_bias(where, tensors, prefix, out_features)
+    return pack_grid(
+        where, codes, levels, scales, bits=bits, group_size=group_size, exact=exact, permutation=order, bias=bias
+    )
+
+
+def _zeros(
+    where: str,
+    tensors: Mapping[str, Tensor | np.ndarray],
+    key: str,
+    bits: int,
+    scales: Tensor,
+    per_tensor: bool,
+) -> Tensor:
+    """The codes that stand for 0, int16 [N, groups]."""
+    middle = 2 ** (bits - 1)
+    zeros = torch.full(tuple(scales.shape), middle, dtype=torch.int16, device=scales.device)
+    if key not in tensors:
+        return zeros
+    stored = as_tensor(where, key, tensors[key])
+    if not per_tensor and stored.dtype == torch.int32:
+        rows = scales.shape[0]
+        stored = take(where, tensors, key, (torch.int32,), 2)
+        _check(where, "weight_zero_point", stored, (-(-rows * bits // 32), scales.shape[1]))
+        return unpack_words(stored.t(), bits, rows).t().to(torch.int16)
+    stored = take(where, tensors, key, _INTEGERS, 1 if per_tensor else 2)
+    _check(where, "weight_zero_point", stored, (1,) if per_tensor else tuple(scales.shape))
+    outside = stored[(stored < -middle) | (stored >= middle)]
+    if outside.numel():
+        raise ValueError(
+            f"{where}: weight_zero_point must be {-middle} to {middle - 1} for {bits} bits, got {int(outside[0])}; "
+            f"check bits"
+        )
+    return zeros + stored.to(torch.int16)
 
 
 def import_compressed_tensors_mxfp4(
-    tensors: Mapping[str, Tensor], prefix: str = "", *, exact: bool = True
+    tensors: Mapping[str, Tensor | np.ndarray], prefix: str = "", *, exact: bool = True
 ) -> ImportedWeight:
     """Read one layer of an ``mxfp4-pack-quantized`` checkpoint: E2M1 codes, a power of two for each 32 columns.
 
     Exact where a tensor's scales span less than 2**39.
 
     Args:
-        tensors: ``weight_packed`` uint8 [N, K/2] and ``weight_scale`` uint8 [N, K/32], each under ``prefix``.
+        tensors: ``weight_packed`` uint8 [N, K/2], ``weight_scale`` uint8 [N, K/32] and, optional, ``bias`` [N], each
+            under ``prefix``; tensors or numpy arrays.
         prefix: of the layer.
         exact: refuse scales that float16 cannot hold, instead of rounding them.
 
@@ -102,7 +141,8 @@ def import_compressed_tensors_mxfp4(
     codes = torch.stack((packed & 15, packed >> 4), dim=-1).flatten(1)
     scales = mx_scales(stored)
     levels = torch.tensor(E2M1_DOUBLED, dtype=torch.int16, device=codes.device).expand(*scales.shape, 16)
-    return pack_grid(where, codes, levels, scales, bits=4, group_size=32, exact=exact)
+    bias = take_bias(where, tensors, prefix, out_features)
+    return pack_grid(where, codes, levels, scales, bits=4, group_size=32, exact=exact, bias=bias)
 
 
 def mx_scales(exponents: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ others have more levels, groups of 16 columns or codebooks of vectors, which the
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,9 +16,9 @@ import torch
 from torch import Tensor
 
 from .compressed_tensors import E2M1_DOUBLED, mx_scales
-from .tables import ImportedWeight, pack_grid, pack_tables
+from .tables import ImportedWeight, check_bias, pack_grid, pack_tables
 
-__all__ = ["import_gguf"]
+__all__ = ["import_gguf", "undo_llama_permutation"]
 
 _IQ4_LEVELS = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 
@@ -37,7 +38,9 @@ class _Layout(NamedTuple):
     read: Callable[[np.ndarray], _Blocks]
 
 
-def import_gguf(data: np.ndarray | Tensor, qtype: Any, *, exact: bool = True) -> ImportedWeight:
+def import_gguf(
+    data: np.ndarray | Tensor, qtype: Any, *, exact: bool = True, bias: np.ndarray | Tensor | None = None
+) -> ImportedWeight:
     """Read one tensor of a GGUF file.
 
     Args:
@@ -45,9 +48,11 @@ def import_gguf(data: np.ndarray | Tensor, qtype: Any, *, exact: bool = True) ->
         qtype: ``tensor.tensor_type``, or the type's name: ``"Q4_0"``, ``"IQ4_NL"``, ``"MXFP4"``, ``"TQ1_0"``,
             ``"TQ2_0"``, ``"Q4_1"``, ``"Q4_K"`` or ``"IQ4_XS"``.
         exact: refuse levels that int8 times a float16 scale cannot hold (the last three types), instead of rounding.
+        bias: floating point [N], the data of the layer's own ``.bias`` tensor, handed on.
 
     Returns:
-        The weight, its rows in the order of the file: llama.cpp permutes those of q and k for some architectures.
+        The weight, its rows in the order of the file: llama.cpp permutes those of q and k for some architectures, which
+        :func:`undo_llama_permutation` undoes.
 
     Raises:
         ValueError: another type; a row that is no whole number of blocks; scales that are not finite; if exact, levels
@@ -55,9 +60,10 @@ def import_gguf(data: np.ndarray | Tensor, qtype: Any, *, exact: bool = True) ->
     """
     name = getattr(qtype, "name", qtype)
     where = f"import_gguf: {name}"
-    if name not in _LAYOUTS:
+    if not isinstance(name, str) or name not in _LAYOUTS:
+        found = repr(name) if isinstance(name, str) else f"a {type(name).__name__}"
         raise ValueError(
-            f"import_gguf: qtype must be one of {', '.join(_LAYOUTS)}, got {name!r}, which has more than 16 levels, "
+            f"import_gguf: qtype must be one of {', '.join(_LAYOUTS)}, got {found}, which has more than 16 levels, "
             f"groups of 16 or vectors; dequantize it with gguf.quants.dequantize and requantize with quantize_weight"
         )
     layout = _LAYOUTS[name]
@@ -68,14 +74,50 @@ def import_gguf(data: np.ndarray | Tensor, qtype: Any, *, exact: bool = True) ->
             f"{raw.shape}; pass tensor.data of a gguf.GGUFReader"
         )
     rows = raw.shape[0]
+    offset = check_bias(where, bias, rows)
     codes, levels, scales = layout.read(np.ascontiguousarray(raw).reshape(-1, layout.bytes))
     columns = torch.from_numpy(codes.astype(np.uint8).reshape(rows, -1))
     if scales is None:
         values = torch.from_numpy(np.asarray(levels).reshape(rows, -1, 2**layout.bits))
-        return pack_tables(where, columns, values, bits=layout.bits, group_size=layout.group_size, exact=exact)
+        return pack_tables(
+            where, columns, values, bits=layout.bits, group_size=layout.group_size, exact=exact, bias=offset
+        )
     factors = torch.from_numpy(scales.reshape(rows, -1))
     grid = torch.tensor(levels, dtype=torch.int16).expand(*factors.shape, 2**layout.bits)
-    return pack_grid(where, columns, grid, factors, bits=layout.bits, group_size=layout.group_size, exact=exact)
+    return pack_grid(
+        where, columns, grid, factors, bits=layout.bits, group_size=layout.group_size, exact=exact, bias=offset
+    )
+
+
+def undo_llama_permutation(imported: ImportedWeight, heads: int) -> ImportedWeight:
+    """The rows of a q or k projection in the order of transformers, from that of llama.cpp.
+
+    llama.cpp rotates neighbouring entries of a head by RoPE, transformers the two halves of a head. Its converter
+    therefore interleaves the halves of each head in ``attn_q`` and ``attn_k``, weight and bias, of LLaMA, Mistral and
+    the architectures that it converts like them. Those whose RoPE works on halves in llama.cpp too (Qwen2, Gemma, Phi)
+    are stored as they are.
+
+    Args:
+        imported: of ``blk.*.attn_q.weight`` or ``blk.*.attn_k.weight``.
+        heads: of this projection: the file's ``attention.head_count`` for q, ``attention.head_count_kv`` for k.
+
+    Returns:
+        The same weight and bias with the rows reordered, as copies.
+
+    Raises:
+        ValueError: rows that are not heads of an even number of entries.
+    """
+    rows = imported.weight.out_features
+    if isinstance(heads, bool) or not isinstance(heads, int) or heads < 1 or rows % (2 * heads):
+        raise ValueError(
+            f"undo_llama_permutation: heads must be an int that divides the {rows} rows into heads of an even size, "
+            f"got {heads!r}; use attention.head_count of the file for q and attention.head_count_kv for k"
+        )
+    weight = imported.weight
+    order = torch.arange(rows, device=weight.codes.device).view(heads, -1, 2).transpose(1, 2).reshape(-1)
+    rows_of = {name: getattr(weight, name)[order] for name in ("codes", "levels", "scales")}
+    bias = None if imported.bias is None else imported.bias[order.to(imported.bias.device)]
+    return replace(imported, weight=replace(weight, **rows_of), bias=bias)
 
 
 def _half(raw: np.ndarray) -> np.ndarray:

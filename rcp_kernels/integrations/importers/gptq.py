@@ -2,33 +2,44 @@
 
 Both streams of codes are dense, lowest bits of a 32-bit word first, 3-bit codes straddling words: ``qweight`` int32
 [K * bits / 32, N] runs along K, ``qzeros`` int32 [groups, N * bits / 32] along N. With ``scales`` [groups, N] a weight
-is ``scale * (code - zero)``. Version 1 (``checkpoint_format: gptq``) stores ``zero - 1``, version 2 (``gptq_v2``) the
-zero itself.
+is ``scale * (code - zero)``. Version 2 (``checkpoint_format: gptq_v2``) stores the zeros themselves. Version 1
+(``gptq``) stores them less 1, and the writers disagree about a zero of 0:
+
+- GPTQModel at 2 and 4 bits, and AutoRound, subtract 1 from all codes of a 32-bit word at once. A zero of 0 becomes all
+  ones and borrows from the next code: the pair (0, 8) is stored as (15, 6).
+- GPTQModel at 3 bits, since April 2026, subtracts 1 from each code by itself: (0, 4) is stored as (7, 3).
+- AutoGPTQ sets all bits from that code to the end of the word, and the other zeros there are lost.
+- GPTQModel at 3 bits, before, subtracted other constants than ones from the words.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ...formats import check_bits
-from .tables import ImportedWeight, code_groups, column_order, pack_grid, take, unpack_words
+from .tables import ImportedWeight, code_groups, column_order, pack_grid, take, take_bias, unpack_words
 
 __all__ = ["import_gptq"]
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+_GPTQMODEL_3_BITS = (0x24924924, 0x92492492, 0x49249249)
+"""What GPTQModel subtracted from each three words at 3 bits before April 2026; ones would be :func:`_ones`."""
 
 
 def import_gptq(
-    tensors: Mapping[str, Tensor],
+    tensors: Mapping[str, Tensor | np.ndarray],
     prefix: str = "",
     *,
     bits: int,
     group_size: int,
     version: int = 1,
-    zero_of_all_ones: int | None = None,
+    sym: bool | None = None,
+    zero_of_all_ones: int | str | None = None,
     exact: bool = True,
 ) -> ImportedWeight:
     """Read one layer of a GPTQ checkpoint.
@@ -38,30 +49,35 @@ def import_gptq(
 
     Args:
         tensors: ``qweight`` int32 [K*bits/32, N], ``qzeros`` int32 [groups, ceil(N*bits/32)], ``scales`` [groups, N]
-            float16, bfloat16 or float32 and, optional, ``g_idx`` int32 or int64 [K], each under ``prefix``.
+            float16, bfloat16 or float32 and, optional, ``g_idx`` int32 or int64 [K] and ``bias`` [N], each under
+            ``prefix``; tensors or numpy arrays.
         prefix: of the layer, ``"model.layers.0.mlp.up_proj."`` say.
         bits: 2, 3 or 4.
         group_size: of the checkpoint's quantization_config; -1 for a whole row.
         version: 1 (``gptq``) or 2 (``gptq_v2``).
-        zero_of_all_ones: what a version 1 zero of all ones means: ``2**bits`` (AutoGPTQ's qlinear_cuda adds 1) or 0
-            (its qlinear_cuda_old adds 1 and wraps). Refused without, since the libraries disagree; symmetric
-            checkpoints have none.
+        sym: of the checkpoint's quantization_config. There are files whose label is wrong: if all zeros are those of a
+            symmetric checkpoint of another version, they are read as such where ``sym`` is True, and refused where it
+            is None. False reads them as ``version`` says.
+        zero_of_all_ones: how version 1 stores a zero whose code is all ones; symmetric checkpoints have none.
+            ``"borrow"``: it is 0, and 1 is subtracted from whole words. 0: it is 0, and 1 is subtracted from each code
+            by itself. ``2**bits``: AutoGPTQ's qlinear_cuda reads this number. None: ``"borrow"``, but refused where the
+            codes look like AutoGPTQ's, and with a warning at 3 bits, where GPTQModel's are of the kind 0.
         exact: refuse scales that float16 cannot hold, instead of rounding them.
 
     Returns:
         The weight; with a ``permutation`` where g_idx is in act-order.
 
     Raises:
-        ValueError: a tensor is missing or misshapen; an ambiguous zero; g_idx with groups of mixed size; a group size
-            that the format cannot express; scales that are not finite or, if exact, not held.
+        ValueError: a tensor is missing or misshapen; ambiguous zeros, or zeros of another version; g_idx with groups of
+            mixed size; a group size that the format cannot express; scales that are not finite or, if exact, not held.
     """
     where = f"import_gptq: {prefix}" if prefix else "import_gptq"
     check_bits(bits)
     if version not in (1, 2):
         raise ValueError(f"{where}: version must be 1 (gptq) or 2 (gptq_v2), got {version!r}; see checkpoint_format")
-    if zero_of_all_ones not in (None, 0, 2**bits):
+    if zero_of_all_ones not in (None, "borrow", 0, 2**bits):
         raise ValueError(
-            f"{where}: zero_of_all_ones must be None, 0 or {2**bits}, got {zero_of_all_ones!r}; choose one"
+            f'{where}: zero_of_all_ones must be None, "borrow", 0 or {2**bits}, got {zero_of_all_ones!r}; choose one'
         )
     qweight = take(where, tensors, prefix + "qweight", (torch.int32,), 2)
     qzeros = take(where, tensors, prefix + "qzeros", (torch.int32,), 2)
@@ -86,18 +102,117 @@ def import_gptq(
             )
     group_size = code_groups(where, group_size, in_features, groups)
     codes = unpack_words(qweight.t(), bits, in_features)
-    zeros = unpack_words(qzeros, bits, out_features).t().to(torch.int16)
-    if version == 1:
-        zeros = zeros + 1
-        wrapped = zeros == 2**bits
-        if zero_of_all_ones is None and bool(wrapped.any()):
-            raise ValueError(
-                f"{where}: a stored zero of version 1 must be below {2**bits - 1}, got {2**bits - 1} in row, group "
-                f"{wrapped.nonzero()[0].tolist()}, which libraries read as {2**bits} or as 0; say which by "
-                f"zero_of_all_ones, or pass version=2 if the checkpoint is gptq_v2"
-            )
-        if zero_of_all_ones == 0:
-            zeros = torch.where(wrapped, 0, zeros)
+    zeros = _zeros(where, qzeros, bits, out_features, version, sym, zero_of_all_ones).t()
     levels = torch.arange(2**bits, dtype=torch.int16, device=zeros.device) - zeros[..., None]
     order = None if g_idx is None else column_order(where, g_idx, group_size)
-    return pack_grid(where, codes, levels, scales.t(), bits=bits, group_size=group_size, exact=exact, permutation=order)
+    bias = take_bias(where, tensors, prefix, out_features)
+    return pack_grid(
+        where,
+        codes,
+        levels,
+        scales.t(),
+        bits=bits,
+        group_size=group_size,
+        exact=exact,
+        permutation=order,
+        bias=bias,
+    )
+
+
+def _zeros(
+    where: str,
+    words: Tensor,
+    bits: int,
+    count: int,
+    version: int,
+    sym: bool | None,
+    zero_of_all_ones: int | str | None,
+) -> Tensor:
+    """The zeros of ``qzeros``, int16 [groups, count]."""
+    stored, middle = _codes(words, bits, count), 2 ** (bits - 1)
+    readings = {"version=2": stored, "version=1": _codes(_add(words, _ones(bits), carry=bits == 3), bits, count)}
+    if bits == 3:
+        readings["version=1 of GPTQModel before April 2026"] = _codes(
+            _add(words, _GPTQMODEL_3_BITS, carry=False), bits, count
+        )
+    label = f"version={version}"
+    symmetric = [name for name, zeros in readings.items() if bool((zeros == middle).all())]
+    if sym is not False and symmetric and label not in symmetric:
+        if sym is None:
+            raise ValueError(
+                f"{where}: qzeros must not look like a symmetric checkpoint of another version, got {label} and zeros "
+                f"that are all {middle} if they are read as {symmetric[0]}; pass sym=True to read them so, or "
+                f"sym=False to keep to {label}"
+            )
+        return readings[symmetric[0]]
+    if sym and not symmetric:
+        raise ValueError(
+            f"{where}: the zeros of a symmetric checkpoint must all be {middle}, got others in every version; pass "
+            f"sym=False"
+        )
+    wrapped = stored == 2**bits - 1
+    if version == 2 or not bool(wrapped.any()):
+        return readings[label]
+    if zero_of_all_ones in (0, 2**bits):
+        return torch.where(wrapped, 0 if zero_of_all_ones == 0 else 2**bits, stored + 1)
+    if zero_of_all_ones is None:
+        group, row = (int(index) for index in wrapped.nonzero()[0])
+        found = f"{2**bits - 1} in row, group {[row, group]}"
+        if _may_be_spilled(words, bits, count):
+            raise ValueError(
+                f"{where}: a stored zero of version 1 must be below {2**bits - 1}, or have others after it in its "
+                f"32-bit word that are not all ones, got {found}, which libraries read as {2**bits} or as 0; say which "
+                f'by zero_of_all_ones, "borrow" if the zeros after it are 1, or pass version=2 if the checkpoint is '
+                f"gptq_v2"
+            )
+        if bits == 3:
+            warnings.warn(
+                f"{where}: a stored zero of {found} is read as 0 that has borrowed from the next code, as AutoRound "
+                f'writes it; pass zero_of_all_ones="borrow" if that is so, or 0 for a checkpoint that GPTQModel wrote '
+                f"since April 2026",
+                stacklevel=3,
+            )
+    return readings[label]
+
+
+def _codes(words: Tensor, bits: int, count: int) -> Tensor:
+    return unpack_words(words, bits, count).to(torch.int16)
+
+
+def _ones(bits: int) -> tuple[int, ...]:
+    """The words of 32 codes of 1."""
+    stream = sum(1 << (bits * k) for k in range(32))
+    return tuple(stream >> (32 * word) & 0xFFFFFFFF for word in range(bits))
+
+
+def _add(words: Tensor, constants: tuple[int, ...], carry: bool) -> Tensor:
+    """int64 words plus constants that repeat along a row, modulo 2**32, or carried on into the next word."""
+    result = words.to(torch.int64) & 0xFFFFFFFF
+    before: Tensor | None = None
+    for first, constant in enumerate(constants):
+        part = result[:, first :: len(constants)]
+        part += constant
+        if before is not None and carry:
+            part += before[:, : part.shape[1]] >> 32
+        before = part.clone()
+        part &= 0xFFFFFFFF
+    return result
+
+
+def _may_be_spilled(words: Tensor, bits: int, count: int) -> bool:
+    """Whether AutoGPTQ may have written the codes of all ones: each is followed by nothing but ones in its word.
+
+    A zero of 0 that borrows, with zeros of 1 after it up to the end of the word, looks alike. One code of all ones with
+    another code after it shows that the writer of the tensor is not AutoGPTQ.
+    """
+    spilled = False
+    for k in range(32):
+        word, shift = divmod(k * bits, 32)
+        if shift + 2 * bits > 32:
+            continue  # no other code after it in the word
+        rest = words[:, word::bits] >> shift  # -1 where all bits are ones
+        rest = rest[:, : max(0, -(-(count - 1 - k) // 32))]  # those with a code after it
+        if bool(((rest & (2**bits - 1) == 2**bits - 1) & (rest != -1)).any()):
+            return False
+        spilled = spilled or bool((rest == -1).any())
+    return spilled

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ...formats import check_bits
-from .tables import ImportedWeight, pack_tables, take, unpack_words
+from .tables import ImportedWeight, as_tensor, check_bias, pack_tables, take, take_bias, unpack_words
 
 __all__ = ["import_any_precision", "import_lut", "import_squeezellm"]
 
@@ -21,7 +22,14 @@ _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 _WARP_BYTES = 128  # 32 threads of 4 bytes
 
 
-def import_lut(codes: Tensor, tables: Tensor, *, bits: int, exact: bool = True) -> ImportedWeight:
+def import_lut(
+    codes: Tensor | np.ndarray,
+    tables: Tensor | np.ndarray,
+    *,
+    bits: int,
+    exact: bool = True,
+    bias: Tensor | np.ndarray | None = None,
+) -> ImportedWeight:
     """Codes, one a byte, and a table for each row: ``weight[n, k] = tables[n, codes[n, k]]``.
 
     Args:
@@ -29,21 +37,24 @@ def import_lut(codes: Tensor, tables: Tensor, *, bits: int, exact: bool = True) 
         tables: floating point [N, 2**bits], in any order.
         bits: 2, 3 or 4.
         exact: refuse tables that int8 levels times a float16 scale cannot hold, instead of rounding them.
+        bias: floating point [N], handed on.
 
     Raises:
         ValueError: wrong dtypes or shapes; a code out of range; levels that are not finite or, if exact, not held.
     """
-    return _import_rows("import_lut", codes, tables, bits, exact)
+    where = "import_lut"
+    codes, tables = as_tensor(where, "codes", codes), as_tensor(where, "tables", tables)
+    return _import_rows(where, codes, tables, bits, exact, check_bias(where, bias, len(codes)))
 
 
 def import_squeezellm(
-    tensors: Mapping[str, Tensor], prefix: str = "", *, bits: int, exact: bool = True
+    tensors: Mapping[str, Tensor | np.ndarray], prefix: str = "", *, bits: int, exact: bool = True
 ) -> ImportedWeight:
     """Read the dense part of one SqueezeLLM layer.
 
     Args:
-        tensors: ``qweight`` int32 [K*bits/32, N], a stream along K as GPTQ's, and ``lookup_table`` [N, 2**bits], each
-            under ``prefix``.
+        tensors: ``qweight`` int32 [K*bits/32, N], a stream along K as GPTQ's, ``lookup_table`` [N, 2**bits] and,
+            optional, ``bias`` [N], each under ``prefix``; tensors or numpy arrays.
         prefix: of the layer.
         bits: 2, 3 or 4.
         exact: as :func:`import_lut`.
@@ -62,11 +73,12 @@ def import_squeezellm(
         )
     qweight = take(where, tensors, prefix + "qweight", (torch.int32,), 2)
     tables = take(where, tensors, prefix + "lookup_table", _FLOATS, 2)
-    return _import_rows(where, unpack_words(qweight.t(), bits, qweight.shape[0] * 32 // bits), tables, bits, exact)
+    codes = unpack_words(qweight.t(), bits, qweight.shape[0] * 32 // bits)
+    return _import_rows(where, codes, tables, bits, exact, take_bias(where, tensors, prefix, len(codes)))
 
 
 def import_any_precision(
-    tensors: Mapping[str, Tensor], prefix: str = "", *, bits: int, exact: bool = True
+    tensors: Mapping[str, Tensor | np.ndarray], prefix: str = "", *, bits: int, exact: bool = True
 ) -> ImportedWeight:
     """Read one any-precision layer (Park et al. 2024, arXiv 2402.10517) at one of its widths.
 
@@ -74,7 +86,8 @@ def import_any_precision(
     its kernel loads them. The first ``bits`` planes are the codes of ``lut{bits}``.
 
     Args:
-        tensors: ``qweight`` int32 [at least bits, N, K/32] and ``lut{bits}`` [N, 2**bits], each under ``prefix``.
+        tensors: ``qweight`` int32 [at least bits, N, K/32], ``lut{bits}`` [N, 2**bits] and, optional, ``bias`` [N],
+            each under ``prefix``; tensors or numpy arrays.
         prefix: of the layer.
         bits: 2, 3 or 4.
         exact: as :func:`import_lut`.
@@ -98,7 +111,7 @@ def import_any_precision(
     codes = torch.zeros(bit.shape[1:], dtype=torch.uint8, device=planes.device)
     for plane in bit:
         codes = codes * 2 + plane.to(torch.uint8)
-    return _import_rows(where, codes, tables, bits, exact)
+    return _import_rows(where, codes, tables, bits, exact, take_bias(where, tensors, prefix, len(codes)))
 
 
 def _byte_places(count: int) -> Tensor:
@@ -114,7 +127,9 @@ def _byte_places(count: int) -> Tensor:
     return start + within % threads * 4 + (3 - within // threads)
 
 
-def _import_rows(where: str, codes: Tensor, tables: Tensor, bits: int, exact: bool) -> ImportedWeight:
+def _import_rows(
+    where: str, codes: Tensor, tables: Tensor, bits: int, exact: bool, bias: Tensor | None
+) -> ImportedWeight:
     check_bits(bits)
     if codes.dtype != torch.uint8 or codes.dim() != 2 or codes.numel() == 0:
         raise ValueError(
@@ -128,4 +143,4 @@ def _import_rows(where: str, codes: Tensor, tables: Tensor, bits: int, exact: bo
         )
     if int(codes.max()) >= 2**bits:
         raise ValueError(f"{where}: codes must be below {2**bits}, got {int(codes.max())}; check bits")
-    return pack_tables(where, codes, tables[:, None], bits=bits, group_size=codes.shape[1], exact=exact)
+    return pack_tables(where, codes, tables[:, None], bits=bits, group_size=codes.shape[1], exact=exact, bias=bias)

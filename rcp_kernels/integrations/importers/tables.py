@@ -18,7 +18,18 @@ from torch import Tensor
 
 from ...formats import GROUP_SIZES, LEVEL_MAX, PackedWeight, check_bits, num_groups
 
-__all__ = ["ImportedWeight", "code_groups", "column_order", "pack_grid", "pack_tables", "take", "unpack_words"]
+__all__ = [
+    "ImportedWeight",
+    "as_tensor",
+    "check_bias",
+    "code_groups",
+    "column_order",
+    "pack_grid",
+    "pack_tables",
+    "take",
+    "take_bias",
+    "unpack_words",
+]
 
 # Rows are done a few at a time: a table entry takes some 60 bytes of temporaries.
 _CHUNK_ENTRIES = 1 << 18
@@ -35,12 +46,15 @@ class ImportedWeight:
         error: largest distance of a weight from its source, relative to the largest one of its group (of an integer
             grid: the largest level). 0.0: every value is the source's.
         permutation: int64 [K] or None. With one, the groups of the source are no neighbours (act-order): ``weight`` is
-            for reordered inputs, ``x[..., permutation]``.
+            for reordered inputs, ``x[..., permutation]``. :meth:`rcp_kernels.QuantLinear.from_imported` makes a layer
+            that reorders its input.
+        bias: floating point [N] or None.
     """
 
     weight: PackedWeight
     error: float
     permutation: Tensor | None = None
+    bias: Tensor | None = None
 
     def dequantize(self) -> Tensor:
         """The weight as float32 [N, K], its columns in the order of the source."""
@@ -52,25 +66,68 @@ class ImportedWeight:
         return source
 
 
-def take(where: str, tensors: Mapping[str, Tensor], key: str, dtypes: tuple[torch.dtype, ...], dims: int) -> Tensor:
-    """The tensor under a key.
+# torch.load(weights_only=True), the default, builds only classes that it was told of.
+torch.serialization.add_safe_globals([ImportedWeight])
+
+
+def as_tensor(where: str, name: str, value: Tensor | np.ndarray) -> Tensor:
+    """A tensor as it is, or a numpy array as a tensor.
+
+    Raises:
+        ValueError: neither, or an array whose dtype torch does not have.
+    """
+    if isinstance(value, Tensor):
+        return value
+    rule = f"{where}: {name} must be a tensor or a numpy array of a type that torch has"
+    if not isinstance(value, np.ndarray):
+        raise ValueError(f"{rule}, got {type(value).__name__}; load it as the library stored it")
+    array = np.array(value, order="C", copy=None if value.flags.writeable else True)
+    try:
+        return torch.from_numpy(array)
+    except TypeError:
+        raise ValueError(
+            f"{rule}, got a numpy array of {array.dtype}; load the file with safetensors.torch, or use astype"
+        ) from None
+
+
+def take(
+    where: str, tensors: Mapping[str, Tensor | np.ndarray], key: str, dtypes: tuple[torch.dtype, ...], dims: int
+) -> Tensor:
+    """The tensor under a key, or the numpy array as a tensor.
 
     Raises:
         ValueError: it is missing, has another dtype or number of dimensions, or no values.
     """
     if key not in tensors:
         raise ValueError(f"{where}: {key} must be in the state dict, got none; check the prefix and the layout")
-    tensor = tensors[key]
-    if not isinstance(tensor, Tensor) or tensor.dtype not in dtypes or tensor.dim() != dims or tensor.is_meta:
-        found = (
-            f"{tensor.dtype} of shape {tuple(tensor.shape)} on {tensor.device}"
-            if isinstance(tensor, Tensor)
-            else tensor
-        )
+    tensor = as_tensor(where, key, tensors[key])
+    if tensor.dtype not in dtypes or tensor.dim() != dims or tensor.is_meta:
         names = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         raise ValueError(
-            f"{where}: {key} must be {names} with {dims} dimensions and values, got {found}; load it as the library "
-            f"stored it"
+            f"{where}: {key} must be {names} with {dims} dimensions and values, got {tensor.dtype} of shape "
+            f"{tuple(tensor.shape)} on {tensor.device}; load it as the library stored it"
+        )
+    return tensor
+
+
+def take_bias(where: str, tensors: Mapping[str, Tensor | np.ndarray], prefix: str, out_features: int) -> Tensor | None:
+    """``bias`` beside a layer's tensors, as :func:`check_bias` wants it; None where there is none."""
+    return check_bias(where, tensors.get(prefix + "bias"), out_features)
+
+
+def check_bias(where: str, bias: Tensor | np.ndarray | None, out_features: int) -> Tensor | None:
+    """A bias as a tensor, or None.
+
+    Raises:
+        ValueError: it is not floating point [out_features], or has no values.
+    """
+    if bias is None:
+        return None
+    tensor = as_tensor(where, "bias", bias)
+    if not tensor.is_floating_point() or tuple(tensor.shape) != (out_features,) or tensor.is_meta:
+        raise ValueError(
+            f"{where}: bias must be floating point of shape ({out_features},) with values, got {tensor.dtype} of shape "
+            f"{tuple(tensor.shape)} on {tensor.device}; take the bias of the same layer out if it is none"
         )
     return tensor
 
@@ -122,14 +179,15 @@ def column_order(where: str, g_idx: Tensor, group_size: int) -> Tensor | None:
     """The order of the columns in which the groups of ``g_idx`` are neighbours; None where they are already.
 
     Args:
-        g_idx: integer [K], the group of each column.
+        g_idx: integer [K], the group of each column. -1 in all of them stands for a g_idx that was never set: the
+            groups are neighbours.
 
     Raises:
         ValueError: a group has not group_size columns (the last one: what is left).
     """
     group = g_idx.to(torch.int64)
     wanted = torch.arange(len(group), device=group.device) // group_size
-    if torch.equal(group, wanted):
+    if torch.equal(group, wanted) or bool((group == -1).all()):
         return None
     order = torch.sort(group, stable=True).indices
     wrong = group[order] != wanted
@@ -153,6 +211,7 @@ def pack_grid(
     group_size: int,
     exact: bool,
     permutation: Tensor | None = None,
+    bias: Tensor | None = None,
 ) -> ImportedWeight:
     """Integer levels times a scale a group: ``value = scales[n, g] * levels[n, g, code]``.
 
@@ -164,12 +223,12 @@ def pack_grid(
         bits: 2, 3 or 4.
         group_size: of the source: 32, K, or a multiple of 32 (stored as groups of 128, 64 or 32 then).
         exact: refuse scales that float16 cannot hold; else round them.
-        permutation: handed on.
+        permutation, bias: handed on.
 
     Raises:
         ValueError: scales that are not finite or, if exact, not held; a group size that the format cannot express.
     """
-    return _pack(where, codes, levels, scales, bits, group_size, exact, permutation)
+    return _pack(where, codes, levels, scales, bits, group_size, exact, permutation, bias)
 
 
 def pack_tables(
@@ -180,7 +239,7 @@ def pack_tables(
     bits: int,
     group_size: int,
     exact: bool,
-    permutation: Tensor | None = None,
+    bias: Tensor | None = None,
 ) -> ImportedWeight:
     """Real levels: ``value = values[n, g, code]``.
 
@@ -193,7 +252,7 @@ def pack_tables(
     Raises:
         ValueError: values that are not finite or, if exact, not held; a group size that the format cannot express.
     """
-    return _pack(where, codes, values, None, bits, group_size, exact, permutation)
+    return _pack(where, codes, values, None, bits, group_size, exact, None, bias)
 
 
 def _pack(
@@ -205,6 +264,7 @@ def _pack(
     group_size: int,
     exact: bool,
     permutation: Tensor | None,
+    bias: Tensor | None,
 ) -> ImportedWeight:
     check_bits(bits)
     rows, in_features = codes.shape
@@ -274,7 +334,7 @@ def _pack(
         bits=bits,
         group_size=stored_size,
     )
-    return ImportedWeight(weight, worst, permutation)
+    return ImportedWeight(weight, worst, permutation, bias)
 
 
 class _Table:
