@@ -17,6 +17,7 @@ pytest.importorskip("transformers", minversion="5")
 
 import vllm_contract
 from rotated_models import make_model
+from safetensors.torch import load_file
 
 with contextlib.nullcontext() if importlib.util.find_spec("vllm") else vllm_contract.installed():
     from vllm.model_executor.layers import linear as vllm_linear
@@ -88,9 +89,12 @@ def make_layer(model, config, name):
     return vllm_linear.RowParallelLinear(inputs, hidden, bias=bias, **common)
 
 
-def checkpoint(model, name):
-    """The tensors of a layer of vLLM: (name in that layer, tensor, shard or None), as its loaders hand them out."""
-    state = model.state_dict()
+def checkpoint(model, name, state=None):
+    """The tensors of a layer of vLLM: (name in that layer, tensor, shard or None), as its loaders hand them out.
+
+    Those of the model, or of files that it was written to.
+    """
+    state = model.state_dict() if state is None else state
     folder, _, last = name.partition(".")
     for part in MERGED.get(last, [last]):
         prefix = f"{BLOCK}.{folder}.{part}."
@@ -367,6 +371,30 @@ def test_an_input_order_is_refused(ranks):
     ]
     with pytest.raises(ValueError, match=r"o_proj: format must be of a version below 3, got 3: .* has an input_order"):
         load(layer, tensors)
+
+
+@pytest.mark.parametrize("writer", ["save_quantized", "save_pretrained", "shards", "lost bias"])
+def test_what_every_writer_wrote_is_read(ranks, tmp_path, writer):
+    """vLLM makes its layers of config.json: a bias that a layer lacks must be in the files all the same."""
+    model, stored = quantized()
+    if writer == "save_quantized":
+        save_quantized(model, tmp_path, stored)
+    else:
+        if writer == "lost bias":
+            for part in parts(model, COLUMN[0]):
+                part.bias = None
+        model.save_pretrained(tmp_path, max_shard_size="20KB" if writer == "shards" else "1GB")
+    state = {}
+    for path in tmp_path.glob("*.safetensors"):
+        state.update(load_file(path))
+    assert ("model.safetensors" in {path.name for path in tmp_path.iterdir()}) == (writer != "shards")
+    _, found = read_quantization_config(tmp_path)
+    fresh, _ = quantized()  # with every bias, as vLLM's layers have it
+    for name in LAYERS:
+        layer = load(make_layer(fresh, plugin_config(found), name), checkpoint(model, name, state))
+        x = inputs(model, name)
+        with torch.inference_mode():
+            assert torch.equal(layer(x), torch.cat([part(x) for part in parts(model, name)], -1))
 
 
 def test_a_directory_is_what_config_json_says(tmp_path):
