@@ -129,6 +129,19 @@ def test_feedback_sees_what_is_stored(block: int, group_size: int, monkeypatch: 
     torch.testing.assert_close(sum(errors) * mean, expected, rtol=1e-3, atol=0)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_feedback_that_diverges_is_named(value: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    def diverge(block: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+        found = gptq_round(block, *args)
+        block[3, args[3] :] = value
+        return found
+
+    monkeypatch.setattr(gptq_weight, "gptq_round", diverge)
+    weight, hessian = problem(8, 64)
+    with pytest.raises(ValueError, match=r"finite, got NaN or Inf: error feedback diverged; raise damping"):
+        gptq_quantize_weight(weight, hessian, group_size=32, levels="kmeans")
+
+
 def test_blocks_and_other_rows_do_not_show() -> None:
     weight, hessian = problem(200, 160)
     kwargs: dict[str, Any] = {"bits": 3, "group_size": 32, "levels": "uniform"}

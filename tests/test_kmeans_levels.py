@@ -141,3 +141,10 @@ def test_bad_arguments(function: Any) -> None:
 def test_opcheck(weighted: bool) -> None:
     groups, importance = random_groups(0, 7, 20, 1.0, 0, weighted)
     torch.library.opcheck(torch.ops.rcp_kernels.kmeans_levels.default, (groups, 4, importance))
+
+
+@pytest.mark.parametrize("op", ["kmeans_levels", "clip_search", "nearest_codes", "gptq_round"])
+def test_other_devices_run_the_reference(op: str) -> None:
+    keys = ("CUDA", "XPU", "PrivateUse1")
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"rcp_kernels::{op}", "CPU")
+    assert all(torch._C._dispatch_has_computed_kernel_for_dispatch_key(f"rcp_kernels::{op}", key) for key in keys)

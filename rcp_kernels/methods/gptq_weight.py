@@ -41,6 +41,7 @@ _FIRST_DAMPING = 1e-3
 _TRIANGLE_BLOCK = 256
 # Where the largest scale of the weight as given is put: 2**12 below float16's largest, as feedback can only enlarge it.
 _SCALE_EXPONENT = 3
+_DIVERGED = "error feedback diverged; raise damping"
 
 
 def gptq_quantize_weight(
@@ -322,8 +323,11 @@ def _solve(
             if isinstance(levels, Tensor):
                 chosen = levels[:, (start + first) // group_size]
             else:
+                columns = current[:, first:last].contiguous()
+                if not bool(torch.isfinite(columns).all()):
+                    raise ValueError(f"weights must stay finite, got NaN or Inf: {_DIVERGED}")
                 importance = factor.importance[start + first : start + last]
-                chosen = levels(current[:, first:last].contiguous(), importance.expand(weight.shape[0], last - first))
+                chosen = levels(columns, importance.expand(columns.shape))
             table, scale = _snap(chosen, tensor_scale)
             tables.append(table)
             scales.append(scale)
@@ -344,8 +348,5 @@ def _snap(levels: Tensor, tensor_scale: Tensor) -> tuple[Tensor, Tensor]:
     ratio = torch.where(largest > 0, LEVEL_MAX / largest, 0.0)
     scales = (largest / LEVEL_MAX / tensor_scale).to(torch.float16)
     if not bool(torch.isfinite(scales).all()):
-        raise ValueError(
-            "levels must be finite and at most 4096 times the largest weight, got more: error feedback diverged; "
-            "raise damping"
-        )
+        raise ValueError(f"levels must be finite and at most 4096 times the largest weight, got more: {_DIVERGED}")
     return torch.round(levels * ratio[:, None]).to(torch.int8), scales
