@@ -12,7 +12,9 @@ from rcp_kernels import QuantLinear, quantize_weight
 from rcp_kernels.methods import gptq, gptq_weight
 from rcp_kernels.methods.calibration import first_layer_inputs, run_layer
 from rcp_kernels.methods.gptq import gptq_quantize_model, gptq_quantize_weight
-from rcp_kernels.methods.gptq_weight import factor_hessian, relative_error, round_to_nearest
+from rcp_kernels.methods.gptq_weight import add_gram, factor_hessian, relative_errors, round_to_nearest
+from rcp_kernels.methods.kept_outputs import KeptOutputs
+from rcp_kernels.ops import gptq_round
 from rcp_kernels.ops.quantize_activation import quantize_activation_reference
 
 transformers = pytest.importorskip("transformers")  # an extra: the demo's
@@ -33,6 +35,10 @@ def squared_error(weight: Tensor, quantized: Tensor, hessian: Tensor) -> Tensor:
     """Of each row: e^T H e, in float64."""
     difference = weight.double() - quantized.double()
     return ((difference @ hessian.double()) * difference).sum(-1)
+
+
+def relative_error(weight: Tensor, quantized: Tensor, hessian: Tensor) -> float:
+    return relative_errors(weight, (quantized,), hessian)[0]
 
 
 def rtn_levels(weight: Tensor, bits: int, group_size: int) -> Tensor:
@@ -109,13 +115,13 @@ def test_feedback_sees_what_is_stored(block: int, group_size: int, monkeypatch: 
     weight[3] *= 1e-3
     weight[5, :32] = 0.0
     errors = []
-    original = gptq_weight._Solver._round
 
-    def spy(current: Tensor, found: Tensor, *args: Any) -> None:
-        original(current, found, *args)
-        errors.append(found[args[1] : args[2]].double().square().sum(0))
+    def spy(*args: Any) -> tuple[Tensor, Tensor]:
+        codes, found = gptq_round(*args)
+        errors.append(found.double().square().sum(1))
+        return codes, found
 
-    monkeypatch.setattr(gptq_weight._Solver, "_round", staticmethod(spy))
+    monkeypatch.setattr(gptq_weight, "gptq_round", spy)
     packed = gptq_quantize_weight(weight, hessian, bits=2, group_size=group_size, damping=0.01, block=block)
     mean = float(hessian.diagonal().mean())
     damped = hessian + 0.01 * mean * torch.eye(300)
@@ -123,7 +129,20 @@ def test_feedback_sees_what_is_stored(block: int, group_size: int, monkeypatch: 
     torch.testing.assert_close(sum(errors) * mean, expected, rtol=1e-3, atol=0)
 
 
-def test_blocks_and_row_chunks_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_feedback_that_diverges_is_named(value: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    def diverge(block: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+        found = gptq_round(block, *args)
+        block[3, args[3] :] = value
+        return found
+
+    monkeypatch.setattr(gptq_weight, "gptq_round", diverge)
+    weight, hessian = problem(8, 64)
+    with pytest.raises(ValueError, match=r"finite, got NaN or Inf: error feedback diverged; raise damping"):
+        gptq_quantize_weight(weight, hessian, group_size=32, levels="kmeans")
+
+
+def test_blocks_and_other_rows_do_not_show() -> None:
     weight, hessian = problem(200, 160)
     kwargs: dict[str, Any] = {"bits": 3, "group_size": 32, "levels": "uniform"}
     whole = gptq_quantize_weight(weight, hessian, **kwargs, block=160).dequantize()
@@ -131,12 +150,11 @@ def test_blocks_and_row_chunks_do_not_show(monkeypatch: pytest.MonkeyPatch) -> N
         other = gptq_quantize_weight(weight, hessian, **kwargs, block=block).dequantize()
         # Sums in another order move a few weights over a threshold, and with them all that comes after.
         assert float((whole == other).double().mean()) > 0.98
-    monkeypatch.setattr(gptq_weight, "_CHUNK_WEIGHTS", 1)
-    monkeypatch.setattr(gptq_weight, "_CHUNK_ROWS", 7)
-    other = gptq_quantize_weight(weight, hessian, **kwargs, block=160).dequantize()
-    assert float((whole == other).double().mean()) > 0.98
     again = gptq_quantize_weight(weight, hessian, **kwargs, block=160).dequantize()
-    assert torch.equal(other, again)
+    assert torch.equal(whole, again)
+    # One block has no matrix product, whose sums could be in another order for other rows.
+    some = gptq_quantize_weight(weight[5:12], hessian, **kwargs, block=160).dequantize()
+    assert torch.equal(some, whole[5:12])
 
 
 def test_any_magnitude_and_far_scales() -> None:
@@ -197,6 +215,42 @@ def test_factor_is_the_inverse() -> None:
     inverse = torch.linalg.inv(hessian.double() / mean + 0.01 * torch.eye(90, dtype=torch.float64))
     torch.testing.assert_close(factor.upper.double().T @ factor.upper.double(), inverse, rtol=1e-5, atol=1e-5)
     assert not factor.upper.tril(-1).any()
+
+
+@pytest.mark.parametrize("features", [1, 90, 256, 600])
+def test_the_triangle_is_the_whole(features: int) -> None:
+    x = torch.randn((70, features), generator=generator(0))
+    total = torch.zeros((features, features))
+    for part in (x[:50], x[50:]):
+        add_gram(total, part)
+    torch.testing.assert_close(total.triu(), (x.double().T @ x.double()).float().triu(), rtol=1e-4, atol=1e-4)
+    weight = torch.randn((9, features), generator=generator(1))
+    quantized = [weight + 0.1, weight * 0.9]
+    hessian = x.T @ x
+    expected = [float(squared_error(weight, each, hessian).sum()) for each in quantized]
+    square = float(squared_error(weight, torch.zeros_like(weight), hessian).sum())
+    found = relative_errors(weight, quantized, hessian)
+    assert found == pytest.approx([each / square for each in expected], rel=1e-4)
+    assert relative_errors(torch.zeros_like(weight), quantized, hessian) == [0.0, 0.0]
+
+
+def test_kept_outputs_end_at_the_limit_and_are_what_was_kept() -> None:
+    kept = KeptOutputs(2 * 4 * 10)
+    first, second = torch.ones(10), (torch.zeros(10), None)
+    kept.keep("a", first)
+    kept.keep("b", second)
+    kept.keep("c", torch.ones(1))
+    assert kept.get("a") is first
+    assert kept.get("b") is second
+    assert kept.get("c") is None
+    kept.batch = 1
+    assert kept.get("a") is None
+    kept.batch = 0
+    kept.drop(["b", "no such"])
+    kept.keep("c", torch.ones(10))
+    assert kept.get("c") is not None
+    first += 1  # by whoever got it
+    assert kept.get("a") is None
 
 
 def tiny_llama(seed: int = 0, **kwargs: Any) -> nn.Module:
@@ -321,6 +375,27 @@ def test_a_model_that_ignores_the_cache_is_refused(ids: Tensor, monkeypatch: pyt
     monkeypatch.setattr(gptq, "cache_argument", lambda *_: {})
     with pytest.raises(RuntimeError, match=r"layer model\.layers\.0: .* cache of 4 bits, got .* never asked it"):
         gptq_quantize_model(tiny_llama(), ids, group_size=32, kv_bits=4)
+
+
+def test_kept_outputs_do_not_show(ids: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gptq, "_BATCH_TOKENS", 3 * 48)  # four batches
+    results, runs = [], []
+    for limit in (1 << 30, 0, 100_000):
+        monkeypatch.setattr(gptq, "_KEPT_BYTES", limit)
+        model = tiny_llama()
+        heads: list[int] = []
+        model.model.layers[1].self_attn.q_proj.register_forward_hook(lambda *_, heads=heads: heads.append(1))
+        results.append(gptq_quantize_model(model, ids, group_size=32, act_bits=8, kv_bits=4))
+        runs.append(len(heads))
+        assert all("forward" not in vars(module) for module in model.modules())
+    # Once for the keywords, then in four passes over four batches, of which the last two find the attention's output.
+    assert runs[0] == 1 + 2 * 4
+    assert runs[1] == 1 + 4 * 4
+    assert runs[0] < runs[2] < runs[1]
+    for other in results[1:]:
+        for name, packed in results[0].items():
+            assert torch.equal(packed.codes, other[name].codes), name
+            assert torch.equal(packed.levels, other[name].levels), name
 
 
 def test_biases_stay(ids: Tensor) -> None:

@@ -13,8 +13,9 @@ from rcp_kernels.formats import snap_levels
 from rcp_kernels.methods import fake_quantize as module
 from rcp_kernels.methods.fake_quantize import fake_quantize, group_range, snap
 from rcp_kernels.methods.ldp import LearnableDirectPartitioning
-from rcp_kernels.methods.level_search import CLIP_RATIOS, clip_search, kmeans_levels
 from rcp_kernels.methods.uniform import UniformQuantizer
+from rcp_kernels.ops import clip_search, kmeans_levels
+from rcp_kernels.ops.clip_search import CLIP_RATIOS
 
 
 def generator(seed: int) -> torch.Generator:

@@ -38,6 +38,11 @@ STABLE_TORCH_LIBRARY(rcp_kernels, m) {
   m.def(
       "kv_cache_attention(Tensor query, Tensor key_codes, Tensor key_scales, Tensor value_codes, Tensor value_scales, "
       "int length, float scale, bool causal=True, int window=0, Tensor? mask=None) -> Tensor");
+  m.def("kmeans_levels(Tensor groups, int count, Tensor? importance=None) -> Tensor");
+  m.def("clip_search(Tensor groups, int count, Tensor? importance=None) -> Tensor");
+  m.def("nearest_codes(Tensor weight, Tensor table, int group_size, bool packed=False) -> Tensor");
+  m.def(
+      "gptq_round(Tensor(a!) block, Tensor upper, Tensor table, int first, int last) -> (Tensor codes, Tensor errors)");
   m.def("plain_read(Tensor buffer, int streams) -> int");
   m.def("cpu_isa() -> int");
   m.def("cpu_isa_supported() -> int");

@@ -22,18 +22,23 @@ from ..ops.quantize_activation import quantize_activation
 from .calibration import check_calibration_ids, check_vocabulary, first_layer_inputs, float_linears, run_layer
 from .gptq_weight import (
     Chooser,
+    add_gram,
     check_arguments,
     factor_hessian,
     gptq_quantize_weight,
     quantize_rows,
-    relative_error,
+    relative_errors,
     round_to_nearest,
 )
+from .kept_outputs import KeptOutputs
 from .student import FakeQuantKV
 
 __all__ = ["LayerError", "QuantizedLayers", "gptq_quantize_model", "gptq_quantize_weight"]
 
 _BATCH_TOKENS = 2048
+# Bytes of outputs inside one decoder layer that are kept from one pass over the text to the next. The others are
+# computed again, so that memory does not grow with the text.
+_KEPT_BYTES = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -81,7 +86,8 @@ def gptq_quantize_model(
 
     The calibration text runs through the model one decoder layer at a time, and inside a layer in four steps, q k v, o,
     gate up, down, so that every Hessian is of inputs that come from layers quantized before, weights and activations
-    alike. Beyond the model, memory holds the hidden states of the text, one layer's weights and one Hessian.
+    alike. Beyond the model, memory holds the hidden states of the text, one layer's weights, one Hessian, and at most
+    1 GB of outputs inside the layer.
 
     Args:
         model: a causal language model that :func:`rcp_kernels.models.describe` knows, in floating point, rotated by
@@ -132,8 +138,9 @@ def gptq_quantize_model(
                 cache = None if kv_bits == 16 else FakeQuantKV(kv_bits, kv_clip)
                 if cache is not None:
                     extra = {**extra, **cache_argument(module, cache)}
-                taps = {name: _Tap(name, linears[name], act_bits, act_clip) for name in layer.linears}
-                run = _LayerRun(module, taps, extra)
+                kept = KeptOutputs(_KEPT_BYTES)
+                taps = {name: _Tap(name, linears[name], act_bits, act_clip, kept) for name in layer.linears}
+                run = _LayerRun(model, layer, taps, extra, kept)
                 with run:
                     for names in _steps(layer):
                         hessian = run.hessian(hidden, names)
@@ -147,7 +154,7 @@ def gptq_quantize_model(
                             tap = taps[name]
                             tap.weight = packed.dequantize()
                             rtn = round_to_nearest(tap.linear.weight, bits, group_size, levels)
-                            before, after = (relative_error(tap.linear.weight, w, hessian) for w in (rtn, tap.weight))
+                            before, after = relative_errors(tap.linear.weight, (rtn, tap.weight), hessian)
                             result[name] = packed
                             result.errors.append(LayerError(name, before, after, factor.damping))
                             if progress is not None:
@@ -186,16 +193,21 @@ class _Hessian:
 
     def add(self, x: Tensor) -> None:
         x = x.reshape(-1, x.shape[-1]).to(torch.float32)
-        self.sum.addmm_(x.T, x)
+        add_gram(self.sum, x)
         self.tokens += x.shape[0]
+
+    def mean(self) -> Tensor:
+        upper = self.sum.triu().div_(self.tokens)
+        return upper + upper.triu(1).T
 
 
 class _Tap:
     """Stands in for the forward of a linear layer while its decoder layer is quantized: as at run time, in float."""
 
-    def __init__(self, name: str, linear: nn.Module, act_bits: int, act_clip: float) -> None:
+    def __init__(self, name: str, linear: nn.Module, act_bits: int, act_clip: float, kept: KeptOutputs) -> None:
         assert isinstance(linear, nn.Linear)
         self.name = name
+        self.kept = kept
         self.linear = linear
         self.act_bits = act_bits
         self.act_clip = act_clip
@@ -203,6 +215,9 @@ class _Tap:
         self.hessian: _Hessian | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
+        output: Tensor | None = self.kept.get(self.name)
+        if output is not None:
+            return output
         rotation = getattr(self.linear, "input_rotation", None)
         if rotation is not None:
             x = rotation(x)
@@ -216,29 +231,64 @@ class _Tap:
             self.hessian.add(x)
             raise _Captured
         assert self.weight is not None
-        return functional.linear(x, self.weight.to(x.dtype), self.linear.bias)
+        output = functional.linear(x, self.weight.to(x.dtype), self.linear.bias)
+        self.kept.keep(self.name, output)
+        return output
+
+
+class _KeptAttention:
+    """Stands in for the forward of an attention: the output of a batch is kept, and those of its linear layers are not
+    needed any more."""
+
+    def __init__(self, name: str, attention: nn.Module, inside: Sequence[str], kept: KeptOutputs) -> None:
+        self.module = attention
+        self._name = name
+        self._forward = attention.forward
+        self._inside = inside
+        self._kept = kept
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        output = self._kept.get(self._name)
+        if output is None:
+            output = self._forward(*args, **kwargs)
+            self._kept.drop(self._inside)
+            self._kept.keep(self._name, output)
+        return output
 
 
 class _LayerRun:
     """One decoder layer with taps in place of its linear layers, for as long as the ``with`` block lasts."""
 
-    def __init__(self, layer: nn.Module, taps: dict[str, _Tap], keywords: dict[str, Any]) -> None:
-        self._layer = layer
+    def __init__(
+        self, model: nn.Module, layer: Layer, taps: dict[str, _Tap], keywords: dict[str, Any], kept: KeptOutputs
+    ) -> None:
+        self._layer = model.get_submodule(layer.name)
         self._taps = taps
         self._keywords = keywords
-        self._forwards: dict[str, Any] = {}
+        self._forwards: list[tuple[nn.Module, Any]] = []
+        self._kept = kept
+        self._attention = None
+        name = layer.o.rpartition(".")[0]
+        if name != layer.name:
+            inside = (layer.q, layer.k, layer.v, layer.o)
+            self._attention = _KeptAttention(name, model.get_submodule(name), inside, kept)
 
     def __enter__(self) -> None:
-        for name, tap in self._taps.items():
-            if "forward" in vars(tap.linear):  # of accelerate's hooks, for one
-                self._forwards[name] = tap.linear.forward
-            tap.linear.forward = tap  # type: ignore[assignment]
+        stand_ins: list[tuple[nn.Module, Any]] = [(tap.linear, tap) for tap in self._taps.values()]
+        if self._attention is not None:
+            stand_ins.append((self._attention.module, self._attention))
+        for module, stand_in in stand_ins:
+            # A forward of its own is one that hooks have installed, accelerate's for example.
+            self._forwards.append((module, vars(module).get("forward")))
+            module.forward = stand_in
 
     def __exit__(self, *_: object) -> None:
-        for name, tap in self._taps.items():
-            del tap.linear.forward
-            if name in self._forwards:
-                tap.linear.forward = self._forwards[name]  # type: ignore[method-assign]
+        for module, forward in self._forwards:
+            if forward is None:
+                del module.forward
+            else:
+                module.forward = forward
+        self._forwards.clear()
 
     def hessian(self, hidden: Tensor, names: Sequence[str]) -> Tensor:
         """Mean of x x^T over the inputs of layers that share theirs, float32 [K, K]."""
@@ -246,18 +296,20 @@ class _LayerRun:
         hessian = _Hessian(linear.in_features, hidden.device)
         for name in names:
             self._taps[name].hessian = hessian
-        for part in self._batches(hidden):
+        for batch, part in enumerate(self._batches(hidden)):
+            self._kept.batch = batch
             try:
                 run_layer(self._layer, part, self._keywords)
             except _Captured:
                 pass
         for name in names:
             self._taps[name].hessian = None
-        return hessian.sum.div_(hessian.tokens)
+        return hessian.mean()
 
     def forward(self, hidden: Tensor) -> None:
         """Replace the hidden states by the layer's output."""
-        for part in self._batches(hidden):
+        for batch, part in enumerate(self._batches(hidden)):
+            self._kept.batch = batch
             part.copy_(run_layer(self._layer, part, self._keywords))
 
     @staticmethod

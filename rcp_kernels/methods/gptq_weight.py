@@ -6,24 +6,28 @@ docs/gptq.md has the formulas and what is ours.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from ..formats import LEVEL_MAX, PackedWeight, check_bits, check_group_size, num_groups
+from ..ops.clip_search import clip_search
+from ..ops.gptq_round import gptq_round
+from ..ops.kmeans_levels import kmeans_levels
 from ..quantize import quantize_weight, uniform_levels
-from .level_search import clip_search, for_each_group, kmeans_levels
+from .level_search import for_each_group
 
 __all__ = [
     "Chooser",
     "Factor",
+    "add_gram",
     "check_arguments",
     "factor_hessian",
     "gptq_quantize_weight",
     "quantize_rows",
-    "relative_error",
+    "relative_errors",
     "round_to_nearest",
 ]
 
@@ -33,14 +37,11 @@ Chooser = Callable[[Tensor, Tensor | None], Tensor]
 # Damping is raised tenfold until the Hessian is positive definite, but not beyond its mean diagonal.
 _MAX_DAMPING = 1.0
 _FIRST_DAMPING = 1e-3
-# Columns whose feedback to each other is applied one by one; to the rest of the block it is one matrix product.
-_INNER = 32
-# Weights of a group's columns at a time on the CPU, but at least so many rows: below 32768 elements torch runs an
-# operator on one thread, and the many short ones here would spend their time waiting for a second (fake_quantize.py).
-_CHUNK_WEIGHTS = 32767
-_CHUNK_ROWS = 128
+# Columns of a triangle that are multiplied at once: of a large matrix, half of the work is saved.
+_TRIANGLE_BLOCK = 256
 # Where the largest scale of the weight as given is put: 2**12 below float16's largest, as feedback can only enlarge it.
 _SCALE_EXPONENT = 3
+_DIVERGED = "error feedback diverged; raise damping"
 
 
 def gptq_quantize_weight(
@@ -80,12 +81,45 @@ def gptq_quantize_weight(
     return quantize_rows([weight], factor, bits, group_size, levels, block)[0]
 
 
-def relative_error(weight: Tensor, quantized: Tensor, hessian: Tensor) -> float:
-    """``tr(E H E^T) / tr(W H W^T)`` with E = W - Q: the output's relative squared error on the calibration tokens."""
+def add_gram(total: Tensor, x: Tensor) -> None:
+    """Add x^T x to a float32 matrix, in the upper triangle only; what is below it means nothing.
+
+    Args:
+        total: float32 [K, K].
+        x: float32 [tokens, K].
+    """
+    for columns in _column_blocks(x.shape[1]):
+        total[: columns.stop, columns].addmm_(x[:, : columns.stop].T, x[:, columns])
+
+
+def _column_blocks(features: int) -> Iterator[slice]:
+    for start in range(0, features, _TRIANGLE_BLOCK):
+        yield slice(start, min(start + _TRIANGLE_BLOCK, features))
+
+
+def _squared_output(weight: Tensor, hessian: Tensor) -> float:
+    """``tr(W H W^T)`` of a symmetric H, whose upper triangle is read."""
+    total = 0.0
+    for columns in _column_blocks(weight.shape[1]):
+        part = weight[:, columns]
+        product = part @ hessian[columns, columns]
+        if columns.start:
+            product.addmm_(weight[:, : columns.start], hessian[: columns.start, columns], alpha=2.0)
+        total += float(product.mul_(part).sum())
+    return total
+
+
+def relative_errors(weight: Tensor, quantized: Sequence[Tensor], hessian: Tensor) -> list[float]:
+    """``tr(E H E^T) / tr(W H W^T)`` with E = W - Q: the output's relative squared error on the calibration tokens.
+
+    Args:
+        weight: floating point [N, K].
+        quantized: of the same shape, one for each result.
+        hessian: floating point [K, K], symmetric.
+    """
     weight = weight.detach().to(hessian)
-    difference = weight - quantized.to(hessian)
-    square = float(((weight @ hessian) * weight).sum())
-    return float(((difference @ hessian) * difference).sum()) / square if square > 0 else 0.0
+    square = _squared_output(weight, hessian)
+    return [_squared_output(weight - each.to(hessian), hessian) / square if square > 0 else 0.0 for each in quantized]
 
 
 def check_arguments(
@@ -150,11 +184,12 @@ def factor_hessian(hessian: Tensor, damping: float, where: str) -> Factor:
     while True:
         damped.diagonal().add_(damping - added)
         added = damping
-        lower, info = torch.linalg.cholesky_ex(damped)
-        if not int(info):
-            upper, info = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-            if not int(info):
-                return Factor(upper.to(torch.float32), damping)
+        # With the order of the columns turned round, H = L L^T becomes R R^T with an upper R, and U is its inverse.
+        lower, info = torch.linalg.cholesky_ex(damped.flip(0, 1))
+        if not int(info) and float(lower.diagonal().min()) ** 2 > features * torch.finfo(torch.float64).eps:
+            identity = torch.eye(features, dtype=torch.float64, device=hessian.device)
+            upper = torch.linalg.solve_triangular(lower, identity, upper=False).flip(0, 1)
+            return Factor(upper.to(torch.float32).contiguous(), damping)
         if damping >= _MAX_DAMPING:
             raise ValueError(
                 f"{where}: the Hessian must be positive definite once {_MAX_DAMPING} of its mean diagonal is added, "
@@ -221,21 +256,11 @@ def quantize_rows(
             f"{tuple(levels.shape)}; expand a shared table to every group"
         )
     tensor_scales = torch.cat([torch.full((w.shape[0],), _tensor_scale(w, levels)) for w in weights]).to(stacked.device)
-    codes = torch.empty((rows, in_features), dtype=torch.uint8, device=stacked.device)
-    tables = torch.empty((rows, groups, 2**bits), dtype=torch.int8, device=stacked.device)
-    scales = torch.empty((rows, groups), dtype=torch.float16, device=stacked.device)
-    step = rows
-    if stacked.device.type == "cpu":
-        step = max(_CHUNK_ROWS, _CHUNK_WEIGHTS // max(min(group_size, in_features), _INNER))
-    for start in range(0, rows, step):
-        chunk = slice(start, start + step)
-        if isinstance(levels, Tensor):
-            chosen: Tensor | Chooser = levels[chunk].to(stacked)
-        else:
-            chosen = _chooser(levels, bits)
-        codes[chunk], tables[chunk], scales[chunk] = _Solver(factor, bits, group_size, chosen, block).solve(
-            stacked[chunk], tensor_scales[chunk]
-        )
+    if isinstance(levels, Tensor):
+        chosen: Tensor | Chooser = levels.to(stacked)
+    else:
+        chosen = _chooser(levels, bits)
+    codes, tables, scales = _solve(stacked, factor, group_size, chosen, block, tensor_scales)
     packed = []
     start = 0
     for weight in weights:
@@ -267,78 +292,53 @@ def _normalize(scales: Tensor, tensor_scale: float) -> tuple[Tensor, float]:
     return (moved, tensor_scale * shift) if exact and tensor_scale * shift >= 2.0**-126 else (scales, tensor_scale)
 
 
-class _Solver:
-    """Error feedback over some rows of a weight, transposed: a column of the weight is contiguous."""
+def _solve(
+    weight: Tensor, factor: Factor, group_size: int, levels: Tensor | Chooser, block: int, tensor_scale: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Round all columns with error feedback.
 
-    def __init__(self, factor: Factor, bits: int, group_size: int, levels: Tensor | Chooser, block: int) -> None:
-        self._factor = factor
-        self._bits = bits
-        self._group_size = group_size
-        self._levels = levels
-        self._block = block
+    Args:
+        weight: float32 [N, K], overwritten.
+        factor: of its inputs.
+        group_size: columns that share a table.
+        levels: float32 [N, groups, 2**bits], or what chooses them.
+        block: columns after which the feedback reaches the rest of the weight as one matrix product.
+        tensor_scale: float32 [N].
 
-    def solve(self, weight: Tensor, tensor_scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """[N, K], [N] -> codes uint8 [N, K], levels int8 [N, groups, 2**bits], scales float16 [N, groups]."""
-        columns = weight.T.contiguous()
-        in_features, rows = columns.shape
-        upper = self._factor.upper
-        codes = torch.empty((in_features, rows), dtype=torch.uint8, device=weight.device)
-        tables, scales = [], []
-        # A group's table needs its columns with all feedback from before it, so blocks end where groups do.
-        group = self._group_size
-        block = max(self._block // group * group, group)
-        for start in range(0, in_features, block):
-            stop = min(start + block, in_features)
-            current = columns[start:stop]
-            errors = torch.empty_like(current)
-            for first in range(0, stop - start, group):
-                last = min(first + group, stop - start)
-                levels = self._choose(current[first:last], start + first)
-                table, scale = _snap(levels, tensor_scale)
-                tables.append(table)
-                scales.append(scale)
-                values = (
-                    table.to(torch.float32) * scale.to(torch.float32)[:, None] * tensor_scale[:, None]
-                ).T.contiguous()
-                self._round(current, errors, upper[start:stop, start:stop], first, last, values)
-                bounds = values[1:] * 0.5 + values[:-1] * 0.5
-                group_codes = codes[start + first : start + last].zero_()
-                for bound in bounds:
-                    group_codes += current[first:last] > bound
-            if stop < in_features:
-                columns[stop:].addmm_(upper[start:stop, stop:].T, errors, alpha=-1.0)
-        return codes.T.contiguous(), torch.stack(tables, 1), torch.stack(scales, 1)
-
-    def _choose(self, columns: Tensor, start: int) -> Tensor:
-        if isinstance(self._levels, Tensor):
-            return self._levels[:, start // self._group_size]
-        groups = columns.T.contiguous()
-        importance = self._factor.importance[start : start + groups.shape[1]]
-        return self._levels(groups, importance.expand(groups.shape))
-
-    @staticmethod
-    def _round(current: Tensor, errors: Tensor, upper: Tensor, first: int, last: int, values: Tensor) -> None:
-        """Round columns first to last of a block, feeding errors back to all columns of the block after each.
-
-        A column keeps the value that was rounded; ``errors`` are (value - stored value) / U_jj.
-        """
-        bounds = values[1:] * 0.5 + values[:-1] * 0.5
-        steps = values.diff(dim=0)
-        lowest = values[0]
-        above = torch.empty_like(bounds)
-        inverse = upper.diagonal().reciprocal().tolist()
-        for inner in range(first, last, _INNER):
-            end = min(inner + _INNER, last)
-            for j in range(inner, end):
-                column, error = current[j], errors[j]
-                torch.gt(column, bounds, out=above)
-                # The sum of steps is exact, as in fake_quantize: error feedback sees the very value that is stored.
-                torch.sum(above.mul_(steps), 0, out=error)
-                error.add_(lowest).sub_(column).mul_(-inverse[j])
-                if j + 1 < end:
-                    current[j + 1 : end].addr_(upper[j, j + 1 : end], error, alpha=-1.0)
-            if end < current.shape[0]:
-                current[end:].addmm_(upper[inner:end, end:].T, errors[inner:end], alpha=-1.0)
+    Returns:
+        codes uint8 [N, K], levels int8 [N, groups, 2**bits], scales float16 [N, groups].
+    """
+    in_features = weight.shape[1]
+    upper = factor.upper
+    codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
+    tables, scales = [], []
+    # A group's table needs its columns with all feedback from before it, so blocks end where groups do.
+    block = max(block // group_size * group_size, group_size)
+    for start in range(0, in_features, block):
+        stop = min(start + block, in_features)
+        current, inside = weight[:, start:stop], upper[start:stop, start:stop]
+        errors = torch.empty(current.shape, dtype=torch.float32, device=weight.device)
+        for first in range(0, stop - start, group_size):
+            last = min(first + group_size, stop - start)
+            if isinstance(levels, Tensor):
+                chosen = levels[:, (start + first) // group_size]
+            else:
+                columns = current[:, first:last].contiguous()
+                if not bool(torch.isfinite(columns).all()):
+                    raise ValueError(f"weights must stay finite, got NaN or Inf: {_DIVERGED}")
+                importance = factor.importance[start + first : start + last]
+                chosen = levels(columns, importance.expand(columns.shape))
+            table, scale = _snap(chosen, tensor_scale)
+            tables.append(table)
+            scales.append(scale)
+            # Error feedback sees the very values that are stored: their products are exact.
+            values = table.to(torch.float32) * scale.to(torch.float32)[:, None] * tensor_scale[:, None]
+            codes[:, start + first : start + last], errors[:, first:last] = gptq_round(
+                current, inside, values, first, last
+            )
+        if stop < in_features:
+            weight[:, stop:].addmm_(errors, upper[start:stop, stop:], alpha=-1.0)
+    return codes, torch.stack(tables, 1), torch.stack(scales, 1)
 
 
 def _snap(levels: Tensor, tensor_scale: Tensor) -> tuple[Tensor, Tensor]:
@@ -348,8 +348,5 @@ def _snap(levels: Tensor, tensor_scale: Tensor) -> tuple[Tensor, Tensor]:
     ratio = torch.where(largest > 0, LEVEL_MAX / largest, 0.0)
     scales = (largest / LEVEL_MAX / tensor_scale).to(torch.float16)
     if not bool(torch.isfinite(scales).all()):
-        raise ValueError(
-            "levels must be finite and at most 4096 times the largest weight, got more: error feedback diverged; "
-            "raise damping"
-        )
+        raise ValueError(f"levels must be finite and at most 4096 times the largest weight, got more: {_DIVERGED}")
     return torch.round(levels * ratio[:, None]).to(torch.int8), scales

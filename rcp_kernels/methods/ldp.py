@@ -9,9 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from ..formats import PackedWeight, check_bits, check_group_size, num_groups
+from ..ops.clip_search import clip_search
+from ..ops.kmeans_levels import kmeans_levels
 from ..quantize import quantize_weight
 from .fake_quantize import fake_quantize, group_range
-from .level_search import clip_search, for_each_group, kmeans_levels
+from .level_search import for_each_group
 
 __all__ = ["LearnableDirectPartitioning"]
 
@@ -116,7 +118,7 @@ class LearnableDirectPartitioning(nn.Module):
 
     @torch.no_grad()
     def init_clip_search(self, weight: Tensor, importance: Tensor | None = None) -> None:
-        """Evenly spaced levels over the range of least squared error, of 72 tried (``level_search.clip_search``).
+        """Evenly spaced levels over the range of least squared error, of 72 tried (`rcp_kernels.ops.clip_search`).
 
         Args:
             weight: floating point [N, K].

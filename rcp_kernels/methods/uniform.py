@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from ..formats import LEVEL_MAX, PackedWeight, check_bits, check_group_size, num_groups
-from ..quantize import _nearest_codes
+from ..ops.clip_search import clip_search
+from ..ops.nearest_codes import nearest_codes
 from .fake_quantize import fake_quantize, group_range
-from .level_search import clip_search, for_each_group
+from .level_search import for_each_group
 
 __all__ = ["UniformQuantizer"]
 
@@ -82,7 +83,7 @@ class UniformQuantizer(nn.Module):
 
     @torch.no_grad()
     def init_clip_search(self, weight: Tensor, importance: Tensor | None = None) -> None:
-        """Levels over the range of least squared error, of 72 tried (``level_search.clip_search``).
+        """Levels over the range of least squared error, of 72 tried (`rcp_kernels.ops.clip_search`).
 
         Args:
             weight: floating point [N, K].
@@ -134,9 +135,12 @@ class UniformQuantizer(nn.Module):
                     f"that diverged, or check the checkpoint for overflow"
                 )
         levels, scales, exponent = self._snapped()
-        codes = _nearest_codes(weight.detach().to(torch.float32), self.group_size, _table(levels, scales, exponent))
-        table = PackedWeight.pack(codes, levels, scales, 2.0**exponent, bits=self.bits, group_size=self.group_size)
-        return table.as_uniform()
+        table = _table(levels, scales, exponent)
+        codes = nearest_codes(weight.detach().to(torch.float32), table, self.group_size, packed=True)
+        tensor_scale = torch.tensor(2.0**exponent, dtype=torch.float32, device=codes.device)
+        rows, in_features = self.weight_shape
+        packed = PackedWeight(codes, levels, scales, tensor_scale, self.bits, self.group_size, in_features, rows)
+        return packed.validate().as_uniform()
 
     def _step(self) -> int:
         """Between two int8 levels."""

@@ -21,21 +21,29 @@ except ImportError as error:
 
 from .. import triton as _triton_kernels  # noqa: F401  (registers its CUDA kernels)
 from . import cuda_library, reference
+from .clip_search import clip_search
+from .gptq_round import gptq_round
+from .kmeans_levels import kmeans_levels
 from .kv_cache import empty_kv_cache, fake_quantize_kv, kv_cache_append, kv_cache_attention, kv_cache_dequantize
 from .lut_linear import lut_linear
+from .nearest_codes import nearest_codes
 from .pack_weight import dequantize, pack_weight, unpack_weight
 from .quantize_activation import quantize_activation
 from .walsh_transform import walsh_quantize, walsh_transform
 
 __all__ = [
+    "clip_search",
     "cuda_library",
     "dequantize",
     "empty_kv_cache",
     "fake_quantize_kv",
+    "gptq_round",
+    "kmeans_levels",
     "kv_cache_append",
     "kv_cache_attention",
     "kv_cache_dequantize",
     "lut_linear",
+    "nearest_codes",
     "pack_weight",
     "quantize_activation",
     "reference",

@@ -4,8 +4,12 @@
 
 #include <thread>
 
+#include "rcp/clip_search.h"
+#include "rcp/gptq_round.h"
+#include "rcp/kmeans_levels.h"
 #include "rcp/kv_cache.h"
 #include "rcp/lut_linear.h"
+#include "rcp/nearest_codes.h"
 #include "rcp/plain_read.h"
 #include "rcp/walsh_transform.h"
 #if RCP_X86
@@ -301,6 +305,86 @@ py::object kv_cache_attention(const Array<uint8_t>& query, const std::string& ty
   return std::move(out);
 }
 
+struct Groups {
+  Groups(const Array<float>& groups, const py::object& importance) : values(groups) {
+    require(groups.ndim() == 2 && groups.shape(1) > 0, "groups must be [groups, length]");
+    g.values = values.data();
+    g.groups = groups.shape(0);
+    g.length = groups.shape(1);
+    if (!importance.is_none()) {
+      weights = importance.cast<Array<float>>();
+      require(weights.size() == groups.size(), "importance must have the shape of groups");
+      g.importance = weights.data();
+    }
+  }
+  Array<float> values, weights;
+  rcp::LevelGroups g{};
+};
+
+constexpr float nan = std::numeric_limits<float>::quiet_NaN();
+
+// Levels [groups, count], which start as NaN, and the first group that was refused.
+py::tuple kmeans_levels(const Array<float>& groups, const py::object& importance, int count, int isa, int threads) {
+  const Groups a(groups, importance);
+  Array<float> levels({a.g.groups, int64_t{count}});
+  std::fill_n(levels.mutable_data(), levels.size(), nan);
+  rcp::FirstBad bad(a.g.groups);
+  rcp::kmeans_levels(a.g, count, levels.mutable_data(), bad, rcp::checked_isa(static_cast<rcp::Isa>(isa), "isa"),
+                     thread_pool(threads));
+  return py::make_tuple(levels, bad.first());
+}
+
+// Ratios [groups, 2], which start as NaN, and the first group that was refused.
+py::tuple clip_search(const Array<float>& groups, const py::object& importance, int count, int isa, int threads) {
+  const Groups a(groups, importance);
+  Array<float> ratios({a.g.groups, int64_t{2}});
+  std::fill_n(ratios.mutable_data(), ratios.size(), nan);
+  rcp::FirstBad bad(a.g.groups);
+  rcp::clip_search(a.g, count, ratios.mutable_data(), bad, rcp::checked_isa(static_cast<rcp::Isa>(isa), "isa"),
+                   thread_pool(threads));
+  return py::make_tuple(ratios, bad.first());
+}
+
+// Codes, which start as 0xff.
+Array<uint8_t> nearest_codes(const Array<float>& weight, const Array<float>& table, int64_t group_size, int bits,
+                             bool packed, int isa, int threads) {
+  const rcp::NearestCodes a{weight.data(), table.data(), weight.shape(0), weight.shape(1), group_size, bits};
+  require(table.size() == a.rows * a.groups() << bits, "table must be [rows, groups, 2^bits]");
+  Array<uint8_t> codes({a.rows, packed ? a.packed_bytes() : a.columns});
+  std::fill_n(codes.mutable_data(), codes.size(), uint8_t{0xff});
+  rcp::nearest_codes(a, packed, codes.mutable_data(), rcp::checked_isa(static_cast<rcp::Isa>(isa), "isa"),
+                     thread_pool(threads));
+  return codes;
+}
+
+// The changed block, codes and errors; these start as 0xff and NaN.
+py::tuple gptq_round(const Array<float>& block, const Array<float>& upper, const Array<float>& table, int64_t first,
+                     int64_t last, int isa, int threads) {
+  rcp::GptqRound a{};
+  a.rows = block.shape(0);
+  a.columns = block.shape(1);
+  a.first = first;
+  a.last = last;
+  a.levels = static_cast<int>(table.shape(1));
+  require(upper.size() == a.columns * a.columns, "upper must be [columns, columns]");
+  require(table.shape(0) == a.rows, "table must be [rows, levels]");
+  require(0 <= first && first <= last && last <= a.columns, "first and last must be columns");
+  Array<float> changed({a.rows, a.columns}), errors({a.rows, last - first});
+  Array<uint8_t> codes({a.rows, last - first});
+  std::copy_n(block.data(), block.size(), changed.mutable_data());
+  std::fill_n(errors.mutable_data(), errors.size(), nan);
+  std::fill_n(codes.mutable_data(), codes.size(), uint8_t{0xff});
+  a.block = changed.mutable_data();
+  a.row_stride = a.columns;
+  a.upper = upper.data();
+  a.upper_stride = a.columns;
+  a.table = table.data();
+  a.codes = codes.mutable_data();
+  a.errors = errors.mutable_data();
+  rcp::gptq_round(a, rcp::checked_isa(static_cast<rcp::Isa>(isa), "isa"), thread_pool(threads));
+  return py::make_tuple(changed, codes, errors);
+}
+
 int64_t plain_read(const Array<uint8_t>& data, int64_t streams, int isa, int threads) {
   return rcp::plain_read(data.data(), data.size(), streams, static_cast<rcp::Isa>(isa), thread_pool(threads));
 }
@@ -326,5 +410,9 @@ PYBIND11_MODULE(rcp_native, m) {
   m.def("kv_cache_append", &kv_cache_append);
   m.def("kv_cache_dequantize", &kv_cache_dequantize);
   m.def("kv_cache_attention", &kv_cache_attention);
+  m.def("kmeans_levels", &kmeans_levels);
+  m.def("clip_search", &clip_search);
+  m.def("nearest_codes", &nearest_codes);
+  m.def("gptq_round", &gptq_round);
   m.def("plain_read", &plain_read);
 }
