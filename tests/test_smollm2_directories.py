@@ -1,4 +1,4 @@
-"""A real model at 3 bits: every writer and every reader agree bit for bit, and it is smaller than its bfloat16 source."""
+"""A real model at 3 bits: all writers and readers agree bit for bit, and it is smaller than its bfloat16 source."""
 
 import pytest
 import torch
