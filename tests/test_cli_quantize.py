@@ -390,3 +390,37 @@ def test_an_unknown_training_field_is_named():
         Recipe("demo", "rcp", training={"stepz": 1}).training_config(64)
     with pytest.raises(ValueError, match=r"training\.blocks"):
         Recipe("demo", "rcp", training={"blocks": {"layers": 1}}).training_config(64)
+
+
+def test_an_old_config_without_a_dtype(run, model, tmp_path):
+    """The dtype is that of the tensors, and what is written is smaller than what was read."""
+    source = tmp_path / "source"
+    shutil.copytree(model, source)
+    tensors = load_file(source / "model.safetensors")
+    save_file({k: v.to(torch.bfloat16) for k, v in tensors.items()}, source / "model.safetensors", {"format": "pt"})
+    fields = json.loads((source / "config.json").read_text())
+    del fields["dtype"]
+    (source / "config.json").write_text(json.dumps(fields))
+    code, out, err = run("quantize", source, "-o", tmp_path / "out", "--method", "rtn", "--group-size", 32)
+    assert code == 0, err
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
+    sizes = [(folder / "model.safetensors").stat().st_size for folder in (source, tmp_path / "out")]
+    assert sizes[1] < sizes[0]
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["bytes_source"] == sizes[0]
+    assert f"read {sizes[0] / 1e3:.1f} kB; " in out
+    assert "times smaller" in out
+
+
+def test_values_that_do_not_fit_the_dtype_are_named_at_once(run, model, text, tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(model, source)
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.embed_tokens.weight"][3, 4] = 1e6
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    code, _, err = run(
+        "quantize", source, "-o", tmp_path / "out", "--dtype", "float16", "--rotation", "none", *common(text, "gptq")
+    )
+    assert code == 1
+    assert "values of model.embed_tokens.weight must be at most 65504 to be stored as torch.float16, got 1e+06" in err
+    assert "layers" not in err  # no bar of the method has begun

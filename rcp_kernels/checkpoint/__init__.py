@@ -8,12 +8,21 @@ from .config import QUANT_METHOD, QuantizationConfig, read_quantization_config
 from .files import check_output, file_sha256
 from .load import load_quantized, verify
 from .model_card import model_card, write_model_card
-from .save import cast_floats, checked_state, has_packed_layers, online_rotations, save_quantized, stored_config
+from .save import (
+    cast_floats,
+    check_fits,
+    checked_state,
+    has_packed_layers,
+    online_rotations,
+    save_quantized,
+    stored_config,
+)
 
 __all__ = [
     "QUANT_METHOD",
     "QuantizationConfig",
     "cast_floats",
+    "check_fits",
     "check_output",
     "checked_state",
     "file_sha256",

@@ -67,7 +67,12 @@ class QuantizationConfig:
                 f"{where}: quant_method must be {QUANT_METHOD!r}, got {fields.get('quant_method')!r}; load the model "
                 f"with the library that quantized it"
             )
-        version = fields.get("format_version")
+        if "format_version" not in fields:
+            raise ValueError(
+                f"{where}: it must have a format_version, as every saved model has, got none; to quantize a float "
+                f"model while it loads, pass an RcpConfig"
+            )
+        version = fields["format_version"]
         if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
             raise ValueError(
                 f"{where}: format_version must be 1 to {FORMAT_VERSION}, got {version!r}; a later one was written by a "

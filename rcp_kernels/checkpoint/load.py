@@ -63,7 +63,7 @@ def load_quantized(
             model = AutoModelForCausalLM.from_pretrained(
                 directory, dtype="auto" if dtype is None else dtype, local_files_only=True, **placed
             )
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         raise ValueError(
             f"load_quantized: the weights in {directory} must be whole safetensors files, got {error}; copy them again"
         ) from None

@@ -23,6 +23,7 @@ from .model_card import write_model_card
 __all__ = [
     "WEIGHTS",
     "cast_floats",
+    "check_fits",
     "checked_state",
     "has_packed_layers",
     "online_rotations",
@@ -111,6 +112,27 @@ def _fill(folder: Path, model: nn.Module, tokenizer: Any, files: Mapping[str, st
 
 
 @torch.no_grad()
+def check_fits(parameters: Mapping[str, Tensor], dtype: torch.dtype) -> None:
+    """Refuse finite values that are infinite in another dtype.
+
+    Args:
+        parameters: by name.
+        dtype: float32, float16 or bfloat16.
+
+    Raises:
+        ValueError: names the parameter and its largest magnitude.
+    """
+    largest = torch.finfo(dtype).max
+    for name, parameter in parameters.items():
+        found = float(parameter.abs().max()) if parameter.numel() else 0.0
+        if found > largest:
+            raise ValueError(
+                f"check_fits: values of {name} must be at most {largest:.6g} to be stored as {dtype}, got {found:.6g}; "
+                f"choose another dtype (bfloat16 has float32's range)"
+            )
+
+
+@torch.no_grad()
 def cast_floats(model: nn.Module, dtype: torch.dtype) -> None:
     """Cast the parameters of a model in place, biases of packed layers too, and say so in its config.
 
@@ -118,14 +140,12 @@ def cast_floats(model: nn.Module, dtype: torch.dtype) -> None:
     float32.
 
     Raises:
-        ValueError: a value does not fit dtype, named; nothing is changed then.
+        ValueError: as :func:`check_fits`; nothing is changed then.
     """
-    cast = {name: parameter.to(dtype) for name, parameter in model.named_parameters()}
-    for name, value in cast.items():
-        if not bool(torch.isfinite(value).all()):
-            raise ValueError(f"cast_floats: {name} must be finite in {dtype}, got NaN or Inf; choose another dtype")
-    for name, parameter in model.named_parameters():
-        parameter.data = cast[name]
+    parameters = dict(model.named_parameters())
+    check_fits(parameters, dtype)
+    for parameter in parameters.values():
+        parameter.data = parameter.to(dtype)
     tables = dict(hf.skeleton(model, dtype).named_buffers())
     for name, buffer in model.named_buffers():
         if name in tables:
@@ -166,7 +186,8 @@ def stored_config(model: nn.Module, stored: QuantizationConfig | None) -> Quanti
 
 def _inspect(model: nn.Module, stored: QuantizationConfig | None) -> tuple[QuantizationConfig, dict[str, bool]]:
     """:func:`stored_config`, and whether the class of the model gives a linear layer a bias, by the layer's name."""
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
+    modules = dict(model.named_modules(remove_duplicate=False))  # a shared layer has each of its names in the files
+    layers = {name: module for name, module in modules.items() if isinstance(module, QuantLinear)}
     if not layers:
         raise ValueError("save: the model must have packed layers, got none; quantize it first")
     first_name, first = next(iter(layers.items()))
@@ -191,7 +212,7 @@ def _inspect(model: nn.Module, stored: QuantizationConfig | None) -> tuple[Quant
         kv_bits=16 if stored is None else stored.kv_bits,
         kv_clip=1.0 if stored is None else stored.kv_clip,
         rotation=rotation,
-        modules_to_not_convert=tuple(n for n, module in model.named_modules() if isinstance(module, nn.Linear)),
+        modules_to_not_convert=tuple(name for name, module in modules.items() if isinstance(module, nn.Linear)),
         format_version=max(layer.format_version for layer in layers.values()),
     )
     return config, {name: m.bias is not None for name, m in skeleton.named_modules() if isinstance(m, nn.Linear)}
@@ -293,6 +314,14 @@ def _check_structure(model: nn.Module, skeleton: nn.Module, layers: Mapping[str,
             raise ValueError(
                 f"{where}: {key} must have the shape that config.json gives it, {tuple(expected[key].shape)}, got "
                 f"{tuple(tensor.shape)}; change the config with the tensor"
+            )
+    dtype = next(model.parameters()).dtype
+    kept = hf.float32_modules(model)
+    for name, parameter in model.named_parameters():
+        if parameter.dtype != dtype and not any(part in name.split(".") for part in kept):
+            raise ValueError(
+                f"{where}: all parameters must have one dtype, which config.json says once, got {dtype} and "
+                f"{parameter.dtype} in {name}; cast them with rcp_kernels.checkpoint.cast_floats(model, {dtype})"
             )
     tables = dict(skeleton.named_buffers())
     for name, buffer in model.named_buffers():

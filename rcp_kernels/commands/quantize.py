@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import __version__, extras, hardware
-from ..checkpoint import QuantizationConfig, cast_floats, check_output, save_quantized
+from ..checkpoint import QuantizationConfig, cast_floats, check_fits, check_output, save_quantized
 from ..methods.calibration import check_vocabulary
 from ..methods.corpus import split_windows
 from ..methods.gptq import gptq_quantize_model
@@ -31,7 +31,7 @@ from ..methods.training_state import write_curve
 from ..models import describe
 from ..nn import quantize_model, storage_report
 from .recipe import OWN, Recipe, recipe_text
-from .sources import encode, group_size_of, load_float, source_dtype, training_text
+from .sources import encode, group_size_of, load_float, source_bytes, source_dtype, training_text
 from .summary import Summary
 
 __all__ = ["Progress", "quantize", "quantize_layers", "windows_of"]
@@ -107,6 +107,9 @@ def quantize(
         ids, facts = windows_of(recipe, tokenizer, model, progress)
         check_vocabulary(model, ids, "quantize")
     rotated = _rotate(model, recipe)
+    linears = tuple(f"{name}." for layer in describe(model).layers for name in layer.linears)
+    # What is stored in dtype is known now; a training's hours come after this.
+    check_fits({n: p for n, p in model.named_parameters() if not n.startswith(linears)}, dtype)
     if trained:
         work.mkdir(parents=True, exist_ok=True)
     try:
@@ -133,6 +136,7 @@ def quantize(
         storage_report(model),
         str(dtype).removeprefix("torch."),
         bytes_before,
+        source_bytes(recipe.model),
         0,
         _head_bytes(model) if rotated is not None and rotated.untied else 0,
         time.perf_counter() - started[0],

@@ -9,7 +9,7 @@ import importlib.metadata
 import json
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ __all__ = [
     "is_quantized",
     "load_any",
     "load_float",
+    "source_bytes",
     "source_dtype",
     "training_text",
 ]
@@ -127,11 +128,35 @@ def source_dtype(name: str) -> torch.dtype:
 
     local = Path(name).is_dir()
     dtype = AutoConfig.from_pretrained(name, local_files_only=local).dtype
-    if isinstance(dtype, torch.dtype):
-        return dtype
-    if isinstance(dtype, str) and isinstance(getattr(torch, dtype, None), torch.dtype):
-        return getattr(torch, dtype)
-    return torch.float32
+    if isinstance(dtype, str):
+        dtype = getattr(torch, dtype, None)
+    if not isinstance(
+        dtype, torch.dtype
+    ):  # an old config.json: as transformers does, by the first floating point tensor
+        dtype = next(_stored_dtypes(Path(name)), torch.float32)
+    return dtype
+
+
+def _stored_dtypes(folder: Path) -> Iterator[torch.dtype]:
+    from safetensors import safe_open
+
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for key in file.keys():
+                dtype = file.get_tensor(key).dtype
+                if dtype.is_floating_point:
+                    yield dtype
+
+
+def source_bytes(name: str) -> int | None:
+    """Bytes of the weight files of a model by name; None for a hub id."""
+    from .. import demo
+
+    path = demo.find_model_file() if name == "demo" else Path(name)
+    if path.is_file():
+        return path.stat().st_size
+    sizes = [file.stat().st_size for pattern in ("*.safetensors", "*.bin") for file in path.glob(pattern)]
+    return sum(sizes) or None
 
 
 def is_quantized(name: str) -> bool:

@@ -21,6 +21,7 @@ class Summary:
         storage: what it stores.
         dtype: of what is not packed.
         bytes_before: of the float model in that dtype, a tied head counted once.
+        bytes_source: of the weight files that were read; None where they are not on this machine's disk.
         bytes_after: of the written weight files.
         bytes_untied: of the output head, where the rotation gave it a weight of its own; else 0.
         seconds, cpu_seconds: of the whole command.
@@ -30,6 +31,7 @@ class Summary:
     storage: StorageReport
     dtype: str
     bytes_before: int
+    bytes_source: int | None
     bytes_after: int
     bytes_untied: int
     seconds: float
@@ -40,19 +42,20 @@ class Summary:
         storage = dataclasses.asdict(self.storage)
         storage.update(bits_per_weight=self.storage.bits_per_weight, float_share=self.storage.float_share)
         del storage["parts"]
-        names = ("dtype", "bytes_before", "bytes_untied", "seconds", "cpu_seconds")
+        names = ("dtype", "bytes_before", "bytes_source", "bytes_untied", "seconds", "cpu_seconds")
         return {**{name: getattr(self, name) for name in names}, "storage": storage}
 
     def __str__(self) -> str:
         ratio = self.bytes_before / max(1, self.bytes_after)
+        compared = f"{ratio:.2f} times smaller" if ratio >= 1 else f"{1 / ratio:.2f} times LARGER"
+        read = "" if self.bytes_source is None else f"read {_size(self.bytes_source)}; "
         lines = [
             str(self.storage),
-            f"{self.bytes_before / 1e6:.1f} MB as {self.dtype}, now {self.bytes_after / 1e6:.1f} MB: {ratio:.2f} times "
-            f"smaller",
+            f"{read}{_size(self.bytes_before)} as {self.dtype}, now {_size(self.bytes_after)}: {compared}",
         ]
         if self.bytes_untied:
             lines.append(
-                f"the output head has a weight of its own now, {self.bytes_untied / 1e6:.1f} MB: it was tied to the "
+                f"the output head has a weight of its own now, {_size(self.bytes_untied)}: it was tied to the "
                 f"embedding before the rotation"
             )
         lines += [
@@ -61,3 +64,7 @@ class Summary:
             f"next: rcp-kernels eval {self.out}",
         ]
         return "\n".join(lines)
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e6:.1f} MB" if count >= 10**6 else f"{count / 1e3:.1f} kB"

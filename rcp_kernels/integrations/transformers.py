@@ -124,6 +124,10 @@ class RcpConfig(QuantizationConfigMixin):
         config.stored = stored
         return (config, kwargs) if return_unused_kwargs else config
 
+    def to_diff_dict(self) -> dict[str, Any]:
+        """What transformers 5.0 prints."""
+        return self.to_dict()
+
     def to_dict(self) -> dict[str, Any]:
         """What config.json has: :meth:`rcp_kernels.checkpoint.QuantizationConfig.to_dict`."""
         return self.stored.to_dict()
@@ -139,6 +143,13 @@ class RcpHfQuantizer(HfQuantizer):
     """
 
     quantization_config: RcpConfig
+
+    def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        if dtype == torch.float64:
+            raise ValueError(
+                f"{_WHERE}: dtype must be float32, float16 or bfloat16, got {dtype}; packed layers take no float64"
+            )
+        return dtype
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         device_map = kwargs.get("device_map")
@@ -175,7 +186,7 @@ class RcpHfQuantizer(HfQuantizer):
                 getattr(module, "input_rotation", None),
                 device="meta",
             )
-            model.set_submodule(name, nn.Identity())
+            model.set_submodule(name, _Waiting(module))
             if module is head:
                 hf.untie_head(model, name)
         hf.watch_loading(model, self._layers, lambda missing, unknown: self._check_names(model, missing, unknown))
@@ -185,7 +196,7 @@ class RcpHfQuantizer(HfQuantizer):
         if missing or unknown:
             raise ValueError(
                 f"{_WHERE}: the files must have the tensors of {type(model).__name__}, got {sorted(missing)[:3]} "
-                f"missing and {sorted(unknown)[:3]} unknown; copy config.json and the weights again"
+                f"missing and {sorted(unknown)[:3]} unknown; {_remedy(model)}"
             )
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
@@ -201,9 +212,7 @@ class RcpHfQuantizer(HfQuantizer):
                 try:
                     layer.load_state_dict(tensors, assign=True)
                 except RuntimeError as error:
-                    raise ValueError(
-                        f"{_WHERE}: {name} must fit config.json, got {error}; copy config.json and the weights again"
-                    ) from None
+                    raise ValueError(f"{_WHERE}: {name} must fit config.json, got {error}; {_remedy(model)}") from None
                 model.set_submodule(name, layer.eval())
             del self._checkpoint, self._layers
             return model
@@ -241,7 +250,8 @@ class RcpHfQuantizer(HfQuantizer):
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
         if not checkpoint.has_packed_layers(model):
             raise ValueError("save_pretrained: the model must have packed layers, got none; dequantize() it first")
-        state, self.quantization_config.stored = checkpoint.checked_state(model, self.quantization_config.stored)
+        known = _known(model) or self.quantization_config.stored
+        state, self.quantization_config.stored = checkpoint.checked_state(model, known)
         model.config.quantization_config = self.quantization_config
         return state, {}
 
@@ -255,6 +265,23 @@ class RcpHfQuantizer(HfQuantizer):
     @property
     def is_compileable(self) -> bool:
         return True
+
+
+class _Waiting(nn.Module):
+    """Stands where a packed layer will be while transformers loads and initializes the rest of the model.
+
+    weight and bias are no parameters, so that nothing is loaded into them. Some models read them while they initialize
+    what the files lack; the mark tells transformers' initializers to leave them alone.
+    """
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        for name in ("weight", "bias"):
+            parameter = getattr(linear, name)
+            stand_in = None if parameter is None else torch.empty_like(parameter, device="meta").detach()
+            if stand_in is not None:
+                stand_in._is_hf_initialized = True  # type: ignore[attr-defined]
+            setattr(self, name, stand_in)
 
 
 class _Checkpoint:
@@ -288,6 +315,15 @@ class _Checkpoint:
         return {key: self._file_of[stored].get_tensor(stored).to(device) for key, stored in found.items()}
 
 
+def _remedy(model: nn.Module) -> str:
+    """What to do about files that do not fit: the layers of some families differ between releases of transformers."""
+    written: Any = getattr(model.config, "transformers_version", None)
+    remedy = "copy config.json and the weights again"
+    if written not in (None, transformers.__version__):
+        remedy += f", or load them with transformers {written}, which wrote them (this is {transformers.__version__})"
+    return remedy
+
+
 def _refuse_several(devices: Iterable[str]) -> None:
     raise ValueError(
         f"{_WHERE}: device_map must name one device, got {sorted(devices)}; packed layers take no part in offloading: "
@@ -312,6 +348,11 @@ def _saving(model: nn.Module) -> Iterator[None]:
                 f"does not say: after loading it call rcp_kernels.methods.rotate.apply_structure(model, record)",
                 stacklevel=4,
             )
+        if _known(model) is not None:
+            raise ValueError(
+                "save_pretrained: a model whose config has a quantization_config of rcp-kernels must have packed "
+                "layers, got none; load the directory with from_pretrained, or delete config.quantization_config"
+            )
         yield
         return
     if isinstance(quantizer, RcpHfQuantizer):
@@ -324,17 +365,23 @@ def _saving(model: nn.Module) -> Iterator[None]:
             f"save_pretrained: a model must be quantized by one method, got QuantLinear layers beside "
             f"{type(quantizer).__name__}; start from the float model"
         )
-    said: Any = getattr(model.config, "quantization_config", None)
-    fields: Any = said if said is None or isinstance(said, Mapping) else said.to_dict()
-    ours = fields is not None and fields.get("quant_method") == QUANT_METHOD
-    known = QuantizationConfig.from_dict(fields) if ours else None
-    config = RcpConfig.from_dict(checkpoint.stored_config(model, known).to_dict())
+    said = getattr(model.config, "quantization_config", None)
+    config = RcpConfig.from_dict(checkpoint.stored_config(model, _known(model)).to_dict())
     model.hf_quantizer = RcpHfQuantizer(config, pre_quantized=True)  # type: ignore[assignment]
     try:
         yield
     finally:
         _restore(model, "hf_quantizer", quantizer)
         _restore(model.config, "quantization_config", said)
+
+
+def _known(model: nn.Module) -> QuantizationConfig | None:
+    """What the model's config says of its quantization, if it is ours."""
+    said: Any = getattr(model.config, "quantization_config", None)
+    fields: Any = said if said is None or isinstance(said, Mapping) else said.to_dict()
+    if fields is None or fields.get("quant_method") != QUANT_METHOD:
+        return None
+    return QuantizationConfig.from_dict(fields)
 
 
 def _restore(owner: Any, name: str, value: Any) -> None:

@@ -22,6 +22,7 @@ __all__ = [
     "cache_argument",
     "cache_keyword",
     "file_names",
+    "float32_modules",
     "output_cache",
     "skeleton",
     "tensor_state",
@@ -156,6 +157,14 @@ def skeleton(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """
     with torch.device("meta"), _default_dtype(dtype):
         return type(model)(copy.deepcopy(model.config))
+
+
+def float32_modules(model: nn.Module) -> set[str]:
+    """Last or inner names of the modules that ``from_pretrained`` keeps in float32 whatever dtype is asked for."""
+    names: set[str] = set()
+    for attribute in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"):
+        names.update(getattr(model, attribute, None) or ())
+    return names
 
 
 def tensor_state(model: nn.Module) -> dict[str, Tensor]:
