@@ -23,6 +23,7 @@ from .. import triton as _triton_kernels  # noqa: F401  (registers its CUDA kern
 from . import cuda_library, reference
 from .kv_cache import empty_kv_cache, fake_quantize_kv, kv_cache_append, kv_cache_attention, kv_cache_dequantize
 from .lut_linear import lut_linear
+from .lut_linear_fused import lut_linear_fused
 from .pack_weight import dequantize, pack_weight, unpack_weight
 from .quantize_activation import quantize_activation
 from .walsh_transform import walsh_quantize, walsh_transform
@@ -36,6 +37,7 @@ __all__ = [
     "kv_cache_attention",
     "kv_cache_dequantize",
     "lut_linear",
+    "lut_linear_fused",
     "pack_weight",
     "quantize_activation",
     "reference",

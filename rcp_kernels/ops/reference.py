@@ -8,17 +8,23 @@ from .kv_cache import kv_cache_attention_reference as kv_cache_attention
 from .kv_cache import kv_cache_dequantize_reference as kv_cache_dequantize
 from .lut_linear import lut_linear_group_sums_reference as lut_linear_group_sums
 from .lut_linear import lut_linear_reference as lut_linear
+from .lut_linear_fused import prologue_reference as prologue
 from .quantize_activation import quantize_activation_reference as quantize_activation
+from .token_prologue import gated_activation_reference as gated_activation
+from .token_prologue import rms_norm_reference as rms_norm
 from .walsh_transform import walsh_quantize_reference as walsh_quantize
 from .walsh_transform import walsh_transform_reference as walsh_transform
 
 __all__ = [
+    "gated_activation",
     "kv_cache_append",
     "kv_cache_attention",
     "kv_cache_dequantize",
     "lut_linear",
     "lut_linear_group_sums",
+    "prologue",
     "quantize_activation",
+    "rms_norm",
     "walsh_quantize",
     "walsh_transform",
 ]
