@@ -8,7 +8,7 @@ Backends may repack it once, on load, into an order of their own.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -18,6 +18,7 @@ __all__ = [
     "FORMAT_VERSION",
     "KINDS",
     "PackedWeight",
+    "merge_rows",
     "num_groups",
     "pack_codes",
     "row_bytes",
@@ -571,6 +572,44 @@ class PackedWeight:
             return weight, None if order is None else check_input_order(order, in_features)
         except ValueError as error:
             raise ValueError(f"PackedWeight: {error}") from None
+
+
+def merge_rows(weights: Sequence[PackedWeight]) -> PackedWeight | None:
+    """Weights with the same inputs as one weight, the rows of each below those of the one before, if that is exact.
+
+    The merged weight has the largest tensor_scale. The scales of the others are multiplied by a power of two of at most
+    1, which is exact unless float16 runs out of small numbers, below 2**-14.
+
+    Args:
+        weights: one or more of the same bits, group_size, in_features and kind.
+
+    Returns:
+        A weight that gives the same bits as the others one by one, or None where no common tensor_scale does.
+
+    Raises:
+        ValueError: bits, group_size, in_features or kind differ.
+    """
+    first = weights[0]
+    for name in ("bits", "group_size", "in_features", "kind"):
+        found = [getattr(weight, name) for weight in weights]
+        if any(value != found[0] for value in found):
+            raise ValueError(f"merge_rows: {name} must be the same in all weights, got {found}; keep them apart")
+    largest = max(float(weight.tensor_scale) for weight in weights)
+    scales = []
+    for weight in weights:
+        exact = weight.scales.to(torch.float64) * (float(weight.tensor_scale) / largest)
+        scales.append(exact.to(torch.float16))
+        if not torch.equal(scales[-1].to(torch.float64), exact):
+            return None
+    return replace(
+        first,
+        codes=torch.cat([weight.codes for weight in weights]),
+        levels=torch.cat([weight.levels for weight in weights]),
+        # As integers: torch.autocast, if it is on, would have an opinion on floats.
+        scales=torch.cat([part.view(torch.int16) for part in scales]).view(torch.float16),
+        tensor_scale=torch.tensor(largest, dtype=torch.float32, device=scales[0].device),
+        out_features=sum(weight.out_features for weight in weights),
+    )
 
 
 def make_header(version: int, kind: str, *shape: int) -> Tensor:

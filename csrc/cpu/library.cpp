@@ -13,6 +13,11 @@ STABLE_TORCH_LIBRARY(rcp_kernels, m) {
       "rotation_group=0, Tensor? input_order=None) "
       "-> Tensor");
   m.def(
+      "lut_linear_fused(Tensor x, Tensor weight, Tensor? bias, int out_features, int in_features, int bits, int "
+      "group_size, int act_bits, float clip=1.0, Tensor? rotation_base=None, Tensor? rotation_permutation=None, int "
+      "rotation_group=0, Tensor? input_order=None, Tensor? norm_weight=None, float norm_eps=0.0, float "
+      "norm_offset=0.0, int activation=0, Tensor? residual=None) -> Tensor");
+  m.def(
       "pack_weight(Tensor codes, Tensor levels, Tensor scales, Tensor tensor_scale, int in_features, int bits, int "
       "group_size) "
       "-> Tensor");

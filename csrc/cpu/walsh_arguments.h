@@ -16,10 +16,13 @@ struct WalshArguments {
   WalshTransform transform{};
 
   WalshArguments(const std::string& op, const Tensor& x, const std::optional<Tensor>& base_in,
+                 const std::optional<Tensor>& permutation_in, int64_t n, double scale, bool inverse)
+      : WalshArguments(op, columns_of(op, x), base_in, permutation_in, n, scale, inverse) {}
+
+  // Of a token with so many columns.
+  WalshArguments(const std::string& op, int64_t columns, const std::optional<Tensor>& base_in,
                  const std::optional<Tensor>& permutation_in, int64_t n, double scale, bool inverse) {
     const std::string where = op + ": ";
-    if (x.dim() < 1) fail(where + "x must have at least one dimension, got a scalar; use x[None]");
-    const int64_t columns = x.size(x.dim() - 1);
     if (n < 1 || columns % n != 0) {
       fail(where + "group_size must divide the last dimension of x (" + std::to_string(columns) + "), got " +
            std::to_string(n) + "; pass a divisor of it");
@@ -68,6 +71,12 @@ struct WalshArguments {
                  permutation ? static_cast<const int32_t*>(permutation->const_data_ptr()) : nullptr,
                  static_cast<float>(scale),
                  inverse};
+  }
+
+ private:
+  static int64_t columns_of(const std::string& op, const Tensor& x) {
+    if (x.dim() < 1) fail(op + ": x must have at least one dimension, got a scalar; use x[None]");
+    return x.size(x.dim() - 1);
   }
 };
 

@@ -6,7 +6,6 @@ vLLM's interfaces this relies on.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -16,7 +15,15 @@ from torch import Tensor, nn
 from .. import extras
 from ..checkpoint import QUANT_METHOD
 from ..checkpoint import QuantizationConfig as StoredConfig
-from ..formats import FORMAT_VERSION, INPUT_ORDER_VERSION, PackedWeight, check_group_size, num_groups, row_bytes
+from ..formats import (
+    FORMAT_VERSION,
+    INPUT_ORDER_VERSION,
+    PackedWeight,
+    check_group_size,
+    merge_rows,
+    num_groups,
+    row_bytes,
+)
 from ..models.families import FAMILIES
 from ..nn import OnlineRotation, QuantLinear
 from ..ops.lut_linear import lut_linear
@@ -202,9 +209,10 @@ class RcpLinearMethod(LinearMethodBase):
             weights.append(self._shard(layer, shard, slice(start, start + rows)))
             start += rows
         rotation = self._rotation()
+        merged = merge_rows(weights)
         linears = [
             QuantLinear.from_packed(weight, None, self.stored.act_bits, self.stored.act_clip, rotation)
-            for weight in _merge(weights)
+            for weight in (weights if merged is None else [merged])
         ]
         for name in self.loaded:
             delattr(layer, name)
@@ -331,31 +339,6 @@ class RcpLinearMethod(LinearMethodBase):
             )
         self._check_cut("the rotation's group_size", full.group_size)
         return OnlineRotation(self.in_features, full.group_size, full.order)
-
-
-def _merge(weights: list[PackedWeight]) -> list[PackedWeight]:
-    """Weights with the same inputs as one below the other, if one tensor_scale can stand for all of theirs; else as is.
-
-    The scales of the others are multiplied by a power of two of at most 1, which is exact unless float16 runs out of
-    small numbers, below 2**-14: the merged weight gives the same bits.
-    """
-    largest = max(float(weight.tensor_scale) for weight in weights)
-    scales = []
-    for weight in weights:
-        exact = weight.scales.to(torch.float64) * (float(weight.tensor_scale) / largest)
-        scales.append(exact.to(torch.float16))
-        if not torch.equal(scales[-1].to(torch.float64), exact):
-            return weights
-    return [
-        dataclasses.replace(
-            weights[0],
-            codes=torch.cat([weight.codes for weight in weights]),
-            levels=torch.cat([weight.levels for weight in weights]),
-            scales=torch.cat(scales),
-            tensor_scale=torch.tensor(largest, dtype=torch.float32, device=scales[0].device),
-            out_features=sum(weight.out_features for weight in weights),
-        )
-    ]
 
 
 def register() -> None:

@@ -24,6 +24,8 @@ class Family:
         attention_output_norm, mlp_output_norm: norms between o or down and the residual stream, None without.
         q_norm, k_norm: norms of the entries of a head before RoPE, None without.
         gain_offset: a norm multiplies by ``gain_offset + weight``: 0, or 1 where the weight is kept around zero.
+        attention_arguments: what the attention module gives to transformers' attention function beyond dropout and
+            scaling: pairs of the argument's name and the attribute of the module that is passed.
     """
 
     embed: str = "model.embed_tokens"
@@ -45,22 +47,25 @@ class Family:
     q_norm: str | None = None
     k_norm: str | None = None
     gain_offset: float = 0.0
+    attention_arguments: tuple[tuple[str, str], ...] = ()
 
 
+_WINDOW = (("sliding_window", "sliding_window"),)
 _GEMMA2 = Family(
     attention_output_norm="post_attention_layernorm",
     mlp_norm="pre_feedforward_layernorm",
     mlp_output_norm="post_feedforward_layernorm",
     gain_offset=1.0,
+    attention_arguments=(*_WINDOW, ("softcap", "attn_logit_softcapping")),
 )
 
 FAMILIES: dict[str, Family] = {
     "llama": Family(),
-    "mistral": Family(),
-    "qwen2": Family(),
-    "qwen3": Family(q_norm="self_attn.q_norm", k_norm="self_attn.k_norm"),
+    "mistral": Family(attention_arguments=(("sliding_window", "config.sliding_window"),)),
+    "qwen2": Family(attention_arguments=_WINDOW),
+    "qwen3": Family(q_norm="self_attn.q_norm", k_norm="self_attn.k_norm", attention_arguments=_WINDOW),
     "gemma": Family(gain_offset=1.0),
     "gemma2": _GEMMA2,
-    "gemma3_text": replace(_GEMMA2, q_norm="self_attn.q_norm", k_norm="self_attn.k_norm"),
+    "gemma3_text": replace(_GEMMA2, q_norm="self_attn.q_norm", k_norm="self_attn.k_norm", attention_arguments=_WINDOW),
 }
 """Families by ``config.model_type``."""

@@ -9,6 +9,9 @@ from .report import FloatPart, StorageReport, storage_report
 from .rotated_linear import RotatedLinear
 
 if TYPE_CHECKING:
+    from .fused_decoder import fuse_decoder as fuse_decoder
+    from .fused_decoder import is_fused as is_fused
+    from .fused_decoder import unfuse_decoder as unfuse_decoder
     from .kv_cache import QuantizedKVCache as QuantizedKVCache
 
 __all__ = [
@@ -26,7 +29,11 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """QuantizedKVCache is a class of transformers', which is optional and takes a second to import."""
+    """What needs transformers, which is optional and takes a second to import."""
+    if name in ("fuse_decoder", "is_fused", "unfuse_decoder"):
+        from . import fused_decoder
+
+        return getattr(fused_decoder, name)
     if name == "QuantizedKVCache":
         from .kv_cache import QuantizedKVCache
 

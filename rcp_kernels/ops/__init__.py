@@ -26,6 +26,7 @@ from .gptq_round import gptq_round
 from .kmeans_levels import kmeans_levels
 from .kv_cache import empty_kv_cache, fake_quantize_kv, kv_cache_append, kv_cache_attention, kv_cache_dequantize
 from .lut_linear import lut_linear
+from .lut_linear_fused import lut_linear_fused
 from .nearest_codes import nearest_codes
 from .pack_weight import dequantize, pack_weight, unpack_weight
 from .quantize_activation import quantize_activation
@@ -43,6 +44,7 @@ __all__ = [
     "kv_cache_attention",
     "kv_cache_dequantize",
     "lut_linear",
+    "lut_linear_fused",
     "nearest_codes",
     "pack_weight",
     "quantize_activation",

@@ -137,12 +137,14 @@ rcp::detail::Plan widened_plan(rcp::Isa isa, int bits, int64_t tokens, int act_b
 Array<uint8_t> lut_linear(const Array<uint8_t>& x, const std::string& type_name, const Array<uint8_t>& packed,
                           const py::object& bias, int64_t tokens, int64_t rows, int64_t columns, int bits,
                           int64_t group_size, int act_bits, float clip, int isa, int threads,
-                          const std::string& variant, const py::object& input_order) {
+                          const std::string& variant, const py::object& input_order, const py::object& norm_weight,
+                          float norm_epsilon, float norm_offset, int activation, const py::object& residual) {
   rcp::LutLinearArguments a{};
   a.shape = checked_shape(rows, columns, bits, group_size);
   a.type = float_type(type_name);
   const int64_t element = static_cast<int64_t>(rcp::float_size(a.type));
-  require(x.size() == tokens * columns * element, "x must have tokens * columns elements");
+  a.activation = static_cast<rcp::GatedActivation>(activation);
+  require(x.size() == tokens * a.inputs() * element, "x must have tokens * columns elements, or twice as many");
   a.tensor_scale = rcp::check_packed("lut_linear", a.shape, packed.data(), packed.size());
   a.packed = packed.data();
   a.x = x.data();
@@ -164,6 +166,18 @@ Array<uint8_t> lut_linear(const Array<uint8_t>& x, const std::string& type_name,
       require(order_array.data()[k] >= 0 && order_array.data()[k] < columns, "input_order must hold columns");
     }
     a.input_order = order_array.data();
+  }
+  Array<float> norm_array;
+  if (!norm_weight.is_none()) {
+    norm_array = norm_weight.cast<Array<float>>();
+    require(norm_array.size() == columns, "norm_weight must have one element per column");
+    a.norm = {norm_array.data(), rcp::FloatType::float32, norm_epsilon, norm_offset};
+  }
+  Array<uint8_t> residual_array;
+  if (!residual.is_none()) {
+    residual_array = residual.cast<Array<uint8_t>>();
+    require(residual_array.size() == tokens * rows * element, "residual must have tokens * rows elements");
+    a.residual = residual_array.data();
   }
   Array<uint8_t> y(tokens * rows * element);
   std::fill_n(y.mutable_data(), y.size(), uint8_t{0xff});
@@ -405,7 +419,8 @@ PYBIND11_MODULE(rcp_native, m) {
   m.def("unpack_weight", &unpack_weight);
   m.def("lut_linear", &lut_linear, py::arg(), py::arg(), py::arg(), py::arg(), py::arg(), py::arg(), py::arg(),
         py::arg(), py::arg(), py::arg(), py::arg(), py::arg(), py::arg(), py::arg(),
-        py::arg("input_order") = py::none());
+        py::arg("input_order") = py::none(), py::arg("norm_weight") = py::none(), py::arg("norm_epsilon") = 0.0f,
+        py::arg("norm_offset") = 0.0f, py::arg("activation") = 0, py::arg("residual") = py::none());
   m.def("walsh_transform", &walsh_transform);
   m.def("kv_cache_append", &kv_cache_append);
   m.def("kv_cache_dequantize", &kv_cache_dequantize);

@@ -10,6 +10,7 @@
 #include "rcp/parallel.h"
 #include "rcp/quantize_activation.h"
 #include "rcp/scratch.h"
+#include "rcp/token_prologue.h"
 #include "rcp/walsh_transform.h"
 #if RCP_X86
 #include "rcp/lut_linear_amx.h"
@@ -24,7 +25,7 @@ struct LutLinearArguments {
   WeightShape shape;
   const uint8_t* packed;  // header and chunks
   float tensor_scale;     // from the header
-  const void* x;          // [tokens][columns], contiguous
+  const void* x;          // [tokens][columns], or [tokens][2][columns] for a gated activation; contiguous
   FloatType type;         // of x and y
   int64_t tokens;
   int act_bits;
@@ -34,6 +35,11 @@ struct LutLinearArguments {
   void* y;                         // [tokens][rows], contiguous
   const WalshTransform* rotation;  // of x, block by block along columns; or null
   const int64_t* input_order;      // column k belongs to x[input_order[k]]; or null. Not together with a rotation
+  RmsNorm norm;                    // of x, first of all; weight null for none
+  GatedActivation activation;      // of x, first of all; none beside a norm
+  const void* residual;            // [tokens][rows], contiguous, added to y after y was rounded to its type; or null
+
+  int64_t inputs() const { return activation == GatedActivation::none ? shape.columns : 2 * shape.columns; }
 };
 
 namespace detail {
@@ -44,19 +50,33 @@ void gather(const void* from, const int64_t* order, int64_t n, char* to) {
   for (int64_t k = 0; k < n; ++k) std::memcpy(to + k * BYTES, static_cast<const char*>(from) + order[k] * BYTES, BYTES);
 }
 
-// A token as the weight's columns meet it, in the type of x: in the order of the columns, or after the rotation. The
-// result is bit-equal to an index_select or a walsh_transform before the call.
+// A token as the weight's columns meet it, in the type of x: after the norm or the activation, then in the order of the
+// columns or after the rotation. The result is bit-equal to separate operators before the call.
 class PreparedToken {
  public:
   PreparedToken(const LutLinearArguments& a, Isa isa) : a_(a), isa_(isa) {
-    if (a.rotation == nullptr && a.input_order == nullptr) return;
+    changes_ = a.norm.weight != nullptr || a.activation != GatedActivation::none;
+    if (!changes_ && a.rotation == nullptr && a.input_order == nullptr) return;
     const int64_t bytes = a.shape.columns * static_cast<int64_t>(float_size(a.type));
-    const int64_t floats = a.rotation == nullptr ? 0 : a.rotation->scratch_floats();
-    scratch_.emplace(Scratch::size_of<char>(bytes) + Scratch::size_of<float>(floats));
+    const int64_t first = changes_ ? bytes : 0;
+    const int64_t norm = a.norm.weight == nullptr ? 0 : rms_norm_work(a.shape.columns);
+    const int64_t floats = std::max(norm, a.rotation == nullptr ? 0 : a.rotation->scratch_floats());
+    scratch_.emplace(Scratch::size_of<char>(first) + Scratch::size_of<char>(bytes) + Scratch::size_of<float>(floats));
+    changed_ = scratch_->take<char>(first);
     row_ = scratch_->take<char>(bytes);
     work_ = scratch_->take<float>(floats);
+    if (changes_) kernels_ = prologue_kernels(isa);
   }
   const void* operator()(const void* row) {
+    if (changes_) {
+      const FlushSubnormals flush;
+      if (a_.norm.weight != nullptr) {
+        kernels_.rms_norm(a_.norm, row, a_.type, a_.shape.columns, work_, changed_);
+      } else {
+        kernels_.gated_activation(a_.activation, row, a_.type, a_.shape.columns, changed_);
+      }
+      row = changed_;
+    }
     if (a_.input_order != nullptr) {
       if (a_.type == FloatType::float32) {
         gather<4>(row, a_.input_order, a_.shape.columns, row_);
@@ -74,7 +94,10 @@ class PreparedToken {
  private:
   const LutLinearArguments& a_;
   Isa isa_;
+  bool changes_;
+  PrologueKernels kernels_{};
   std::optional<Scratch> scratch_;
+  char* changed_ = nullptr;
   char* row_ = nullptr;
   float* work_ = nullptr;
 };
@@ -181,7 +204,7 @@ inline void lut_linear(const LutLinearArguments& a, Isa isa, const ThreadPool& p
     const auto prepare_float = [&](int64_t begin, int64_t end) {
       PreparedToken prepared(a, isa);
       for (int64_t m = begin; m < end; ++m) {
-        const void* row = prepared(advance(a.x, a.type, (token0 + m) * shape.columns));
+        const void* row = prepared(advance(a.x, a.type, (token0 + m) * a.inputs()));
         factor[m] = a.tensor_scale;
         for (int64_t g = 0; g < groups; ++g) {
           const int64_t at = (g * tokens + m) * padded, first = g * shape.group_size;
@@ -200,7 +223,7 @@ inline void lut_linear(const LutLinearArguments& a, Isa isa, const ThreadPool& p
     const auto prepare_integer = [&](int64_t begin, int64_t end) {
       PreparedToken prepared(a, isa);
       for (int64_t m = begin; m < end; ++m) {
-        const void* row = prepared(advance(a.x, a.type, (token0 + m) * shape.columns));
+        const void* row = prepared(advance(a.x, a.type, (token0 + m) * a.inputs()));
         bool finite = true;
         const float scale = token_scale(kernels, row, a.type, shape.columns, qmax, a.clip, finite);
         if (!finite) {
@@ -271,10 +294,21 @@ inline void lut_linear(const LutLinearArguments& a, Isa isa, const ThreadPool& p
     // streams on fours.
     const int64_t piece = std::max<int64_t>(2, shape.row_blocks() / (8 * std::max(pool.threads, 1)) / 4 * 4);
     parallel_pieces(serial ? one : pool, shape.row_blocks(), piece, [&](int64_t begin, int64_t end) {
-      // vdpbf16ps takes subnormals for zero whatever the mode says: the other paths follow it.
-      std::optional<FlushSubnormals> flush;
-      if (!integer && a.type == FloatType::bfloat16) flush.emplace();
-      chosen.kernel(call, begin, end);
+      {
+        // vdpbf16ps takes subnormals for zero whatever the mode says: the other paths follow it.
+        std::optional<FlushSubnormals> flush;
+        if (!integer && a.type == FloatType::bfloat16) flush.emplace();
+        chosen.kernel(call, begin, end);
+      }
+      if (a.residual == nullptr) return;
+      // The rows that this thread has just written, while they are in its cache.
+      const PrologueKernels epilogue = prologue_kernels(isa);
+      const int64_t first = begin * 16, rows_here = std::min(end * 16, shape.rows) - first;
+      for (int64_t m = 0; m < tokens; ++m) {
+        const int64_t at = (token0 + m) * shape.rows + first;
+        epilogue.add_to(advance(a.residual, a.type, at), a.type, rows_here,
+                        const_cast<void*>(advance(a.y, a.type, at)));
+      }
     });
   }
 }

@@ -1,0 +1,288 @@
+"""fuse_decoder on tiny models of every family: bit-equal to the same steps apart, close to transformers' own."""
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from rotated_models import IDS, NAMES, logits, make_model, transformers
+
+from rcp_kernels import OnlineRotation, QuantLinear, ops, quantize_model
+from rcp_kernels.formats import merge_rows
+from rcp_kernels.methods.rotate import rotate_model
+from rcp_kernels.models.architecture import describe
+from rcp_kernels.models.hf import cache_keyword
+from rcp_kernels.nn import fuse_decoder, is_fused, unfuse_decoder
+from rcp_kernels.nn.fused_decoder import _activation, _epsilon
+from rcp_kernels.nn.kv_cache import QuantizedKVCache
+from rcp_kernels.nn.merged_linear import MergedPart, merge_linears, split_linears
+from rcp_kernels.quantize import quantize_weight
+
+
+def quantized(name, act_bits=8, rotation="none", bits=4, r3=False, dtype=torch.float32):
+    model = make_model(name)
+    if rotation != "none":
+        rotate_model(model, rotation, group_size=32, r3=r3)
+    quantize_model(model, bits=bits, group_size=32, act_bits=act_bits, skip=("lm_head",))
+    return model.to(dtype).eval()
+
+
+def fused(model):
+    model = copy.deepcopy(model)
+    fuse_decoder(model)
+    return model
+
+
+def with_reference_steps(model):
+    """A copy whose norms before packed layers, and whose gated activations, are those of ops.reference."""
+    model = copy.deepcopy(model)
+    architecture = describe(model)
+    for layer in architecture.layers:
+        for name in (layer.attention_norm, layer.mlp_norm):
+            norm = model.get_submodule(name)
+
+            def normalize(x, norm=norm):
+                return ops.reference.rms_norm(x, norm.weight, _epsilon(norm), architecture.gain_offset)
+
+            norm.forward = normalize
+        mlp = model.get_submodule(layer.gate.rpartition(".")[0])
+
+        activation = _activation("mlp", mlp)
+
+        def run(x, mlp=mlp, activation=activation):
+            both = torch.cat([mlp.gate_proj(x), mlp.up_proj(x)], -1)
+            return mlp.down_proj(ops.reference.gated_activation(both, activation))
+
+        mlp.forward = run
+    return model
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("act_bits", [4, 8, 16])
+def test_bit_equal_to_separate_steps(name, act_bits):
+    model = quantized(name, act_bits)
+    assert torch.equal(logits(fused(model)), logits(with_reference_steps(model)))
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_bit_equal_to_separate_steps_in_half_precision(name, dtype):
+    model = quantized(name, dtype=dtype)
+    assert torch.equal(logits(fused(model)), logits(with_reference_steps(model)))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_close_to_the_model_itself(name):
+    """Without quantized activations nothing amplifies the rounding of the norms."""
+    model = quantized(name, act_bits=16)
+    torch.testing.assert_close(logits(fused(model)), logits(model), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("rotation", ["gsr", "walsh"])
+def test_rotated_models(name, rotation):
+    """R3 between RoPE and the cache, R4 before down; Gemma's rotated output norms."""
+    model = quantized(name, act_bits=8, rotation=rotation, r3=True)
+    assert torch.equal(logits(fused(model)), logits(with_reference_steps(model)))
+
+
+@pytest.mark.parametrize("name", ["llama", "llama_tied", "mistral", "qwen2", "qwen3", "gemma2"])
+@pytest.mark.parametrize("cache", ["dynamic", "kv4", "static"])
+@pytest.mark.parametrize("search", [{"num_beams": 1}, {"num_beams": 3}])
+def test_generate_with_left_padding(name, cache, search):
+    model = quantized(name)
+    ids = torch.cat([torch.tensor([[0, 0, 0], [5, 6, 7]]), IDS], 1)
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    outputs = []
+    for candidate in (fused(model), with_reference_steps(model)):
+        options = {cache_keyword(candidate): QuantizedKVCache(candidate.config)} if cache == "kv4" else {}
+        if cache == "static":
+            options = {"cache_implementation": "static"}
+        outputs.append(
+            candidate.generate(
+                ids, attention_mask=mask, max_new_tokens=12, do_sample=False, eos_token_id=None, disable_compile=True,
+                **search, **options,
+            )
+        )  # fmt: skip
+    assert outputs[0].shape[1] == ids.shape[1] + 12
+    assert torch.equal(*outputs)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_one_token_at_a_time_is_the_prompt_at_once(name):
+    model = fused(quantized(name, act_bits=16))
+    cache = {cache_keyword(model): transformers.DynamicCache(config=model.config)}
+    with torch.no_grad():
+        steps = [model(input_ids=IDS[:, i : i + 1], **cache).logits for i in range(IDS.shape[1])]
+    torch.testing.assert_close(torch.cat(steps, 1), logits(model), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_state_dict_stays_and_unfuse_brings_all_back(name):
+    model = quantized(name)
+    state, before = model.state_dict(), logits(model)
+    classes = {path: type(module) for path, module in model.named_modules()}
+    fuse_decoder(model)
+    assert is_fused(model)
+    assert any(isinstance(module, MergedPart) for module in model.modules())
+    found = model.state_dict()
+    assert found.keys() == state.keys()
+    assert all(torch.equal(found[key], value) for key, value in state.items())
+    unfuse_decoder(model)
+    assert not is_fused(model)
+    assert {path: type(module) for path, module in model.named_modules()} == classes
+    found = model.state_dict()
+    assert all(torch.equal(found[key], value) for key, value in state.items())
+    assert torch.equal(logits(model), before)
+
+
+def test_a_fused_model_is_saved_as_the_model_it_was(tmp_path):
+    model = quantized("llama_tied")
+    model.save_pretrained(tmp_path / "before")
+    fused(model).save_pretrained(tmp_path / "fused")
+    for path in (tmp_path / "before").iterdir():
+        assert path.read_bytes() == (tmp_path / "fused" / path.name).read_bytes(), path.name
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "fused")
+    assert torch.equal(logits(loaded), logits(model))
+
+
+def test_copies_casts_and_autocast():
+    model = quantized("qwen2")
+    expected = logits(fused(model))
+    twice = copy.deepcopy(fused(model))
+    assert torch.equal(logits(twice), expected)
+    assert torch.equal(logits(twice.to(torch.bfloat16)), logits(fused(model.to(torch.bfloat16))))
+    model = quantized("qwen2")
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(logits(fused(model)), logits(model))
+
+
+def test_gradients_flow_to_the_embeddings():
+    model = quantized("llama", act_bits=16)
+    grads = []
+    for candidate in (fused(model), with_reference_steps(model)):
+        candidate(input_ids=IDS).logits.square().mean().backward()
+        grads.append(candidate.get_input_embeddings().weight.grad)
+    torch.testing.assert_close(*grads, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def test_compiles(name):
+    model = fused(quantized(name))
+    with torch.no_grad():
+        compiled = torch.compile(model, backend="aot_eager")
+        assert torch.equal(compiled(input_ids=IDS).logits, logits(model))
+
+
+def linears(rows=(32, 17, 48), **changes):
+    torch.manual_seed(0)
+    options = {"bits": 2, "group_size": 32, "act_bits": 4, "levels": "kmeans"} | changes
+    return [QuantLinear.from_linear(torch.nn.Linear(96, n, bias=False), **options).requires_grad_(False) for n in rows]
+
+
+@given(
+    rows=st.lists(st.integers(1, 40), min_size=2, max_size=4),
+    bits=st.sampled_from([2, 3, 4]),
+    act_bits=st.sampled_from([4, 8, 16]),
+    scales=st.lists(st.sampled_from([1e-3, 1.0, 3e2]), min_size=4, max_size=4),
+    bias=st.booleans(),
+    seed=st.integers(0, 2**31),
+)
+def test_merged_layers_are_bit_equal_and_split_again(rows, bits, act_bits, scales, bias, seed):
+    torch.manual_seed(seed)
+    layers = []
+    for n, scale in zip(rows, scales, strict=False):
+        linear = torch.nn.Linear(70, n, bias=bias)
+        linear.weight.data *= scale
+        layers.append(QuantLinear.from_linear(linear, bits, 64, act_bits, "uniform").requires_grad_(False))
+    x = torch.randn(3, 70)
+    expected = [layer(x) for layer in layers]
+    states = [layer.state_dict() for layer in layers]
+    assert merge_linears(layers)
+    assert sum(layer.packed.nbytes for layer in layers) == 0
+    for layer, y, state in zip(layers, expected, states, strict=True):
+        assert torch.equal(layer(x), y)
+        found = layer.state_dict()
+        assert found.keys() == state.keys()
+        assert all(torch.equal(found[key], value) for key, value in state.items())
+    split_linears(layers)
+    for layer, y in zip(layers, expected, strict=True):
+        assert type(layer) is QuantLinear
+        assert torch.equal(layer(x), y)
+
+
+def test_what_cannot_be_exact_stays_apart():
+    layers = linears()
+    weights = [layer.packed_weight() for layer in layers]
+    far = weights[0]
+    far.tensor_scale.mul_(2.0**-12)
+    far.scales.fill_(2.0**-14 + 2.0**-24)
+    layers[0] = QuantLinear.from_packed(far)
+    assert merge_rows([far, *weights[1:]]) is None
+    assert not merge_linears(layers)
+    assert all(type(layer) is QuantLinear for layer in layers)
+    for change in ({"bits": 3}, {"act_bits": 8}, {"act_clip": 0.9}, {"input_rotation": OnlineRotation(96, 32)}):
+        assert not merge_linears([*linears((16,)), *linears((16,), **change)]), change
+    with pytest.raises(ValueError, match="bits must be the same"):
+        merge_rows([quantize_weight(torch.randn(4, 32), bits, 32) for bits in (2, 3)])
+
+
+def test_layers_that_stay_apart_are_fused_all_the_same():
+    model = quantized("llama_tied")
+    attention = model.model.layers[0].self_attn
+    attention.k_proj = QuantLinear.from_packed(attention.k_proj.packed_weight(), act_bits=4)
+    result = fused(model)
+    assert type(result.model.layers[0].self_attn.k_proj) is QuantLinear
+    assert torch.equal(logits(result), logits(with_reference_steps(model)))
+
+
+def test_an_input_order_is_kept():
+    model = quantized("llama_tied")
+    for layer in model.model.layers:
+        order = torch.randperm(160)
+        attention = layer.self_attn
+        for name in ("q_proj", "k_proj", "v_proj"):
+            weight = getattr(attention, name).packed_weight()
+            setattr(attention, name, QuantLinear.from_packed(weight, act_bits=8, input_order=order))
+    result = fused(model)
+    assert isinstance(result.model.layers[0].self_attn.q_proj, MergedPart)
+    assert torch.equal(logits(result), logits(with_reference_steps(model)))
+
+
+def test_refusals_name_what_stands_against_it():
+    model = quantized("llama")
+    layer = model.model.layers[1]
+    state = model.state_dict()
+
+    def refused(match):
+        with pytest.raises(ValueError, match=match):
+            fuse_decoder(model)
+        assert not is_fused(model)
+        assert not any(isinstance(module, MergedPart) for module in model.modules())
+
+    packed = layer.self_attn.v_proj
+    layer.self_attn.v_proj = torch.nn.Linear(96, 32)
+    refused(r"model.layers.1.self_attn.v_proj must be a QuantLinear, got Linear")
+    layer.self_attn.v_proj = packed
+    handle = layer.mlp.up_proj.register_forward_hook(lambda *_: None)
+    refused(r"model.layers.1.mlp.up_proj must have no forward hooks")
+    handle.remove()
+    activation, layer.mlp.act_fn = layer.mlp.act_fn, torch.nn.GELU()
+    refused(r"act_fn of model.layers.1.mlp must be SiLU .* got GELU")
+    layer.mlp.act_fn = activation
+    norm, layer.input_layernorm = layer.input_layernorm, torch.nn.LayerNorm(96)
+    refused(r"model.layers.1.input_layernorm must be .*LayerNorm")
+    layer.input_layernorm = norm
+    with pytest.raises(ValueError, match="must be fused"):
+        unfuse_decoder(model)
+    fuse_decoder(model)
+    with pytest.raises(ValueError, match="must not be fused yet"):
+        fuse_decoder(model)
+    with pytest.raises(RuntimeError, match="unfuse_decoder"):
+        model.load_state_dict(state)
+    unfuse_decoder(model)
+    model.load_state_dict(state)
+    with pytest.raises(ValueError, match=r"model_type must be one of .*got a Linear"):
+        fuse_decoder(torch.nn.Linear(2, 2))
