@@ -6,6 +6,7 @@ transformers is there (``on_import``). docs/integrations/transformers.md shows i
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
@@ -217,11 +218,12 @@ class RcpHfQuantizer(HfQuantizer):
             del self._checkpoint, self._layers
             return model
         stored = config.stored
+        rotation = None
         if config.rotation != "none":
-            rotate_model(
+            rotation = rotate_model(
                 model, config.rotation, group_size=stored.group_size, r3=stored.kv_bits != 16, seed=config.seed
             )
-        quantize_model(
+        report = quantize_model(
             model,
             stored.bits,
             stored.group_size,
@@ -230,7 +232,11 @@ class RcpHfQuantizer(HfQuantizer):
             stored.modules_to_not_convert,
             stored.act_clip,
         )
-        config.stored = checkpoint.stored_config(model, stored)
+        head = model.get_output_embeddings()
+        if isinstance(head, QuantLinear):
+            hf.untie_head(model, next(name for name, module in model.named_modules() if module is head))
+        # Whether the model could be saved is asked when it is.
+        config.stored = dataclasses.replace(stored, rotation=rotation, modules_to_not_convert=tuple(report.kept))
         return model
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
