@@ -28,9 +28,9 @@ def quantized(name, act_bits=8, rotation="none", bits=4, r3=False, dtype=torch.f
     return model.to(dtype).eval()
 
 
-def fused(model):
+def fused(model, attention=False):
     model = copy.deepcopy(model)
-    fuse_decoder(model)
+    fuse_decoder(model, attention=attention)
     return model
 
 
@@ -174,6 +174,118 @@ def test_compiles(name):
     with torch.no_grad():
         compiled = torch.compile(model, backend="aot_eager")
         assert torch.equal(compiled(input_ids=IDS).logits, logits(model))
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """How often ops.decode_attention ran."""
+    from rcp_kernels.nn import fused_decoder
+
+    count = []
+    original = fused_decoder.decode_attention
+    monkeypatch.setattr(fused_decoder, "decode_attention", lambda *a: count.append(1) or original(*a))
+    return count
+
+
+def decoded(model, cache, split=6, ids=IDS, **options):
+    """Logits of a prompt of `split` tokens, then of one token at a time."""
+    keyword = cache_keyword(model)
+    out = [model(input_ids=ids[:, :split], **{keyword: cache}, **options).logits]
+    for i in range(split, ids.shape[1]):
+        out.append(model(input_ids=ids[:, i : i + 1], **{keyword: cache}, **options).logits)
+    return torch.cat(out, 1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["llama", "llama_tied", "qwen2", "gemma"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_decode_attention_is_that_of_transformers(name, dtype, calls):
+    """16-bit activations: nothing amplifies the rounding of the attention."""
+    model = quantized(name, act_bits=16, dtype=dtype)
+    caches = [transformers.DynamicCache(config=model.config) for _ in range(2)]
+    y = decoded(fused(model, attention=True), caches[0])
+    assert len(calls) == 6 * model.config.num_hidden_layers
+    expected = decoded(fused(model), caches[1])
+    tolerance = 1e-4 if dtype == torch.float32 else 0.06
+    assert (y - expected).abs().max() <= tolerance * expected.abs().max()
+    for mine, theirs in zip(caches[0].layers, caches[1].layers, strict=True):
+        assert mine.keys.shape == theirs.keys.shape
+        assert mine.get_seq_length() == IDS.shape[1]
+    # The first layer's keys and values depend on no attention: the rotary embedding has the same bits.
+    assert torch.equal(caches[0].layers[0].keys, caches[1].layers[0].keys)
+    assert torch.equal(caches[0].layers[0].values, caches[1].layers[0].values)
+
+
+@torch.no_grad()
+def test_a_cache_that_others_change_is_followed(calls, monkeypatch):
+    """Cropped, reordered, copied (deeply or not) and reset between tokens, and grown beyond its storage."""
+    from rcp_kernels.nn import fused_decoder
+
+    model = fused(quantized("llama_tied", act_bits=16), attention=True)
+    keyword = cache_keyword(model)
+
+    def step(cache, token):
+        return model(input_ids=token, **{keyword: cache}).logits
+
+    def fresh(ids):
+        cache = transformers.DynamicCache(config=model.config)
+        for i in range(ids.shape[1]):
+            out = step(cache, ids[:, i : i + 1])
+        return cache, out
+
+    def same(a, b):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+    cache, _ = fresh(IDS)
+    cache.crop(-4)
+    same(step(cache, IDS[:, 8:9]), fresh(IDS[:, :9])[1])
+    cache.reorder_cache(torch.tensor([1, 0]))
+    same(step(cache, IDS[:, 9:10].flip(0)).flip(0), fresh(IDS[:, :10])[1])
+    cache, _ = fresh(IDS[:, :8])
+    for copied in (copy.deepcopy(cache), copy.copy(cache)):
+        copied.layers = [copy.copy(layer) for layer in copied.layers]
+        other = torch.cat([IDS[:, :8], IDS[:, 9:10], IDS[:, 3:4]], 1)
+        same(step(copied, IDS[:, 9:10]), fresh(other[:, :9])[1])
+        same(step(copied, IDS[:, 3:4]), fresh(other)[1])
+    same(step(cache, IDS[:, 8:9]), fresh(IDS[:, :9])[1])
+    cache.reset()
+    step(cache, IDS[:, :3])
+    same(step(cache, IDS[:, 3:4]), fresh(IDS[:, :4])[1])
+    assert calls
+    monkeypatch.setattr(fused_decoder, "_GROWTH", 4)
+    same(fresh(IDS)[1], logits(model)[:, -1:])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", NAMES)
+def test_generate_takes_the_default_cache(name, calls):
+    """Left padding, windows and norms of queries go through transformers; all give what attention=False gives."""
+    model = quantized(name, act_bits=16)
+    ids = torch.cat([torch.tensor([[0, 0, 0], [5, 6, 7]]), IDS], 1)
+    for mask in (torch.ones_like(ids), (ids != 0).long()):
+        options = {"attention_mask": mask, "max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
+        for beams in (1, 3):
+            del calls[:]
+            tokens = fused(model, attention=True).generate(ids, **options, num_beams=beams)
+            plain = name in ("llama", "llama_tied", "qwen2", "gemma") and bool(mask.all())
+            assert bool(calls) == plain
+            assert torch.equal(tokens, fused(model).generate(ids, **options, num_beams=beams))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("change", ["eager", "kv4", "r3", "train"])
+def test_what_the_operator_does_not_compute_stays_with_transformers(change, calls):
+    model = quantized("llama_tied", act_bits=16, rotation="gsr" if change == "r3" else "none", r3=change == "r3")
+    model = fused(model, attention=True)
+    cache = transformers.DynamicCache(config=model.config)
+    if change == "eager":
+        model.set_attn_implementation("eager")
+    if change == "kv4":
+        cache = QuantizedKVCache(model.config)
+    if change == "train":
+        model.train()
+    decoded(model, cache)
+    assert not calls
 
 
 def linears(rows=(32, 17, 48), **changes):

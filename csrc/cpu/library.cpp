@@ -43,6 +43,9 @@ STABLE_TORCH_LIBRARY(rcp_kernels, m) {
   m.def(
       "kv_cache_attention(Tensor query, Tensor key_codes, Tensor key_scales, Tensor value_codes, Tensor value_scales, "
       "int length, float scale, bool causal=True, int window=0, Tensor? mask=None) -> Tensor");
+  m.def(
+      "decode_attention(Tensor qkv, Tensor cos, Tensor sin, Tensor(a!) keys, Tensor(b!) values, int length, float "
+      "scale) -> Tensor");
   m.def("plain_read(Tensor buffer, int streams) -> int");
   m.def("cpu_isa() -> int");
   m.def("cpu_isa_supported() -> int");

@@ -21,6 +21,7 @@ except ImportError as error:
 
 from .. import triton as _triton_kernels  # noqa: F401  (registers its CUDA kernels)
 from . import cuda_library, reference
+from .decode_attention import decode_attention
 from .kv_cache import empty_kv_cache, fake_quantize_kv, kv_cache_append, kv_cache_attention, kv_cache_dequantize
 from .lut_linear import lut_linear
 from .lut_linear_fused import lut_linear_fused
@@ -30,6 +31,7 @@ from .walsh_transform import walsh_quantize, walsh_transform
 
 __all__ = [
     "cuda_library",
+    "decode_attention",
     "dequantize",
     "empty_kv_cache",
     "fake_quantize_kv",

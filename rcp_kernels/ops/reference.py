@@ -3,6 +3,7 @@
 Integers are exact and the outer sum is float64; slow, and clear.
 """
 
+from .decode_attention import decode_attention_reference as decode_attention
 from .kv_cache import kv_cache_append_reference as kv_cache_append
 from .kv_cache import kv_cache_attention_reference as kv_cache_attention
 from .kv_cache import kv_cache_dequantize_reference as kv_cache_dequantize
@@ -16,6 +17,7 @@ from .walsh_transform import walsh_quantize_reference as walsh_quantize
 from .walsh_transform import walsh_transform_reference as walsh_transform
 
 __all__ = [
+    "decode_attention",
     "gated_activation",
     "kv_cache_append",
     "kv_cache_attention",
