@@ -13,7 +13,7 @@ from rcp_kernels.formats import merge_rows
 from rcp_kernels.methods.rotate import rotate_model
 from rcp_kernels.models.architecture import describe
 from rcp_kernels.models.hf import cache_keyword
-from rcp_kernels.nn import fuse_decoder, is_fused, unfuse_decoder
+from rcp_kernels.nn import fuse_decoder, is_fused, storage_report, unfuse_decoder
 from rcp_kernels.nn.fused_decoder import _activation, _epsilon
 from rcp_kernels.nn.kv_cache import QuantizedKVCache
 from rcp_kernels.nn.merged_linear import MergedPart, merge_linears, split_linears
@@ -256,6 +256,28 @@ def test_a_cache_that_others_change_is_followed(calls, monkeypatch):
     same(fresh(IDS)[1], logits(model)[:, -1:])
 
 
+def test_a_cache_leaves_inference_mode(calls):
+    model = fused(quantized("llama_tied", act_bits=16), attention=True)
+    cache = transformers.DynamicCache(config=model.config)
+    keyword = cache_keyword(model)
+    with torch.inference_mode():
+        first = decoded(model, cache, ids=IDS[:, :9])
+    with torch.no_grad():
+        rest = decoded(model, cache, split=1, ids=IDS[:, 9:])
+        torch.testing.assert_close(torch.cat([first, rest], 1), logits(model), rtol=1e-4, atol=1e-4)
+    with torch.inference_mode():
+        again = model(input_ids=IDS[:, :1], **{keyword: cache}).logits
+    assert torch.isfinite(again).all()
+    assert calls
+
+
+def test_a_storage_report_is_the_same():
+    model = quantized("qwen2")
+    before = str(storage_report(model))
+    fuse_decoder(model)
+    assert str(storage_report(model)) == before
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("name", NAMES)
 def test_generate_takes_the_default_cache(name, calls):
@@ -381,6 +403,9 @@ def test_refusals_name_what_stands_against_it():
     handle = layer.mlp.up_proj.register_forward_hook(lambda *_: None)
     refused(r"model.layers.1.mlp.up_proj must have no forward hooks")
     handle.remove()
+    layer.self_attn.forward = layer.self_attn.forward
+    refused(r"model.layers.1.self_attn must have the forward of its class")
+    del layer.self_attn.forward
     activation, layer.mlp.act_fn = layer.mlp.act_fn, torch.nn.GELU()
     refused(r"act_fn of model.layers.1.mlp must be SiLU .* got GELU")
     layer.mlp.act_fn = activation

@@ -172,6 +172,12 @@ def _check(
                 f"{len(module._forward_hooks) + len(module._forward_pre_hooks)}; remove them, or leave the model as "
                 f"it is"
             )
+    for name in (*hooked, layer.attention):
+        if "forward" in model.get_submodule(name).__dict__:  # what accelerate does to a model it spreads over devices
+            raise ValueError(
+                f"fuse_decoder: {name} must have the forward of its class, got one of its own; load the model on one "
+                f"device, or restore it"
+            )
     for name in norms:
         norm: Any = model.get_submodule(name)
         weight = norm._parameters.get("weight")
