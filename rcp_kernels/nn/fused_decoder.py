@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from ..models.architecture import Architecture, Layer, describe
 from ..models.families import FAMILIES
-from ..models.hf import cache_keyword
+from ..models.hf import attention_function, cache_keyword
 from ..ops.decode_attention import decode_attention
 from .merged_linear import Norm, apply_linear, apply_merged, merge_linears, split_linears
 from .quant_linear import QuantLinear
@@ -345,8 +345,10 @@ def _fused_attention(base: type[nn.Module]) -> type[nn.Module]:
             else:
                 own = {"sin": sin, "cos": cos, "cache_position": kwargs.get("cache_position")}
                 key, value = cache.update(key, value, self.layer_idx, own)
-        interface = namespace["ALL_ATTENTION_FUNCTIONS"].get_interface(
-            self.config._attn_implementation, namespace["eager_attention_forward"]
+        interface = attention_function(
+            namespace["ALL_ATTENTION_FUNCTIONS"],
+            self.config._attn_implementation,
+            namespace["eager_attention_forward"],
         )
         output, weights = interface(
             self,
