@@ -27,10 +27,10 @@ RCP_DECODE_TARGET inline void decode_attention_of(const DecodeAttention& a, int6
   const void* token = advance(a.qkv, TYPE, batch * width);
   const void* cosine = advance(a.cosine, TYPE, batch * a.cosine_stride);
   const void* sine = advance(a.sine, TYPE, batch * a.sine_stride);
-  const int64_t first = (batch * a.kv_heads + head) * a.capacity * dim, here = first + a.length * dim;
+  const int64_t first = (batch * a.kv_heads + head) * a.capacity * dim, last = first + a.length * dim;
   rotate<TYPE>(advance(token, TYPE, (a.heads + head) * dim), cosine, sine, dim,
-               const_cast<void*>(advance(a.keys, TYPE, here)));
-  std::memcpy(const_cast<void*>(advance(a.values, TYPE, here)),
+               const_cast<void*>(advance(a.keys, TYPE, last)));
+  std::memcpy(const_cast<void*>(advance(a.values, TYPE, last)),
               advance(token, TYPE, (a.heads + a.kv_heads + head) * dim),
               static_cast<std::size_t>(dim) * float_size(TYPE));
 
@@ -45,15 +45,20 @@ RCP_DECODE_TARGET inline void decode_attention_of(const DecodeAttention& a, int6
 
     Lanes largest = set1(-std::numeric_limits<float>::infinity());
     for (int64_t t0 = 0; t0 < padded; t0 += 16) {
-      for (int64_t t = 0; t < 16; ++t) {
-        Lanes sum = set1(0.0f);
-        if (t0 + t < count) {
-          const void* key = advance(a.keys, TYPE, first + (t0 + t) * dim);
-          for (int64_t i = 0; i < dim; i += 16) {
-            sum = multiply_add(load(query + i), load_any(key, TYPE, i, dim - i), sum);
+      // Four positions at once: each of their sums waits for its last addition.
+      for (int64_t t = 0; t < 16; t += 4) {
+        Lanes sum[4] = {set1(0.0f), set1(0.0f), set1(0.0f), set1(0.0f)};
+        const int64_t here = first + (t0 + t) * dim, left = count - t0 - t;
+        for (int64_t i = 0; i < dim; i += 16) {
+          const Lanes q_lanes = load(query + i);
+#pragma GCC unroll 4
+          for (int64_t u = 0; u < 4; ++u) {
+            if (u >= left) break;
+            sum[u] = multiply_add(q_lanes, load_any(a.keys, TYPE, here + u * dim + i, dim - i), sum[u]);
           }
         }
-        store(parts + 16 * t, sum);
+#pragma GCC unroll 4
+        for (int64_t u = 0; u < 4; ++u) store(parts + 16 * (t + u), sum[u]);
       }
       store(scores + t0, mul(sums(parts), set1(a.scale)));
       for (int64_t t = count; t < t0 + 16; ++t) scores[t] = -std::numeric_limits<float>::infinity();
@@ -71,13 +76,22 @@ RCP_DECODE_TARGET inline void decode_attention_of(const DecodeAttention& a, int6
     }
     const Lanes divisor = set1(sum_of(total));
     void* out = const_cast<void*>(advance(a.out, TYPE, (batch * a.heads + q) * dim));
-    for (int64_t i = 0; i < dim; i += 16) {
-      Lanes sum = set1(0.0f);
+    for (int64_t i = 0; i < dim; i += 64) {
+      Lanes sum[4] = {set1(0.0f), set1(0.0f), set1(0.0f), set1(0.0f)};
       for (int64_t t = 0; t < count; ++t) {
-        const void* value = advance(a.values, TYPE, first + t * dim);
-        sum = multiply_add(set1(scores[t]), load_any(value, TYPE, i, dim - i), sum);
+        const Lanes weight = set1(scores[t]);
+#pragma GCC unroll 4
+        for (int64_t u = 0; u < 4; ++u) {
+          const int64_t at = i + 16 * u;
+          if (at >= dim) break;
+          sum[u] = multiply_add(weight, load_any(a.values, TYPE, first + t * dim + at, dim - at), sum[u]);
+        }
       }
-      store_any(out, TYPE, i, dim - i, div(sum, divisor));
+#pragma GCC unroll 4
+      for (int64_t u = 0; u < 4; ++u) {
+        const int64_t at = i + 16 * u;
+        if (at < dim) store_any(out, TYPE, at, dim - at, div(sum[u], divisor));
+      }
     }
   }
 }
