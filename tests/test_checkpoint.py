@@ -88,7 +88,7 @@ def test_the_directory_is_one_of_transformers(tmp_path):
     assert fields["quantization_config"]["quant_method"] == "rcp"
     assert fields["quantization_config"]["rotation"]["rotation"] == "gsr"
     tensors = load_file(tmp_path / "out" / "model.safetensors")
-    assert set(tensors) == set(model.state_dict())
+    assert set(tensors) == set(model.state_dict()) - {"lm_head.weight"}  # tied to the embedding
     assert tensors["model.layers.0.mlp.down_proj.codes"].dtype == torch.uint8
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 

@@ -13,7 +13,7 @@ from rcp_kernels.formats import merge_rows
 from rcp_kernels.methods.rotate import rotate_model
 from rcp_kernels.models.architecture import describe
 from rcp_kernels.models.hf import cache_keyword
-from rcp_kernels.nn import fuse_decoder, is_fused, unfuse_decoder
+from rcp_kernels.nn import fuse_decoder, is_fused, storage_report, unfuse_decoder
 from rcp_kernels.nn.fused_decoder import _activation, _epsilon
 from rcp_kernels.nn.kv_cache import QuantizedKVCache
 from rcp_kernels.nn.merged_linear import MergedPart, merge_linears, split_linears
@@ -28,9 +28,9 @@ def quantized(name, act_bits=8, rotation="none", bits=4, r3=False, dtype=torch.f
     return model.to(dtype).eval()
 
 
-def fused(model):
+def fused(model, attention=False):
     model = copy.deepcopy(model)
-    fuse_decoder(model)
+    fuse_decoder(model, attention=attention)
     return model
 
 
@@ -176,6 +176,147 @@ def test_compiles(name):
         assert torch.equal(compiled(input_ids=IDS).logits, logits(model))
 
 
+@pytest.fixture
+def calls(monkeypatch):
+    """How often ops.decode_attention ran."""
+    from rcp_kernels.nn import fused_decoder
+
+    count = []
+    original = fused_decoder.decode_attention
+    monkeypatch.setattr(fused_decoder, "decode_attention", lambda *a: count.append(1) or original(*a))
+    return count
+
+
+def decoded(model, cache, split=6, ids=IDS, **options):
+    """Logits of a prompt of `split` tokens, then of one token at a time."""
+    keyword = cache_keyword(model)
+    out = [model(input_ids=ids[:, :split], **{keyword: cache}, **options).logits]
+    for i in range(split, ids.shape[1]):
+        out.append(model(input_ids=ids[:, i : i + 1], **{keyword: cache}, **options).logits)
+    return torch.cat(out, 1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["llama", "llama_tied", "qwen2", "gemma"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_decode_attention_is_that_of_transformers(name, dtype, calls):
+    """16-bit activations: nothing amplifies the rounding of the attention."""
+    model = quantized(name, act_bits=16, dtype=dtype)
+    caches = [transformers.DynamicCache(config=model.config) for _ in range(2)]
+    y = decoded(fused(model, attention=True), caches[0])
+    assert len(calls) == 6 * model.config.num_hidden_layers
+    expected = decoded(fused(model), caches[1])
+    tolerance = 1e-4 if dtype == torch.float32 else 0.06
+    assert (y - expected).abs().max() <= tolerance * expected.abs().max()
+    for mine, theirs in zip(caches[0].layers, caches[1].layers, strict=True):
+        assert mine.keys.shape == theirs.keys.shape
+        assert mine.get_seq_length() == IDS.shape[1]
+    # The first layer's keys and values depend on no attention: the rotary embedding has the same bits.
+    assert torch.equal(caches[0].layers[0].keys, caches[1].layers[0].keys)
+    assert torch.equal(caches[0].layers[0].values, caches[1].layers[0].values)
+
+
+@torch.no_grad()
+def test_a_cache_that_others_change_is_followed(calls, monkeypatch):
+    """Cropped, reordered, copied (deeply or not) and reset between tokens, and grown beyond its storage."""
+    from rcp_kernels.nn import fused_decoder
+
+    original = quantized("llama_tied", act_bits=16)
+    model = fused(original, attention=True)
+    keyword = cache_keyword(model)
+
+    def step(cache, token, model=model):
+        return model(input_ids=token, **{keyword: cache}).logits
+
+    def fresh(ids):
+        cache = transformers.DynamicCache(config=model.config)
+        for i in range(ids.shape[1]):
+            out = step(cache, ids[:, i : i + 1])
+        return cache, out
+
+    def same(a, b):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+    cache, _ = fresh(IDS)
+    cache.crop(-4)
+    same(step(cache, IDS[:, 8:9]), fresh(IDS[:, :9])[1])
+    cache.reorder_cache(torch.tensor([1, 0]))
+    same(step(cache, IDS[:, 9:10].flip(0)).flip(0), fresh(IDS[:, :10])[1])
+    cache, _ = fresh(IDS[:, :8])
+    for copied in (copy.deepcopy(cache), copy.copy(cache)):
+        copied.layers = [copy.copy(layer) for layer in copied.layers]
+        other = torch.cat([IDS[:, :8], IDS[:, 9:10], IDS[:, 3:4]], 1)
+        same(step(copied, IDS[:, 9:10]), fresh(other[:, :9])[1])
+        same(step(copied, IDS[:, 3:4]), fresh(other)[1])
+    same(step(cache, IDS[:, 8:9]), fresh(IDS[:, :9])[1])
+    after_reset = []  # what is left then depends on the release of transformers
+    for candidate in (model, original):
+        cache = transformers.DynamicCache(config=model.config)
+        for end in (0, 5, 9):
+            for i in range(end, end + 3):
+                out = step(cache, IDS[:, i : i + 1], candidate)
+            cache.reset()
+        after_reset.append(out)
+    same(*after_reset)
+    assert calls
+    monkeypatch.setattr(fused_decoder, "_GROWTH", 4)
+    same(fresh(IDS)[1], logits(model)[:, -1:])
+
+
+def test_a_cache_leaves_inference_mode(calls):
+    model = fused(quantized("llama_tied", act_bits=16), attention=True)
+    cache = transformers.DynamicCache(config=model.config)
+    keyword = cache_keyword(model)
+    with torch.inference_mode():
+        first = decoded(model, cache, ids=IDS[:, :9])
+    with torch.no_grad():
+        rest = decoded(model, cache, split=1, ids=IDS[:, 9:])
+        torch.testing.assert_close(torch.cat([first, rest], 1), logits(model), rtol=1e-4, atol=1e-4)
+    with torch.inference_mode():
+        again = model(input_ids=IDS[:, :1], **{keyword: cache}).logits
+    assert torch.isfinite(again).all()
+    assert calls
+
+
+def test_a_storage_report_is_the_same():
+    model = quantized("qwen2")
+    before = str(storage_report(model))
+    fuse_decoder(model)
+    assert str(storage_report(model)) == before
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", NAMES)
+def test_generate_takes_the_default_cache(name, calls):
+    """Left padding, windows and norms of queries go through transformers; all give what attention=False gives."""
+    model = quantized(name, act_bits=16)
+    ids = torch.cat([torch.tensor([[0, 0, 0], [5, 6, 7]]), IDS], 1)
+    for mask in (torch.ones_like(ids), (ids != 0).long()):
+        options = {"attention_mask": mask, "max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
+        for beams in (1, 3):
+            del calls[:]
+            tokens = fused(model, attention=True).generate(ids, **options, num_beams=beams)
+            plain = name in ("llama", "llama_tied", "qwen2", "gemma") and bool(mask.all())
+            assert bool(calls) == plain
+            assert torch.equal(tokens, fused(model).generate(ids, **options, num_beams=beams))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("change", ["eager", "kv4", "r3", "train"])
+def test_what_the_operator_does_not_compute_stays_with_transformers(change, calls):
+    model = quantized("llama_tied", act_bits=16, rotation="gsr" if change == "r3" else "none", r3=change == "r3")
+    model = fused(model, attention=True)
+    cache = transformers.DynamicCache(config=model.config)
+    if change == "eager":
+        model.set_attn_implementation("eager")
+    if change == "kv4":
+        cache = QuantizedKVCache(model.config)
+    if change == "train":
+        model.train()
+    decoded(model, cache)
+    assert not calls
+
+
 def linears(rows=(32, 17, 48), **changes):
     torch.manual_seed(0)
     options = {"bits": 2, "group_size": 32, "act_bits": 4, "levels": "kmeans"} | changes
@@ -269,6 +410,9 @@ def test_refusals_name_what_stands_against_it():
     handle = layer.mlp.up_proj.register_forward_hook(lambda *_: None)
     refused(r"model.layers.1.mlp.up_proj must have no forward hooks")
     handle.remove()
+    layer.self_attn.forward = layer.self_attn.forward
+    refused(r"model.layers.1.self_attn must have the forward of its class")
+    del layer.self_attn.forward
     activation, layer.mlp.act_fn = layer.mlp.act_fn, torch.nn.GELU()
     refused(r"act_fn of model.layers.1.mlp must be SiLU .* got GELU")
     layer.mlp.act_fn = activation

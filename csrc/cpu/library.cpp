@@ -48,6 +48,9 @@ STABLE_TORCH_LIBRARY(rcp_kernels, m) {
   m.def("nearest_codes(Tensor weight, Tensor table, int group_size, bool packed=False) -> Tensor");
   m.def(
       "gptq_round(Tensor(a!) block, Tensor upper, Tensor table, int first, int last) -> (Tensor codes, Tensor errors)");
+  m.def(
+      "decode_attention(Tensor qkv, Tensor cos, Tensor sin, Tensor(a!) keys, Tensor(b!) values, int length, float "
+      "scale) -> Tensor");
   m.def("plain_read(Tensor buffer, int streams) -> int");
   m.def("cpu_isa() -> int");
   m.def("cpu_isa_supported() -> int");

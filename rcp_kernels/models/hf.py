@@ -4,6 +4,8 @@ Supported: transformers 5.0 and later (pyproject.toml). The differences so far:
 
 - 5.24 renames the cache argument of models and layers from ``past_key_values`` to ``cache``; 5.40 drops the old name.
   A layer that gets the old name beside ``cache=None`` ignores it, with a warning only.
+- Later releases than 5.0 have ``AttentionInterface.get_interface``.
+- 5.24 passes a layer's keyword arguments to ``Cache.update`` as ``kwargs``; 5.0 takes a dict of RoPE's tables.
 - ``_adjust_missing_and_unexpected_keys`` takes two sets and returns them in 5.0; it takes one report later.
 """
 
@@ -19,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 __all__ = [
+    "attention_function",
     "cache_argument",
     "cache_keyword",
     "file_names",
@@ -30,6 +33,19 @@ __all__ = [
     "watch_loading",
     "without_bars",
 ]
+
+
+def attention_function(registry: Any, implementation: str, eager: Callable[..., Any]) -> Callable[..., Any]:
+    """What computes attention under an implementation.
+
+    Args:
+        registry: ``ALL_ATTENTION_FUNCTIONS`` of transformers.
+        implementation: of the model's config.
+        eager: the function of the model's source for ``"eager"``.
+    """
+    if hasattr(registry, "get_interface"):
+        return registry.get_interface(implementation, eager)
+    return eager if implementation == "eager" else registry[implementation]
 
 
 def cache_keyword(module: nn.Module | Callable[..., Any]) -> str:

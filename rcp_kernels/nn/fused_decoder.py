@@ -17,13 +17,17 @@ from torch.nn import functional
 
 from ..models.architecture import Architecture, Layer, describe
 from ..models.families import FAMILIES
-from ..models.hf import cache_keyword
+from ..models.hf import attention_function, cache_keyword
+from ..ops.decode_attention import decode_attention
 from .merged_linear import Norm, apply_linear, apply_merged, merge_linears, split_linears
 from .quant_linear import QuantLinear
 
 __all__ = ["fuse_decoder", "is_fused", "unfuse_decoder"]
 
 _PLAN = "_rcp_fused"
+_STORAGE = "_rcp_storage"
+# Storage of keys and values grows by so many positions.
+_GROWTH = 256
 _is_any_autocast_enabled = torch._C._is_any_autocast_enabled
 
 
@@ -54,6 +58,7 @@ class _AttentionPlan:
     k_norm: str | None
     arguments: tuple[tuple[str, Any], ...]
     sizes: tuple[int, int, int]
+    decodes: bool  # whether ops.decode_attention computes what the module does with one token
 
 
 @dataclass(frozen=True)
@@ -64,7 +69,7 @@ class _MlpPlan:
     activation: str
 
 
-def fuse_decoder(model: nn.Module) -> None:
+def fuse_decoder(model: nn.Module, attention: bool = True) -> None:
     """Let a model's decoder layers run their norms, gated activations and residual sums inside the packed layers.
 
     In place, undone by :func:`unfuse_decoder`. q, k and v become one weight, and so do gate and up, where one weight
@@ -77,6 +82,10 @@ def fuse_decoder(model: nn.Module) -> None:
     Args:
         model: a causal language model of transformers, of a family in ``rcp_kernels.models.families``, with all seven
             linear layers of each decoder layer packed.
+        attention: let one new token of each sequence on the CPU go through
+            :func:`rcp_kernels.ops.decode_attention` where that computes what the model does: implementation ``"sdpa"``,
+            a plain DynamicCache, no mask, window, softcap, norm of queries or R3. False leaves all attention to
+            transformers.
 
     Raises:
         ValueError: the model is fused already, is of another family, or has a part that the fused layers do not
@@ -87,17 +96,16 @@ def fuse_decoder(model: nn.Module) -> None:
             "fuse_decoder: the model must not be fused yet, got one that is; call unfuse_decoder(model) first"
         )
     architecture = describe(model)
-    plans = [_check(model, architecture, layer) for layer in architecture.layers]
+    plans = [_check(model, architecture, layer, attention) for layer in architecture.layers]
     for layer, (layer_plan, attention_plan, mlp_plan) in zip(architecture.layers, plans, strict=True):
         module = model.get_submodule(layer.name)
-        attention = model.get_submodule(layer.attention)
         mlp = module._modules[layer_plan.mlp]
         assert mlp is not None
         for names in ((layer.q, layer.k, layer.v), (layer.gate, layer.up)):
             merge_linears([_packed(model, name) for name in names])
         for target, plan, make in (
             (module, layer_plan, _fused_layer),
-            (attention, attention_plan, _fused_attention),
+            (model.get_submodule(layer.attention), attention_plan, _fused_attention),
             (mlp, mlp_plan, _fused_mlp),
         ):
             target.__dict__[_PLAN] = plan
@@ -136,7 +144,9 @@ def _epsilon(norm: Any) -> float:
     return float(norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps)
 
 
-def _check(model: nn.Module, architecture: Architecture, layer: Layer) -> tuple[_LayerPlan, _AttentionPlan, _MlpPlan]:
+def _check(
+    model: nn.Module, architecture: Architecture, layer: Layer, decode: bool
+) -> tuple[_LayerPlan, _AttentionPlan, _MlpPlan]:
     """What a layer is to become, or an error that names what stands against it."""
     for name in layer.linears:
         linear = model.get_submodule(name)
@@ -161,6 +171,12 @@ def _check(model: nn.Module, architecture: Architecture, layer: Layer) -> tuple[
                 f"fuse_decoder: {name} must have no forward hooks, as the fused layer does not call it, got "
                 f"{len(module._forward_hooks) + len(module._forward_pre_hooks)}; remove them, or leave the model as "
                 f"it is"
+            )
+    for name in (*hooked, layer.attention):
+        if "forward" in model.get_submodule(name).__dict__:  # what accelerate does to a model it spreads over devices
+            raise ValueError(
+                f"fuse_decoder: {name} must have the forward of its class, got one of its own; load the model on one "
+                f"device, or restore it"
             )
     for name in norms:
         norm: Any = model.get_submodule(name)
@@ -187,6 +203,15 @@ def _check(model: nn.Module, architecture: Architecture, layer: Layer) -> tuple[
         (name, operator.attrgetter(attribute)(attention)) for name, attribute in family.attention_arguments
     )
     q, k, v, o, gate, up, down = (name.rpartition(".")[2] for name in layer.linears)
+    decode = (
+        decode
+        and layer.q_norm is None
+        and layer.k_norm is None
+        and all(value is None for _, value in arguments)
+        and attention.head_dim % 2 == 0
+        and getattr(attention, "qk_rotation", None) is None
+        and _rotates_halves(_namespace(type(attention))["apply_rotary_pos_emb"], attention.head_dim)
+    )
     sizes = tuple(_packed(model, name).out_features for name in (layer.q, layer.k, layer.v))
     return (
         _LayerPlan(
@@ -198,7 +223,7 @@ def _check(model: nn.Module, architecture: Architecture, layer: Layer) -> tuple[
             mlp_output_norm=short(layer.mlp_output_norm),
             gain_offset=architecture.gain_offset,
         ),
-        _AttentionPlan(q, k, v, o, short(layer.q_norm), short(layer.k_norm), arguments, sizes),  # type: ignore[arg-type]
+        _AttentionPlan(q, k, v, o, short(layer.q_norm), short(layer.k_norm), arguments, sizes, decode),  # type: ignore[arg-type]
         _MlpPlan(gate, up, down, _activation(mlp_name, mlp)),
     )
 
@@ -234,6 +259,15 @@ def _activation(name: str, mlp: nn.Module) -> str:
         f"fuse_decoder: act_fn of {name} must be SiLU or GELU with the tanh approximation, got "
         f"{type(function).__name__}; this activation is not supported"
     )
+
+
+def _rotates_halves(rotary: Any, head_dim: int) -> bool:
+    """Whether a model's rotary embedding is the one of ops.decode_attention, told by its values."""
+    generator = torch.Generator().manual_seed(0)
+    x, cos, sin = (torch.randn(1, 1, 1, head_dim, generator=generator) for _ in range(3))
+    first, second = x.chunk(2, -1)
+    expected = x * cos + torch.cat((-second, first), -1) * sin
+    return torch.equal(rotary(x, x, cos[0], sin[0])[0], expected)
 
 
 def _namespace(attention: type[nn.Module]) -> dict[str, Any]:
@@ -289,6 +323,11 @@ def _fused_attention(base: type[nn.Module]) -> type[nn.Module]:
         norm, residual = fused
         merged = apply_merged((modules[plan.q], modules[plan.k], modules[plan.v]), hidden_states, norm)
         lead = hidden_states.shape[:-1]
+        o = modules[plan.o]
+        if plan.decodes and lead[1] == 1 and attention_mask is None and merged.device.type == "cpu":
+            output = _decode(self, merged, position_embeddings, kwargs.get(keyword))
+            if output is not None:
+                return apply_linear(o, output, o._parameters["bias"], residual=residual), None
         heads = merged.view(*lead, -1, self.head_dim).transpose(1, 2)
         q_heads, k_heads, v_heads = (size // self.head_dim for size in plan.sizes)
         query, key, value = heads.split((q_heads, k_heads, v_heads), 1)
@@ -306,8 +345,10 @@ def _fused_attention(base: type[nn.Module]) -> type[nn.Module]:
             else:
                 own = {"sin": sin, "cos": cos, "cache_position": kwargs.get("cache_position")}
                 key, value = cache.update(key, value, self.layer_idx, own)
-        interface = namespace["ALL_ATTENTION_FUNCTIONS"].get_interface(
-            self.config._attn_implementation, namespace["eager_attention_forward"]
+        interface = attention_function(
+            namespace["ALL_ATTENTION_FUNCTIONS"],
+            self.config._attn_implementation,
+            namespace["eager_attention_forward"],
         )
         output, weights = interface(
             self,
@@ -320,10 +361,68 @@ def _fused_attention(base: type[nn.Module]) -> type[nn.Module]:
             **dict(plan.arguments),
             **kwargs,
         )
-        o = modules[plan.o]
         return apply_linear(o, output.reshape(*lead, -1), o._parameters["bias"], residual=residual), weights
 
     return type(f"Fused{base.__name__}", (base,), {"forward": forward, "__module__": base.__module__})
+
+
+def _decode(attention: Any, qkv: Tensor, tables: tuple[Tensor, Any], cache: Any) -> Tensor | None:
+    """One token through :func:`rcp_kernels.ops.decode_attention`; None where transformers has to do it.
+
+    The cache's keys and values become views of larger storage, which holds the tokens to come too. Whoever replaces
+    them (beams, cropping) has tensors of his own again, and the next token makes new storage.
+    """
+    cos, sin = tables
+    index = attention.layer_idx
+    if (
+        type(cache) is not _dynamic_cache()
+        or attention.config._attn_implementation != "sdpa"
+        or torch.compiler.is_compiling()
+        or attention.training
+        or (torch.is_grad_enabled() and qkv.requires_grad)
+        or attention.__dict__["_modules"].get("qk_rotation") is not None
+        or index >= len(cache.layers)
+        or getattr(cache, "offloading", False)
+    ):
+        return None
+    layer = cache.layers[index]
+    if type(layer) is not _dynamic_layer() or not layer.is_initialized:
+        return None
+    keys = layer.keys
+    if keys.dtype != qkv.dtype or keys.dim() != 4 or keys.shape != layer.values.shape or cos.dtype != qkv.dtype:
+        return None
+    length = keys.shape[2]
+    storage = layer.__dict__.get(_STORAGE)
+    if storage is None or storage[2] is not keys or storage[3] is not layer.values or storage[0].shape[2] <= length:
+        if length == 0:
+            return None
+        storage = [_with_room(keys), _with_room(layer.values), None, None]
+        layer.__dict__[_STORAGE] = storage
+    output = decode_attention(qkv, cos, sin, storage[0], storage[1], length, attention.scaling)
+    layer.keys = storage[2] = storage[0].narrow(2, 0, length + 1)
+    layer.values = storage[3] = storage[1].narrow(2, 0, length + 1)
+    return output
+
+
+def _with_room(x: Tensor) -> Tensor:
+    batch, heads, length, dim = x.shape
+    storage = x.new_empty((batch, heads, (length // _GROWTH + 1) * _GROWTH, dim))
+    storage[:, :, :length] = x
+    return storage
+
+
+@functools.cache
+def _dynamic_cache() -> Any:
+    from transformers import DynamicCache
+
+    return DynamicCache
+
+
+@functools.cache
+def _dynamic_layer() -> Any:
+    from transformers.cache_utils import DynamicLayer
+
+    return DynamicLayer
 
 
 @functools.cache

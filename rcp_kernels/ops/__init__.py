@@ -22,6 +22,7 @@ except ImportError as error:
 from .. import triton as _triton_kernels  # noqa: F401  (registers its CUDA kernels)
 from . import cuda_library, reference
 from .clip_search import clip_search
+from .decode_attention import decode_attention
 from .gptq_round import gptq_round
 from .kmeans_levels import kmeans_levels
 from .kv_cache import empty_kv_cache, fake_quantize_kv, kv_cache_append, kv_cache_attention, kv_cache_dequantize
@@ -35,6 +36,7 @@ from .walsh_transform import walsh_quantize, walsh_transform
 __all__ = [
     "clip_search",
     "cuda_library",
+    "decode_attention",
     "dequantize",
     "empty_kv_cache",
     "fake_quantize_kv",

@@ -4,6 +4,7 @@ Integers are exact and the outer sum is float64; slow, and clear.
 """
 
 from .clip_search import clip_search_reference as clip_search
+from .decode_attention import decode_attention_reference as decode_attention
 from .gptq_round import gptq_round_reference as gptq_round
 from .kmeans_levels import kmeans_levels_reference as kmeans_levels
 from .kv_cache import kv_cache_append_reference as kv_cache_append
@@ -21,6 +22,7 @@ from .walsh_transform import walsh_transform_reference as walsh_transform
 
 __all__ = [
     "clip_search",
+    "decode_attention",
     "gated_activation",
     "gptq_round",
     "kmeans_levels",
