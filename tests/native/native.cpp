@@ -398,46 +398,48 @@ py::tuple gptq_round(const Array<float>& block, const Array<float>& upper, const
   a.errors = errors.mutable_data();
   rcp::gptq_round(a, rcp::checked_isa(static_cast<rcp::Isa>(isa), "isa"), thread_pool(threads));
   return py::make_tuple(changed, codes, errors);
-  // qkv is raw bytes [batch, heads + 2 * kv_heads, dim], cosine and sine [rows, dim] with one row or one a sequence,
-  // the caches [batch, kv_heads, capacity, dim]. Returns the outputs, which start as NaN, and the caches after the
-  // call.
-  py::tuple decode_attention(const Array<uint8_t>& qkv, const Array<uint8_t>& cosine, const Array<uint8_t>& sine,
-                             const Array<uint8_t>& keys, const Array<uint8_t>& values, const std::string& type_name,
-                             int64_t batch, int64_t heads, int64_t kv_heads, int64_t dim, int64_t capacity,
-                             int64_t length, float scale, int isa, int threads) {
-    rcp::DecodeAttention a{};
-    a.type = float_type(type_name);
-    const int64_t element = static_cast<int64_t>(rcp::float_size(a.type));
-    require(qkv.size() == batch * (heads + 2 * kv_heads) * dim * element, "qkv has the wrong size");
-    require(keys.size() == batch * kv_heads * capacity * dim * element && values.size() == keys.size(), "caches");
-    require(cosine.size() == sine.size() && length < capacity && heads % kv_heads == 0 && dim % 2 == 0, "arguments");
-    require(cosine.size() == dim * element || cosine.size() == batch * dim * element, "tables");
-    Array<uint8_t> out(batch * heads * dim * element), new_keys(keys.size()), new_values(values.size());
-    std::fill_n(out.mutable_data(), out.size(), uint8_t{0xff});
-    std::copy_n(keys.data(), keys.size(), new_keys.mutable_data());
-    std::copy_n(values.data(), values.size(), new_values.mutable_data());
-    const int64_t stride = cosine.size() == dim * element ? 0 : dim;
-    a.qkv = qkv.data();
-    a.cosine = cosine.data();
-    a.sine = sine.data();
-    a.cosine_stride = a.sine_stride = stride;
-    a.keys = new_keys.mutable_data();
-    a.values = new_values.mutable_data();
-    a.batch = batch;
-    a.heads = heads;
-    a.kv_heads = kv_heads;
-    a.dim = dim;
-    a.capacity = capacity;
-    a.length = length;
-    a.scale = scale;
-    a.out = out.mutable_data();
-    rcp::decode_attention(a, rcp::checked_isa(static_cast<rcp::Isa>(isa), "isa"), thread_pool(threads));
-    return py::make_tuple(out, new_keys, new_values);
-  }
+}
 
-  int64_t plain_read(const Array<uint8_t>& data, int64_t streams, int isa, int threads) {
-    return rcp::plain_read(data.data(), data.size(), streams, static_cast<rcp::Isa>(isa), thread_pool(threads));
-  }
+// qkv is raw bytes [batch, heads + 2 * kv_heads, dim], cosine and sine [rows, dim] with one row or one a sequence,
+// the caches [batch, kv_heads, capacity, dim]. Returns the outputs, which start as NaN, and the caches after the
+// call.
+py::tuple decode_attention(const Array<uint8_t>& qkv, const Array<uint8_t>& cosine, const Array<uint8_t>& sine,
+                           const Array<uint8_t>& keys, const Array<uint8_t>& values, const std::string& type_name,
+                           int64_t batch, int64_t heads, int64_t kv_heads, int64_t dim, int64_t capacity,
+                           int64_t length, float scale, int isa, int threads) {
+  rcp::DecodeAttention a{};
+  a.type = float_type(type_name);
+  const int64_t element = static_cast<int64_t>(rcp::float_size(a.type));
+  require(qkv.size() == batch * (heads + 2 * kv_heads) * dim * element, "qkv has the wrong size");
+  require(keys.size() == batch * kv_heads * capacity * dim * element && values.size() == keys.size(), "caches");
+  require(cosine.size() == sine.size() && length < capacity && heads % kv_heads == 0 && dim % 2 == 0, "arguments");
+  require(cosine.size() == dim * element || cosine.size() == batch * dim * element, "tables");
+  Array<uint8_t> out(batch * heads * dim * element), new_keys(keys.size()), new_values(values.size());
+  std::fill_n(out.mutable_data(), out.size(), uint8_t{0xff});
+  std::copy_n(keys.data(), keys.size(), new_keys.mutable_data());
+  std::copy_n(values.data(), values.size(), new_values.mutable_data());
+  const int64_t stride = cosine.size() == dim * element ? 0 : dim;
+  a.qkv = qkv.data();
+  a.cosine = cosine.data();
+  a.sine = sine.data();
+  a.cosine_stride = a.sine_stride = stride;
+  a.keys = new_keys.mutable_data();
+  a.values = new_values.mutable_data();
+  a.batch = batch;
+  a.heads = heads;
+  a.kv_heads = kv_heads;
+  a.dim = dim;
+  a.capacity = capacity;
+  a.length = length;
+  a.scale = scale;
+  a.out = out.mutable_data();
+  rcp::decode_attention(a, rcp::checked_isa(static_cast<rcp::Isa>(isa), "isa"), thread_pool(threads));
+  return py::make_tuple(out, new_keys, new_values);
+}
+
+int64_t plain_read(const Array<uint8_t>& data, int64_t streams, int isa, int threads) {
+  return rcp::plain_read(data.data(), data.size(), streams, static_cast<rcp::Isa>(isa), thread_pool(threads));
+}
 
 }  // namespace
 
