@@ -10,6 +10,7 @@ import copy
 import csv
 import dataclasses
 import functools
+import importlib.metadata
 import itertools
 import json
 import math
@@ -249,6 +250,7 @@ def measure(cell: Cell, source: Source, tokens: int) -> dict[str, Any]:
         "cpu_seconds": time.process_time() - started[1],
         "torch_threads": torch.get_num_threads(),
         "conditions": hardware.conditions(),
+        "transformers": importlib.metadata.version("transformers"),
         **facts,
     }
 

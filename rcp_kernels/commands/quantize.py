@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -144,6 +145,7 @@ def quantize(
     )
     facts.update(summary.fields())
     facts["rcp_kernels"] = __version__
+    facts["transformers"] = importlib.metadata.version("transformers")
     facts["conditions"] = hardware.conditions()
     files: dict[str, str | bytes] = {
         "recipe.yaml": recipe_text(_resolved(recipe, facts)),
