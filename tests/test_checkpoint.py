@@ -290,7 +290,8 @@ def test_a_config_of_no_language_model_is_refused(tmp_path):
     fields = json.loads(path.read_text())
     for changed in ({"hidden_size": 65}, {"model_type": "none"}):
         path.write_text(json.dumps({**fields, **changed}))
-        with pytest.raises(ValueError, match="must describe a language model of transformers"):
+        # On transformers 5.0 the rotation is the first to see that 65 is no size for it.
+        with pytest.raises(ValueError, match=r"must describe a language model of transformers|must divide hidden_size"):
             load_quantized(tmp_path / "out")
     del fields["model_type"]
     path.write_text(json.dumps(fields))

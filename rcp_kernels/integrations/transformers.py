@@ -190,6 +190,7 @@ class RcpHfQuantizer(HfQuantizer):
             model.set_submodule(name, _Waiting(module))
             if module is head:
                 hf.untie_head(model, name)
+        self._checkpoint.check_shapes(model)
         hf.watch_loading(model, self._layers, lambda missing, unknown: self._check_names(model, missing, unknown))
 
     def _check_names(self, model: Any, missing: set[str], unknown: set[str]) -> None:
@@ -312,6 +313,22 @@ class _Checkpoint:
                 raise ValueError(f"{_WHERE}: {path} must be a safetensors file, got {error}; copy it again") from None
             self._file_of.update(dict.fromkeys(file.keys(), file))
         self.names = hf.file_names(model, self._file_of)
+
+    def check_shapes(self, model: nn.Module) -> None:
+        """Refuse float tensors of other shapes than the model's, which transformers 5.0 fills with random numbers.
+
+        Raises:
+            ValueError: names the tensor and both shapes.
+        """
+        for key, tensor in model.state_dict().items():
+            if key in self.names:  # not what transformers merges or splits
+                stored = self.names[key]
+                found = tuple(self._file_of[stored].get_slice(stored).get_shape())
+                if found != tuple(tensor.shape):
+                    raise ValueError(
+                        f"{_WHERE}: {key} must have the shape that config.json gives it, {tuple(tensor.shape)}, got "
+                        f"{found}: a mismatch; {_remedy(model)}"
+                    )
 
     def layer(self, name: str, device: torch.device) -> dict[str, Tensor]:
         """The tensors of a packed layer, without its name."""

@@ -150,7 +150,10 @@ def rotate_queries_and_keys(attention: nn.Module, rotation: OnlineRotation) -> N
         ValueError: the queries are rotated already, or forward does not call that function.
     """
     _refuse_second(attention, "qk_rotation")
-    _teach_rotary(type(attention))
+    rotary = _teach_rotary(type(attention))
+    for name, value in list(vars(attention).items()):
+        if value is rotary.__wrapped__:  # transformers 5.0 keeps the function in the module, which would not pickle
+            setattr(attention, name, rotary)
     attention.qk_rotation = rotation
     attention.register_forward_pre_hook(_pass_rotation_on, with_kwargs=True)
 
@@ -169,8 +172,12 @@ def _pass_rotation_on(
     return args, {**kwargs, "position_embeddings": (cos, _RotatedSin(sin, module.qk_rotation))}  # type: ignore[arg-type]
 
 
-def _teach_rotary(attention: type[nn.Module]) -> None:
-    """Bind the ``apply_rotary_pos_emb`` that a class of attention modules calls to one that knows `_RotatedSin`."""
+def _teach_rotary(attention: type[nn.Module]) -> Any:
+    """Bind ``apply_rotary_pos_emb``, as a class of attention modules calls it, to one that knows `_RotatedSin`.
+
+    Returns:
+        That function; the original one is its ``__wrapped__``.
+    """
     namespace = inspect.unwrap(attention.forward).__globals__
     original = namespace.get("apply_rotary_pos_emb")
     if original is None:
@@ -179,7 +186,7 @@ def _teach_rotary(attention: type[nn.Module]) -> None:
             f"{namespace['__name__']} does not have; rotate with r3=False"
         )
     if getattr(original, "knows_rotated_sin", False):
-        return
+        return original
 
     @functools.wraps(original)
     def apply_rotary_pos_emb(q: Tensor, k: Tensor, cos: Tensor, sin: Any, *args: Any, **kwargs: Any) -> Any:
@@ -190,6 +197,7 @@ def _teach_rotary(attention: type[nn.Module]) -> None:
 
     apply_rotary_pos_emb.knows_rotated_sin = True  # type: ignore[attr-defined]
     namespace["apply_rotary_pos_emb"] = apply_rotary_pos_emb
+    return apply_rotary_pos_emb
 
 
 def _refuse_second(module: nn.Module, name: str) -> None:
