@@ -19,7 +19,7 @@ struct WalshArguments {
                  const std::optional<Tensor>& permutation_in, int64_t n, double scale, bool inverse)
       : WalshArguments(op, columns_of(op, x), base_in, permutation_in, n, scale, inverse) {}
 
-  // Of a token with so many columns.
+  // Checks them for a token with this many columns.
   WalshArguments(const std::string& op, int64_t columns, const std::optional<Tensor>& base_in,
                  const std::optional<Tensor>& permutation_in, int64_t n, double scale, bool inverse) {
     const std::string where = op + ": ";

@@ -267,12 +267,13 @@ def _check_config(model: nn.Module, config: QuantizationConfig) -> None:
 
 def _check_rotation(model: nn.Module, rotation: Rotated | None) -> None:
     """Refuse rotations that a loaded model would not have."""
-    for attribute, path in online_rotations(model).items():
-        if rotation is None:  # what the record says, _check_structure and the layers' own state hold against the model
-            raise ValueError(
-                f"save: a rotation that runs in the model must have a record, got {attribute} in {path} without one; "
-                f"rotate with rcp_kernels.methods.rotate.rotate_model, or save the float model"
-            )
+    online = online_rotations(model)
+    if online and rotation is None:
+        attribute, path = next(iter(online.items()))
+        raise ValueError(
+            f"save: a rotation that runs in the model must have a record, got {attribute} in {path} without one; "
+            f"rotate with rcp_kernels.methods.rotate.rotate_model, or save the float model"
+        )
 
 
 def _check_structure(model: nn.Module, skeleton: nn.Module, layers: Mapping[str, QuantLinear]) -> None:

@@ -130,9 +130,8 @@ def source_dtype(name: str) -> torch.dtype:
     dtype = AutoConfig.from_pretrained(name, local_files_only=local).dtype
     if isinstance(dtype, str):
         dtype = getattr(torch, dtype, None)
-    if not isinstance(
-        dtype, torch.dtype
-    ):  # an old config.json: as transformers does, by the first floating point tensor
+    if not isinstance(dtype, torch.dtype):
+        # An old config.json. As transformers does: the dtype of the first floating point tensor.
         dtype = next(_stored_dtypes(Path(name)), torch.float32)
     return dtype
 

@@ -100,7 +100,7 @@ def file_names(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
     """The names of the tensors of a checkpoint's files by the names that the model has for them.
 
     transformers renames modules of some families while it loads and saves (Mixtral's ``block_sparse_moe`` is ``mlp`` in
-    the model). Tensors that it merges or splits are not found here, nor are names that it leaves as they are lost.
+    the model). Names that it leaves as they are stand for themselves. Merged or split tensors are not followed.
 
     Args:
         model: of transformers.
