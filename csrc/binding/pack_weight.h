@@ -4,7 +4,7 @@
 #include <cmath>
 
 #include "binding/tensors.h"
-#include "rcp/lut_linear_layout.h"
+#include "rcp/cpu/weight_layout.h"
 
 namespace rcp::binding {
 

@@ -4,7 +4,7 @@
 #include <vector>
 
 #include "binding/tensors.h"
-#include "rcp/parallel.h"
+#include "rcp/cpu/parallel.h"
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif

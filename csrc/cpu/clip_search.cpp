@@ -1,4 +1,4 @@
-#include "rcp/clip_search.h"
+#include "rcp/cpu/clip_search.h"
 
 #include "level_arguments.h"
 

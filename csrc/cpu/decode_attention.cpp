@@ -1,4 +1,4 @@
-#include "rcp/decode_attention.h"
+#include "rcp/cpu/decode_attention.h"
 
 #include <cmath>
 

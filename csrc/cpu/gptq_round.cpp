@@ -1,4 +1,4 @@
-#include "rcp/gptq_round.h"
+#include "rcp/cpu/gptq_round.h"
 
 #include "binding.h"
 

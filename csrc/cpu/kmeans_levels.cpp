@@ -1,4 +1,4 @@
-#include "rcp/kmeans_levels.h"
+#include "rcp/cpu/kmeans_levels.h"
 
 #include "level_arguments.h"
 

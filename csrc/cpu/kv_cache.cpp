@@ -1,4 +1,4 @@
-#include "rcp/kv_cache.h"
+#include "rcp/cpu/kv_cache.h"
 
 #include "binding.h"
 

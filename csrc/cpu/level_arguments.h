@@ -4,7 +4,7 @@
 #include <optional>
 
 #include "binding.h"
-#include "rcp/level_groups.h"
+#include "rcp/cpu/level_groups.h"
 
 namespace rcp::binding {
 

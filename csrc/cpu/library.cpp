@@ -3,7 +3,7 @@
 
 #include <torch/csrc/stable/library.h>
 
-#include "rcp/isa.h"
+#include "rcp/cpu/isa.h"
 
 STABLE_TORCH_LIBRARY(rcp_kernels, m) {
   m.def("quantize_activation(Tensor x, int bits, float clip=1.0, bool packed=False) -> (Tensor, Tensor)");

@@ -1,4 +1,4 @@
-#include "rcp/lut_linear.h"
+#include "rcp/cpu/lut_linear.h"
 
 #include <cmath>
 

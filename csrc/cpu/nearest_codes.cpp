@@ -1,4 +1,4 @@
-#include "rcp/nearest_codes.h"
+#include "rcp/cpu/nearest_codes.h"
 
 #include "binding.h"
 

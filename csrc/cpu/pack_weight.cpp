@@ -1,7 +1,7 @@
 #include "binding/pack_weight.h"
 
 #include "binding.h"
-#include "rcp/dequantize.h"
+#include "rcp/cpu/dequantize.h"
 
 namespace {
 

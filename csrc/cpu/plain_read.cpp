@@ -1,4 +1,4 @@
-#include "rcp/plain_read.h"
+#include "rcp/cpu/plain_read.h"
 
 #include "binding.h"
 

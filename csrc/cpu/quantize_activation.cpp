@@ -1,4 +1,4 @@
-#include "rcp/quantize_activation.h"
+#include "rcp/cpu/quantize_activation.h"
 
 #include "quantize_tokens.h"
 

@@ -8,7 +8,7 @@
 
 #include "binding.h"
 #include "binding/quantize_activation.h"
-#include "rcp/walsh_transform.h"
+#include "rcp/cpu/walsh_transform.h"
 
 namespace rcp::binding {
 

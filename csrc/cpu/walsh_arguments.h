@@ -5,7 +5,7 @@
 #include <string>
 
 #include "binding.h"
-#include "rcp/walsh_transform.h"
+#include "rcp/cpu/walsh_transform.h"
 
 namespace rcp::binding {
 

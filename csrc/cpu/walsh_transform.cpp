@@ -1,4 +1,4 @@
-#include "rcp/walsh_transform.h"
+#include "rcp/cpu/walsh_transform.h"
 
 #include "quantize_tokens.h"
 #include "walsh_arguments.h"

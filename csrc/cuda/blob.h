@@ -5,7 +5,7 @@
 #include <cstring>
 
 #include "binding/pack_weight.h"
-#include "rcp/lut_linear_cuda_layout.h"
+#include "rcp/cuda/weight_layout.h"
 
 namespace rcp::binding {
 

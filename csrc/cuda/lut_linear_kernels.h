@@ -2,7 +2,7 @@
 // whoever includes this does not compile them again.
 #pragma once
 
-#include "rcp/lut_linear.cuh"
+#include "rcp/cuda/lut_linear.cuh"
 
 extern template cudaError_t rcp::cuda::integer::launch_bits<2>(const rcp::cuda::LutLinearArguments&, int);
 extern template cudaError_t rcp::cuda::integer::launch_bits<3>(const rcp::cuda::LutLinearArguments&, int);

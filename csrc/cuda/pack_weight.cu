@@ -1,4 +1,4 @@
-#include "rcp/pack_weight.cuh"
+#include "rcp/cuda/pack_weight.cuh"
 
 #include "binding.h"
 #include "binding/pack_weight.h"

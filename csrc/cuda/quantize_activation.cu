@@ -1,4 +1,4 @@
-#include "rcp/quantize_activation.cuh"
+#include "rcp/cuda/quantize_activation.cuh"
 
 #include "binding.h"
 #include "binding/quantize_activation.h"

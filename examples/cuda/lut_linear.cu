@@ -14,9 +14,9 @@
 #include <vector>
 
 #ifdef WITH_ACT_BITS_16
-#include "rcp/lut_linear_a16.cuh"
+#include "rcp/cuda/lut_linear_a16.cuh"
 #endif
-#include "rcp/lut_linear_integer.cuh"
+#include "rcp/cuda/lut_linear_integer.cuh"
 
 namespace {
 

@@ -4,15 +4,15 @@
 
 #include <thread>
 
-#include "rcp/clip_search.h"
-#include "rcp/decode_attention.h"
-#include "rcp/gptq_round.h"
-#include "rcp/kmeans_levels.h"
-#include "rcp/kv_cache.h"
-#include "rcp/lut_linear.h"
-#include "rcp/nearest_codes.h"
-#include "rcp/plain_read.h"
-#include "rcp/walsh_transform.h"
+#include "rcp/cpu/clip_search.h"
+#include "rcp/cpu/decode_attention.h"
+#include "rcp/cpu/gptq_round.h"
+#include "rcp/cpu/kmeans_levels.h"
+#include "rcp/cpu/kv_cache.h"
+#include "rcp/cpu/lut_linear.h"
+#include "rcp/cpu/nearest_codes.h"
+#include "rcp/cpu/plain_read.h"
+#include "rcp/cpu/walsh_transform.h"
 #if RCP_X86
 #include "soft_tiles.h"
 #endif

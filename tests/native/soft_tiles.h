@@ -5,7 +5,7 @@
 #include <cstring>
 #include <stdexcept>
 
-#include "rcp/lut_linear_amx.h"
+#include "rcp/cpu/lut_linear_amx.h"
 
 namespace rcp::amx {
 

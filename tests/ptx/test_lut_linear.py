@@ -1,6 +1,6 @@
 """lut_linear with act_bits 4 and 8 on CUDA, executed, against the exact reference and against counts.
 
-The weight is packed by numpy from the layout's description (csrc/include/rcp/lut_linear_cuda_layout.h), not by the
+The weight is packed by numpy from the layout's description (csrc/include/rcp/cuda/weight_layout.h), not by the
 header's own functions.
 """
 
@@ -26,7 +26,7 @@ STEP = {"float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}  # roundi
 def program(bits: int, arch: str) -> HostProgram:
     return HostProgram(
         """
-#include "rcp/lut_linear_integer.cuh"
+#include "rcp/cuda/lut_linear_integer.cuh"
 using namespace rcp::cuda;
 extern "C" {
 static LutLinearArguments arguments_of(int64_t tokens, int64_t rows, int64_t columns, int64_t group, int64_t act_bits,

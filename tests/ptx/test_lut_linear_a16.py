@@ -1,6 +1,6 @@
 """lut_linear with act_bits 16 on CUDA, executed, against float64.
 
-The bounds are those that csrc/include/rcp/lut_linear_a16.cuh states, with an mma as the executor does it.
+The bounds are those that csrc/include/rcp/cuda/lut_linear_a16.cuh states, with an mma as the executor does it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ SMS = 4  # few multiprocessors, so that small layers are split as large ones are
 def program(bits: int, arch: str = "sm_80") -> HostProgram:
     return HostProgram(
         """
-#include "rcp/lut_linear_a16.cuh"
+#include "rcp/cuda/lut_linear_a16.cuh"
 using namespace rcp::cuda;
 extern "C" {
 int64_t total_bytes(int64_t rows, int64_t columns, int64_t group) {

@@ -17,7 +17,7 @@ TYPES = [np.float32, np.float16, np.uint16]  # bfloat16 as its bits
 def program(arch: str = "sm_80") -> HostProgram:
     return HostProgram(
         """
-#include "rcp/pack_weight.cuh"
+#include "rcp/cuda/pack_weight.cuh"
 using namespace rcp::cuda;
 extern "C" int64_t total_bytes(int64_t rows, int64_t columns, int64_t group, int64_t bits) {
   return CudaLayout{rows, columns, group, static_cast<int>(bits)}.total_bytes();

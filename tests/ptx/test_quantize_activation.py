@@ -14,7 +14,7 @@ FLOAT32, FLOAT16, BFLOAT16 = 0, 1, 2
 def program(arch: str) -> HostProgram:
     return HostProgram(
         """
-#include "rcp/quantize_activation.cuh"
+#include "rcp/cuda/quantize_activation.cuh"
 extern "C" int quantize(const void* x, int64_t type, int64_t tokens, int64_t columns, int64_t bits, int64_t packed,
                         double clip, void* q, float* scale) {
   return rcp::cuda::quantize_activation({x, static_cast<rcp::FloatType>(type), tokens, columns, static_cast<int>(bits),

@@ -1,0 +1,91 @@
+// The names of lanes_scalar.h for sixteen lanes.
+#pragma once
+
+#include <cstdint>
+
+#include "rcp/cpu/isa.h"
+
+namespace rcp::avx512::lanes {
+
+inline constexpr int64_t count = 16;
+
+using Vector = __m512;
+using Mask = __mmask16;
+struct Wide {
+  __m512d low, high;
+};
+
+RCP_AVX512 RCP_INLINE Vector load(const float* x) {
+  return _mm512_loadu_ps(x);
+}
+RCP_AVX512 RCP_INLINE void store(float* x, Vector v) {
+  _mm512_storeu_ps(x, v);
+}
+RCP_AVX512 RCP_INLINE void store_bytes(uint8_t* x, Vector v) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(x), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(v)));
+}
+RCP_AVX512 RCP_INLINE Vector set1(float x) {
+  return _mm512_set1_ps(x);
+}
+RCP_AVX512 RCP_INLINE Vector add(Vector a, Vector b) {
+  return _mm512_add_ps(a, b);
+}
+RCP_AVX512 RCP_INLINE Vector sub(Vector a, Vector b) {
+  return _mm512_sub_ps(a, b);
+}
+RCP_AVX512 RCP_INLINE Vector mul(Vector a, Vector b) {
+  return _mm512_mul_ps(a, b);
+}
+RCP_AVX512 RCP_INLINE Vector div(Vector a, Vector b) {
+  return _mm512_div_ps(a, b);
+}
+RCP_AVX512 RCP_INLINE Vector min(Vector a, Vector b) {
+  return _mm512_min_ps(a, b);
+}
+RCP_AVX512 RCP_INLINE Vector max(Vector a, Vector b) {
+  return _mm512_max_ps(a, b);
+}
+RCP_AVX512 RCP_INLINE Mask greater(Vector a, Vector b) {
+  return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ);
+}
+RCP_AVX512 RCP_INLINE Vector select(Mask mask, Vector yes, Vector no) {
+  return _mm512_mask_blend_ps(mask, no, yes);
+}
+RCP_AVX512 RCP_INLINE Vector round_even(Vector a) {
+  return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+RCP_AVX512 RCP_INLINE Wide widen(Vector a) {
+  return {_mm512_cvtps_pd(_mm512_castps512_ps256(a)), _mm512_cvtps_pd(_mm512_extractf32x8_ps(a, 1))};
+}
+RCP_AVX512 RCP_INLINE Wide wide_zero() {
+  return {_mm512_setzero_pd(), _mm512_setzero_pd()};
+}
+RCP_AVX512 RCP_INLINE Wide wide_add(Wide a, Wide b) {
+  return {_mm512_add_pd(a.low, b.low), _mm512_add_pd(a.high, b.high)};
+}
+RCP_AVX512 RCP_INLINE Wide wide_mul(Wide a, Wide b) {
+  return {_mm512_mul_pd(a.low, b.low), _mm512_mul_pd(a.high, b.high)};
+}
+RCP_AVX512 RCP_INLINE Mask wide_less(Wide a, Wide b) {
+  const unsigned low = _mm512_cmp_pd_mask(a.low, b.low, _CMP_LT_OQ);
+  const unsigned high = _mm512_cmp_pd_mask(a.high, b.high, _CMP_LT_OQ);
+  return static_cast<Mask>(low | (high << 8));
+}
+RCP_AVX512 RCP_INLINE Wide wide_select(Mask mask, Wide yes, Wide no) {
+  return {_mm512_mask_blend_pd(static_cast<__mmask8>(mask), no.low, yes.low),
+          _mm512_mask_blend_pd(static_cast<__mmask8>(mask >> 8), no.high, yes.high)};
+}
+RCP_AVX512 RCP_INLINE void exchange(int32_t* low, int32_t* high) {
+  const __m512i a = _mm512_loadu_si512(low), b = _mm512_loadu_si512(high);
+  _mm512_storeu_si512(low, _mm512_min_epi32(a, b));
+  _mm512_storeu_si512(high, _mm512_max_epi32(a, b));
+}
+RCP_AVX512 RCP_INLINE void exchange(int64_t* low, int64_t* high) {
+  for (int half = 0; half < 16; half += 8) {
+    const __m512i a = _mm512_loadu_si512(low + half), b = _mm512_loadu_si512(high + half);
+    _mm512_storeu_si512(low + half, _mm512_min_epi64(a, b));
+    _mm512_storeu_si512(high + half, _mm512_max_epi64(a, b));
+  }
+}
+
+}  // namespace rcp::avx512::lanes
