@@ -45,7 +45,7 @@ def test_kv_cache_attention(benchmark, peers: list[Peer], threads: int) -> None:
 
 
 if __name__ == "__main__":
-    from rcp_kernels.cli import main
+    from rcp_kernels.cli.app import main
 
     sys.argv[1:1] = ["bench", "--op", "kv_cache"]
     main()

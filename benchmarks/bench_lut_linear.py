@@ -63,7 +63,7 @@ def test_lut_linear(benchmark, peer: tuple[tuple[int, int], Peer], batch: int, t
 
 
 if __name__ == "__main__":
-    from rcp_kernels.cli import main
+    from rcp_kernels.cli.app import main
 
     sys.argv[1:1] = ["bench"]
     main()

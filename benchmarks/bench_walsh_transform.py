@@ -45,7 +45,7 @@ def test_walsh_transform(benchmark, peer: tuple[int, Peer], rows: int, threads: 
 
 
 if __name__ == "__main__":
-    from rcp_kernels.cli import main
+    from rcp_kernels.cli.app import main
 
     sys.argv[1:1] = ["bench", "--op", "walsh_transform"]
     main()

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rcp_kernels.demo import find_model_file, load_model
+from rcp_kernels.demo.run import find_model_file, load_model
 
 
 def load(directory: str | None = None):

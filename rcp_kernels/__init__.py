@@ -1,12 +1,13 @@
 """Low-bit linear layers for language models: one packed format, one linear operator, one module."""
 
 from . import ops
+from . import triton as _triton_kernels  # noqa: F401  (registers its CUDA kernels with torch)
 from .formats import PackedWeight
 from .integrations import on_import
 from .nn import OnlineRotation, QuantLinear, quantize_model, rotate_inputs
 from .ops import lut_linear, quantize_activation, walsh_quantize, walsh_transform
-from .quantize import quantize_weight
-from .walsh import gsr_matrix, hadamard_matrix, sequency_permutation, walsh_matrix
+from .ops.quantize_weight import quantize_weight
+from .ops.walsh_matrices import gsr_matrix, hadamard_matrix, sequency_permutation, walsh_matrix
 
 __version__ = "0.1.0"
 

@@ -25,12 +25,12 @@ from torch import Tensor, nn
 
 from . import extras, hardware
 from .atomic import write_atomic
-from .commands.evaluate import with_quantized_cache
-from .commands.quantize import quantize_layers, windows_of
-from .commands.recipe import Recipe
-from .commands.sources import encode, group_size_of, held_out_text, load_float
-from .methods.rotate import ROTATIONS, rotate_model
-from .perplexity import perplexity
+from .data.by_name import encode, group_size_of, held_out_text, load_float
+from .evaluation.perplexity import perplexity
+from .methods.rotate.rotate_model import ROTATIONS, rotate_model
+from .pipeline.evaluate import with_quantized_cache
+from .pipeline.quantize import quantize_layers, windows_of
+from .pipeline.recipe import Recipe
 
 __all__ = ["CLAIMS", "Cell", "Source", "cells", "checks", "measure", "read", "run", "table", "write"]
 

@@ -19,7 +19,7 @@ settings.load_profile("ci" if os.environ.get("CI") else "default")
 @pytest.fixture
 def run(monkeypatch, capsys):
     """Runs a command line: exit code, standard output, and standard error with the message of SystemExit."""
-    from rcp_kernels import cli
+    from rcp_kernels.cli import app as cli
 
     def command(*arguments):
         monkeypatch.setattr(sys, "argv", ["rcp-kernels", *map(str, arguments)])

@@ -9,7 +9,9 @@ pytest.importorskip("transformers")
 from language_of_numbers import write_model, write_text
 
 from rcp_kernels import ablation
-from rcp_kernels.methods import corpus, gptq, student
+from rcp_kernels.data import corpus
+from rcp_kernels.methods import student
+from rcp_kernels.methods.gptq import quantize_model as gptq
 
 
 @pytest.fixture(scope="module")

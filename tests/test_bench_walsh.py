@@ -136,7 +136,7 @@ def test_command_line(no_packages, monkeypatch, tmp_path):
     pytest.importorskip("rich")
     pytest.importorskip("matplotlib")
     testing = pytest.importorskip("typer.testing")
-    from rcp_kernels import cli
+    from rcp_kernels.cli import app as cli
 
     isa = torch.ops.rcp_kernels.cpu_isa()
     arguments = ["bench", "--op", "walsh_transform", "--dtype", "bfloat16", "--isa", "scalar", "--rounds", 1]
@@ -174,7 +174,7 @@ def test_command_line(no_packages, monkeypatch, tmp_path):
 def test_options_of_the_other_op_are_wrong_usage(arguments, message):
     pytest.importorskip("rich")
     testing = pytest.importorskip("typer.testing")
-    from rcp_kernels import cli
+    from rcp_kernels.cli import app as cli
 
     result = testing.CliRunner().invoke(cli.app, ["bench", *arguments])
     assert result.exit_code == 2

@@ -14,11 +14,13 @@ import yaml
 from language_of_numbers import write_model, write_text
 
 from rcp_kernels.checkpoint import load_quantized
-from rcp_kernels.commands import sources
-from rcp_kernels.methods import corpus, laquant, reasoning_text
-from rcp_kernels.methods.layer_losses import losses_csv, losses_png
-from rcp_kernels.methods.rcp_config import Diverged
-from rcp_kernels.methods.reasoning_text import reasoning_questions
+from rcp_kernels.data import by_name as sources
+from rcp_kernels.data import corpus
+from rcp_kernels.data import reasoning as reasoning_text
+from rcp_kernels.data.reasoning import reasoning_questions
+from rcp_kernels.methods.laquant import quantize_model as laquant
+from rcp_kernels.methods.laquant.layer_losses import losses_csv, losses_png
+from rcp_kernels.methods.rcp.config import Diverged
 
 
 @pytest.fixture(scope="module")

@@ -22,10 +22,10 @@ from safetensors.torch import load_file, save_file
 
 from rcp_kernels import checkpoint
 from rcp_kernels.checkpoint import load_quantized
-from rcp_kernels.commands.recipe import OWN, Recipe, read_recipe
-from rcp_kernels.commands.sources import group_size_of, is_quantized
-from rcp_kernels.methods import rcp_run
+from rcp_kernels.data.by_name import group_size_of, is_quantized
 from rcp_kernels.methods.rcp import Diverged, RcpConfig
+from rcp_kernels.methods.rcp import run as rcp_run
+from rcp_kernels.pipeline.recipe import OWN, Recipe, read_recipe
 
 TRAINING = {
     "steps": 3,
@@ -159,7 +159,7 @@ def test_a_training_that_stopped_goes_on_with_resume(run, model, text, tmp_path,
     arguments += ["--threads", 1]
     assert run(*arguments, "-o", tmp_path / "whole")[0] == 0
 
-    from rcp_kernels.commands import quantize as command
+    from rcp_kernels.pipeline import quantize as command
 
     def stop(*_):
         raise Diverged("stopped before it was written")

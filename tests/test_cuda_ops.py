@@ -43,7 +43,7 @@ def run(x, weight, bias=None, act_bits=4, clip=1.0, **rotation):
 
 
 def allowed(x, weight, bias, act_bits, clip):
-    """What float32 sums may lose (docs/numerics.md, and include/rcp/cuda/lut_linear_a16.cuh for 16 bits), and the cast of the result."""
+    """What float32 sums may lose (docs/numerics.md, and lut_linear_a16.cuh for 16 bits), and the cast of the result."""
     columns, group = weight.in_features, min(weight.group_size, 128)
     steps = -(-columns // group) + 2 * -(-columns // 512) + 3
     dense = weight.dequantize().double().abs()

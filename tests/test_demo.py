@@ -16,10 +16,13 @@ import transformers
 from rich.console import Console
 from rich.progress import Progress
 
-from rcp_kernels import QuantLinear, demo, demo_gptq, demo_report, extras
-from rcp_kernels.demo_decode import decode_seconds, generate
-from rcp_kernels.demo_gptq import Calibration, calibrated, read_calibration
-from rcp_kernels.perplexity import perplexity
+from rcp_kernels import QuantLinear, extras
+from rcp_kernels.demo import gptq as demo_gptq
+from rcp_kernels.demo import report as demo_report
+from rcp_kernels.demo import run as demo
+from rcp_kernels.demo.gptq import Calibration, calibrated, read_calibration
+from rcp_kernels.evaluation.decoding import decode_seconds, generate
+from rcp_kernels.evaluation.perplexity import perplexity
 
 
 @pytest.fixture(scope="module")

@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from rcp_kernels import divergence as module
-from rcp_kernels.divergence import Divergence, divergence, greedy_tokens, prompt_windows
+from rcp_kernels.evaluation import divergence as module
+from rcp_kernels.evaluation.divergence import Divergence, divergence, greedy_tokens, prompt_windows
 
 transformers = pytest.importorskip("transformers")
 

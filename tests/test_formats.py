@@ -102,7 +102,7 @@ def test_dequantize_is_the_formula(geometry: tuple[int, int, int, int], seed: in
 def test_chunked_rows_equal_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     weight, codes = random_weight(37, 200, 3, 64)
     dense = weight.dequantize()
-    monkeypatch.setattr("rcp_kernels.formats._CHUNK_WEIGHTS", 1000)
+    monkeypatch.setattr("rcp_kernels.formats.packed_weight._CHUNK_WEIGHTS", 1000)
     assert torch.equal(pack_codes(codes, 3, 64), weight.codes)
     assert torch.equal(weight.unpack(), codes)
     assert torch.equal(weight.dequantize(), dense)

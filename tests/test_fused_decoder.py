@@ -17,7 +17,7 @@ from rcp_kernels.nn import fuse_decoder, is_fused, storage_report, unfuse_decode
 from rcp_kernels.nn.fused_decoder import _activation, _epsilon
 from rcp_kernels.nn.kv_cache import QuantizedKVCache
 from rcp_kernels.nn.merged_linear import MergedPart, merge_linears, split_linears
-from rcp_kernels.quantize import quantize_weight
+from rcp_kernels.ops.quantize_weight import quantize_weight
 
 
 def quantized(name, act_bits=8, rotation="none", bits=4, r3=False, dtype=torch.float32):

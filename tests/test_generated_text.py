@@ -14,9 +14,10 @@ pytest.importorskip("transformers")
 
 import transformers
 
-from rcp_kernels.commands import sources
-from rcp_kernels.methods import corpus, generated_text
-from rcp_kernels.methods.generated_text import cached_texts, chat_prompts, generate_texts, opening_prompts
+from rcp_kernels.data import by_name as sources
+from rcp_kernels.data import corpus
+from rcp_kernels.data import generated as generated_text
+from rcp_kernels.data.generated import cached_texts, chat_prompts, generate_texts, opening_prompts
 
 SPECIAL = 95
 

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from rcp_kernels import QuantLinear, quantize_weight
-from rcp_kernels.methods import gptq, gptq_weight
-from rcp_kernels.methods.calibration import first_layer_inputs, run_layer
 from rcp_kernels.methods.gptq import gptq_quantize_model, gptq_quantize_weight
-from rcp_kernels.methods.gptq_weight import add_gram, factor_hessian, relative_errors, round_to_nearest
-from rcp_kernels.methods.kept_outputs import KeptOutputs
+from rcp_kernels.methods.gptq import quantize_model as gptq
+from rcp_kernels.methods.gptq import quantize_weight as gptq_weight
+from rcp_kernels.methods.gptq.kept_outputs import KeptOutputs
+from rcp_kernels.methods.gptq.quantize_weight import add_gram, factor_hessian, relative_errors, round_to_nearest
+from rcp_kernels.methods.layers import first_layer_inputs, run_layer
 from rcp_kernels.ops import gptq_round
 from rcp_kernels.ops.quantize_activation import quantize_activation_reference
 

@@ -13,7 +13,7 @@ tokenizers = pytest.importorskip("tokenizers")
 gguf = pytest.importorskip("gguf")
 pytest.importorskip("accelerate", reason="transformers' own loader needs it")
 
-from rcp_kernels import demo  # noqa: E402
+from rcp_kernels.demo import run as demo  # noqa: E402
 from rcp_kernels.models import gguf as module  # noqa: E402
 from rcp_kernels.models.gguf import load_gguf  # noqa: E402
 

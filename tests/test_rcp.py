@@ -24,9 +24,13 @@ pytest.importorskip("transformers")
 import transformers
 
 from rcp_kernels import QuantLinear, ops
-from rcp_kernels.methods import block_reconstruction, corpus, rcp, rcp_run, student_state, training_state
-from rcp_kernels.methods.block_reconstruction import BlockConfig, reconstruct_blocks, schedule
-from rcp_kernels.methods.distillation import (
+from rcp_kernels.data import corpus
+from rcp_kernels.evaluation.perplexity import perplexity_of
+from rcp_kernels.methods import rcp
+from rcp_kernels.methods.rcp import block_reconstruction, student_state, training_state
+from rcp_kernels.methods.rcp import run as rcp_run
+from rcp_kernels.methods.rcp.block_reconstruction import BlockConfig, reconstruct_blocks, schedule
+from rcp_kernels.methods.rcp.distillation import (
     LOSSES,
     Head,
     distillation_loss,
@@ -34,7 +38,7 @@ from rcp_kernels.methods.distillation import (
     reverse_weight,
     student_perplexity,
 )
-from rcp_kernels.methods.rcp_run import Run
+from rcp_kernels.methods.rcp.run import Run
 from rcp_kernels.methods.rotate import rotate_model
 from rcp_kernels.methods.student import (
     FakeQuantKV,
@@ -46,7 +50,6 @@ from rcp_kernels.methods.student import (
     students,
 )
 from rcp_kernels.models.hf import cache_argument
-from rcp_kernels.perplexity import perplexity_of
 
 VOCABULARY = 96
 TINY = {
@@ -437,7 +440,7 @@ def test_a_full_disk_leaves_the_old_checkpoint(tmp_path):
     code = f"""
         import resource, signal, torch
         from pathlib import Path
-        from rcp_kernels.methods import training_state
+        from rcp_kernels.methods.rcp import training_state
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
         try:
@@ -549,7 +552,7 @@ def test_config_round_trip_and_unknown_field():
         rcp.RcpConfig.from_dict({"stepz": 1})
 
 
-_PATH = os.pathsep.join([str(Path(rcp.__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
+_PATH = os.pathsep.join([str(Path(rcp.__file__).parents[3]), os.environ.get("PYTHONPATH", "")])
 
 _TWO = """
     import sys, torch

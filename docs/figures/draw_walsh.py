@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from rcp_kernels import hadamard_matrix, walsh_matrix
-from rcp_kernels.walsh import sequency
+from rcp_kernels.ops.walsh_matrices import sequency
 
 FOLDER = Path(__file__).parent
 MATRIX_SIZE = 32

@@ -200,7 +200,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--json", type=Path, help="write the result there")
     options = parser.parse_args(arguments)
-    from .. import demo
+    from ..demo import run as demo
 
     model, tokenizer = demo.load_model(demo.find_model_file())
     prompt = tokenizer(demo.topics_text()[:1024], return_tensors="pt").input_ids[:, :64]

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .. import extras, hardware, ops
-from ..walsh import base_matrix, factor_size, hadamard_matrix
+from ..ops.walsh_matrices import base_matrix, factor_size, hadamard_matrix
 from . import common
 
 # Powers of two, and the m * 2^k among the widths of SmolLM2, LLaMA 2 and LLaMA 3.

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..formats import FORMAT_VERSION, check_bits
-from ..methods.rotate import Rotated
+from ..methods.rotate.rotate_model import Rotated
 
 __all__ = ["CONFIG", "QUANT_METHOD", "QuantizationConfig", "read_quantization_config"]
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import extras
-from ..methods.rotate import Rotated, apply_structure, rotation_of
+from ..methods.rotate.rotate_model import Rotated, apply_structure, rotation_of
 from ..models import hf
 from ..nn import QuantLinear
 from .config import CONFIG, QuantizationConfig

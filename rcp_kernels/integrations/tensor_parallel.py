@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from ..formats import PackedWeight
 from ..nn.quant_linear import QuantLinear, autocast_input
-from ..sharding import shard_columns, shard_rotation, shard_rows
+from ..nn.sharding import shard_columns, shard_rotation, shard_rows
 
 __all__ = ["ColumnParallelLinear", "RcpColwiseParallel", "RcpRowwiseParallel", "RowParallelLinear"]
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from .. import extras
 from ..nn import QuantLinear, RotatedLinear
-from ..quantize import quantize_weight
+from ..ops.quantize_weight import quantize_weight
 
 try:
     from torchao.core.config import AOBaseConfig

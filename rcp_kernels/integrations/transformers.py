@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from .. import checkpoint, extras
 from ..checkpoint import QUANT_METHOD, QuantizationConfig
 from ..formats import check_bits
-from ..methods.rotate import ROTATIONS, apply_structure, rotate_model
+from ..methods.rotate.rotate_model import ROTATIONS, apply_structure, rotate_model
 from ..models import hf
 from ..nn import QuantLinear, quantize_model
 

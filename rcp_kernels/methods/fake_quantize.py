@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..formats import LEVEL_MAX
-from ..quantize import whole_and_tail
+from ..ops.quantize_weight import whole_and_tail
 
 __all__ = ["fake_quantize", "group_range"]
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..formats import PackedWeight, check_bits, check_group_size, num_groups
 from ..ops.clip_search import clip_search
 from ..ops.kmeans_levels import kmeans_levels
-from ..quantize import quantize_weight
+from ..ops.quantize_weight import quantize_weight
 from .fake_quantize import fake_quantize, group_range
 from .level_search import for_each_group
 

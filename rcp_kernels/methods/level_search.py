@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..quantize import whole_and_tail
+from ..ops.quantize_weight import whole_and_tail
 
 __all__ = ["for_each_group"]
 

@@ -16,7 +16,7 @@ from ..nn.online_rotation import OnlineRotation
 from ..nn.quant_linear import QuantLinear
 from ..ops.kv_cache import fake_quantize_kv
 from ..ops.quantize_activation import quantize_activation
-from .calibration import float_linears
+from .layers import float_linears
 from .ldp import LearnableDirectPartitioning
 
 __all__ = ["FakeQuantKV", "FakeQuantLinear", "export_student", "fake_quantize_activation", "make_student", "students"]

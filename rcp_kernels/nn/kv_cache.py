@@ -14,12 +14,7 @@ from torch import Tensor
 
 from .. import extras
 from ..models.hf import cache_keyword
-from ..ops.kv_cache import (
-    empty_kv_cache,
-    kv_cache_append,
-    kv_cache_attention,
-    kv_cache_dequantize,
-)
+from ..ops.kv_cache import empty_kv_cache, kv_cache_append, kv_cache_attention, kv_cache_dequantize
 from .online_rotation import OnlineRotation
 
 extras.require("transformers")

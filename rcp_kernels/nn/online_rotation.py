@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..ops.walsh_matrices import factor_size, hadamard_matrix, walsh_matrix
 from ..ops.walsh_transform import walsh_transform, walsh_transform_reference
-from ..walsh import factor_size, hadamard_matrix, walsh_matrix
 
 __all__ = ["OnlineRotation", "rotate_inputs"]
 
@@ -54,8 +54,8 @@ class OnlineRotation(nn.Module):
         Args:
             size: entries of a token, the last dimension of the input.
             group_size: mix only entries of the same run of so many (a block-diagonal R); with heads, only heads of the
-                same run. A divisor of size (of heads) of the form m * 2^k (``rcp_kernels.walsh.BASE_ORDERS``); None
-                mixes them all.
+                same run. A divisor of size (of heads) of the form m * 2^k with m in
+                ``rcp_kernels.ops.walsh_matrices.BASE_ORDERS``; None mixes them all.
             order: of the rows of R inside a block: ``"sequency"`` or ``"natural"``.
             heads: see the token as so many heads of size / heads entries each, and mix entry i of the heads with each
                 other, for each i: R is kron(T, I), where T transforms along the heads.

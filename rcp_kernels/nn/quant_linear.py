@@ -26,8 +26,8 @@ from ..formats import (
 from ..ops import cuda_library
 from ..ops.lut_linear import lut_linear
 from ..ops.pack_weight import dequantize, pack_weight, unpack_weight
+from ..ops.quantize_weight import quantize_weight
 from ..ops.walsh_transform import transform_tables
-from ..quantize import quantize_weight
 from .online_rotation import OnlineRotation
 from .rotated_linear import RotatedLinear
 

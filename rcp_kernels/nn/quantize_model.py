@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from ..quantize import quantize_weight
+from ..ops.quantize_weight import quantize_weight
 from .quant_linear import QuantLinear
 from .report import StorageReport, storage_report
 from .rotated_linear import RotatedLinear

@@ -19,7 +19,6 @@ except ImportError as error:
         f"the torch that is installed)."
     ) from error
 
-from .. import triton as _triton_kernels  # noqa: F401  (registers its CUDA kernels)
 from . import cuda_library, reference
 from .clip_search import clip_search
 from .decode_attention import decode_attention

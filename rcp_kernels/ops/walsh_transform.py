@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from ..walsh import _base, _sequency_permutation, factor_size, hadamard_matrix
 from .quantize_activation import _check_arguments as _check_quantize
 from .quantize_activation import quantize_activation_reference
+from .walsh_matrices import _base, _sequency_permutation, factor_size, hadamard_matrix
 
 __all__ = ["walsh_quantize", "walsh_quantize_reference", "walsh_transform", "walsh_transform_reference"]
 
@@ -37,8 +37,8 @@ def walsh_transform(
     instruction sets, agree bit for bit. Differentiable: the gradient is the transform in the other direction.
 
     Args:
-        x: float32, float16 or bfloat16 [..., n], any strides; n = m * 2^k with m in ``rcp_kernels.walsh.BASE_ORDERS``
-            unless group_size is given.
+        x: float32, float16 or bfloat16 [..., n], any strides; n = m * 2^k with m in
+            ``rcp_kernels.ops.walsh_matrices.BASE_ORDERS`` unless group_size is given.
         order: of the rows of the matrix: ``"sequency"`` (number of sign changes) or ``"natural"``.
         group_size: transform each run of so many entries by itself: a divisor of n that is itself m * 2^k. None: n.
         scale: factor of the result; None is 1/sqrt(group_size or n), with which the transform is orthogonal.

@@ -1,0 +1,5 @@
+"""The command line ``rcp-kernels``."""
+
+from .app import main
+
+__all__ = ["main"]

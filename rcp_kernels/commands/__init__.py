@@ -1,1 +1,0 @@
-"""The commands ``quantize``, ``eval`` and ``generate``, and what they share: recipes, models by name, text by name."""

@@ -1,0 +1,1 @@
+"""``rcp-kernels demo``."""

@@ -1,0 +1,10 @@
+"""GPTQ (Frantar et al. 2023, arXiv 2210.17323), for a weight and for a whole model. docs/gptq.md explains it."""
+
+from .quantize_model import LayerError, QuantizedLayers, gptq_quantize_model, gptq_quantize_weight
+
+__all__ = [
+    "LayerError",
+    "QuantizedLayers",
+    "gptq_quantize_model",
+    "gptq_quantize_weight",
+]

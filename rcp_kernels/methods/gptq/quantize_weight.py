@@ -1,0 +1,352 @@
+"""GPTQ of one weight (Frantar et al. 2023, arXiv 2210.17323): rounding with error feedback, to any levels per group.
+
+docs/gptq.md has the formulas and what is ours.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ...formats import LEVEL_MAX, PackedWeight, check_bits, check_group_size, num_groups
+from ...ops.clip_search import clip_search
+from ...ops.gptq_round import gptq_round
+from ...ops.kmeans_levels import kmeans_levels
+from ...ops.quantize_weight import quantize_weight, uniform_levels
+from ..level_search import for_each_group
+
+__all__ = [
+    "Chooser",
+    "Factor",
+    "add_gram",
+    "check_arguments",
+    "factor_hessian",
+    "gptq_quantize_weight",
+    "quantize_rows",
+    "relative_errors",
+    "round_to_nearest",
+]
+
+Chooser = Callable[[Tensor, Tensor | None], Tensor]
+"""(groups float32 [C, length], importance float32 [C, length] or None) -> ascending levels float32 [C, 2**bits]."""
+
+# Damping is raised tenfold until the Hessian is positive definite, but not beyond its mean diagonal.
+_MAX_DAMPING = 1.0
+_FIRST_DAMPING = 1e-3
+# Columns of a triangle that are multiplied at once: of a large matrix, half of the work is saved.
+_TRIANGLE_BLOCK = 256
+# Where the largest scale of the weight as given is put: 2**12 below float16's largest, as feedback can only enlarge it.
+_SCALE_EXPONENT = 3
+_DIVERGED = "error feedback diverged; raise damping"
+
+
+def gptq_quantize_weight(
+    weight: Tensor,
+    hessian: Tensor,
+    *,
+    bits: int = 2,
+    group_size: int = 128,
+    levels: str | Tensor | Chooser = "uniform",
+    damping: float = 0.01,
+    block: int = 128,
+) -> PackedWeight:
+    """Quantize one weight so that its output, not itself, changes least: column by column, with error feedback.
+
+    Args:
+        weight: floating point [N, K], finite.
+        hessian: floating point [K, K]: X^T X of the layer's inputs [tokens, K], in any scale.
+        bits: 2, 3 or 4.
+        group_size: 32, 64, 128 or K.
+        levels: of each group: ``"uniform"``: evenly spaced from its minimum to its maximum; ``"clip"``: evenly spaced
+            over the range of least weighted squared error; ``"kmeans"``: weighted k-means; a tensor of fixed levels
+            [N, groups, 2**bits]; or a function (`Chooser`). All but the fixed ones are chosen from the weights as they
+            are when the group is reached, with the feedback from the groups before it.
+        damping: share of the mean of the Hessian's diagonal that is added to it; raised tenfold, up to 1, as long as
+            the Hessian is not positive definite.
+        block: columns after which the feedback reaches the rest of the weight.
+
+    Returns:
+        The packed weight, on the device of ``weight``.
+
+    Raises:
+        ValueError: shapes, bits, group_size, levels, damping or block out of their sets, NaN or Inf, or a Hessian that
+            no damping makes positive definite.
+    """
+    check_arguments(weight, bits, group_size, levels, damping, block, "gptq_quantize_weight")
+    factor = factor_hessian(hessian, damping, "gptq_quantize_weight")
+    return quantize_rows([weight], factor, bits, group_size, levels, block)[0]
+
+
+def add_gram(total: Tensor, x: Tensor) -> None:
+    """Add x^T x to a float32 matrix, in the upper triangle only; what is below it means nothing.
+
+    Args:
+        total: float32 [K, K].
+        x: float32 [tokens, K].
+    """
+    for columns in _column_blocks(x.shape[1]):
+        total[: columns.stop, columns].addmm_(x[:, : columns.stop].T, x[:, columns])
+
+
+def _column_blocks(features: int) -> Iterator[slice]:
+    for start in range(0, features, _TRIANGLE_BLOCK):
+        yield slice(start, min(start + _TRIANGLE_BLOCK, features))
+
+
+def _squared_output(weight: Tensor, hessian: Tensor) -> float:
+    """``tr(W H W^T)`` of a symmetric H, whose upper triangle is read."""
+    total = 0.0
+    for columns in _column_blocks(weight.shape[1]):
+        part = weight[:, columns]
+        product = part @ hessian[columns, columns]
+        if columns.start:
+            product.addmm_(weight[:, : columns.start], hessian[: columns.start, columns], alpha=2.0)
+        total += float(product.mul_(part).sum())
+    return total
+
+
+def relative_errors(weight: Tensor, quantized: Sequence[Tensor], hessian: Tensor) -> list[float]:
+    """``tr(E H E^T) / tr(W H W^T)`` with E = W - Q: the output's relative squared error on the calibration tokens.
+
+    Args:
+        weight: floating point [N, K].
+        quantized: of the same shape, one for each result.
+        hessian: floating point [K, K], symmetric.
+    """
+    weight = weight.detach().to(hessian)
+    square = _squared_output(weight, hessian)
+    return [_squared_output(weight - each.to(hessian), hessian) / square if square > 0 else 0.0 for each in quantized]
+
+
+def check_arguments(
+    weight: Tensor, bits: int, group_size: int, levels: object, damping: float, block: int, where: str
+) -> None:
+    """Raise ValueError, naming ``where``, unless these are arguments that :func:`gptq_quantize_weight` takes."""
+    if weight.dim() != 2 or weight.numel() == 0 or not weight.is_floating_point():
+        raise ValueError(
+            f"{where}: weight must be floating point [out_features, in_features], both at least 1, got {weight.dtype} "
+            f"of shape {tuple(weight.shape)}; flatten leading dimensions or skip the empty layer"
+        )
+    if not bool(torch.isfinite(weight).all()):
+        raise ValueError(f"{where}: weight must be finite, got NaN or Inf; check the checkpoint for overflow")
+    try:
+        check_bits(bits)
+        check_group_size(group_size, weight.shape[1])
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+    if not (isinstance(levels, Tensor) or callable(levels) or levels in _CHOOSERS):
+        raise ValueError(
+            f"{where}: levels must be one of {tuple(_CHOOSERS)}, or a function, got {levels!r}; check the spelling"
+        )
+    if not 0.0 <= damping <= _MAX_DAMPING:
+        raise ValueError(f"{where}: damping must be in [0, {_MAX_DAMPING}], got {damping}; the usual one is 0.01")
+    if isinstance(block, bool) or not isinstance(block, int) or block < 1:
+        raise ValueError(f"{where}: block must be at least 1 column, got {block!r}; the usual one is 128")
+
+
+@dataclass
+class Factor:
+    """Upper triangular U with (H + damping)^-1 = U^T U, float32 [K, K]; rounding column j costs 1 / U_jj^2 (K)."""
+
+    upper: Tensor
+    importance: Tensor = field(init=False)
+    damping: float
+
+    def __post_init__(self) -> None:
+        self.importance = self.upper.diagonal().square().reciprocal()
+
+
+def factor_hessian(hessian: Tensor, damping: float, where: str) -> Factor:
+    """The factor of a Hessian [K, K], damped, of which the mean diagonal is divided out; errors as GPTQ's."""
+    features = hessian.shape[-1]
+    if hessian.dim() != 2 or hessian.shape[0] != features:
+        raise ValueError(f"{where}: hessian must be [K, K], got shape {tuple(hessian.shape)}; pass X^T X")
+    damped = hessian.detach().to(torch.float64).clone()
+    if not bool(torch.isfinite(damped).all()):
+        raise ValueError(
+            f"{where}: the Hessian of its inputs must be finite, got NaN or Inf; look for overflow in the layers "
+            f"before it, or calibrate in float32"
+        )
+    lowest = float(damped.diagonal().min())
+    if lowest < 0.0:
+        raise ValueError(
+            f"{where}: the diagonal of the Hessian must be at least 0, got {lowest}; it is no X^T X: pass one"
+        )
+    mean = float(damped.diagonal().mean())
+    if mean == 0.0:  # no input at all: plain rounding
+        return Factor(torch.eye(features, dtype=torch.float32, device=hessian.device), damping)
+    damped.div_(mean)
+    added = 0.0
+    while True:
+        damped.diagonal().add_(damping - added)
+        added = damping
+        # With the order of the columns turned round, H = L L^T becomes R R^T with an upper R, and U is its inverse.
+        lower, info = torch.linalg.cholesky_ex(damped.flip(0, 1))
+        if not int(info) and float(lower.diagonal().min()) ** 2 > features * torch.finfo(torch.float64).eps:
+            identity = torch.eye(features, dtype=torch.float64, device=hessian.device)
+            upper = torch.linalg.solve_triangular(lower, identity, upper=False).flip(0, 1)
+            return Factor(upper.to(torch.float32).contiguous(), damping)
+        if damping >= _MAX_DAMPING:
+            raise ValueError(
+                f"{where}: the Hessian must be positive definite once {_MAX_DAMPING} of its mean diagonal is added, "
+                f"got one that is not; it is no X^T X, or the activations overflowed"
+            )
+        damping = min(max(10 * damping, _FIRST_DAMPING), _MAX_DAMPING)
+
+
+def _uniform(groups: Tensor, importance: Tensor | None, bits: int) -> Tensor:
+    return uniform_levels(groups, 2**bits)
+
+
+def _clip(groups: Tensor, importance: Tensor | None, bits: int) -> Tensor:
+    ratios = clip_search(groups, 2**bits, importance)
+    ends = torch.stack([groups.amin(1) * ratios[:, 0], groups.amax(1) * ratios[:, 1]], 1)
+    ends[:, 1] = torch.maximum(ends[:, 0], ends[:, 1])
+    return uniform_levels(ends, 2**bits)
+
+
+def _kmeans(groups: Tensor, importance: Tensor | None, bits: int) -> Tensor:
+    return kmeans_levels(groups, 2**bits, importance)
+
+
+_CHOOSERS: dict[str, Callable[[Tensor, Tensor | None, int], Tensor]] = {
+    "uniform": _uniform,
+    "clip": _clip,
+    "kmeans": _kmeans,
+}
+
+
+def _chooser(levels: str | Chooser, bits: int) -> Chooser:
+    if not isinstance(levels, str):
+        return levels
+    choose = _CHOOSERS[levels]
+    return lambda groups, importance: choose(groups, importance, bits)
+
+
+def round_to_nearest(weight: Tensor, bits: int, group_size: int, levels: str | Chooser) -> Tensor:
+    """The baseline: the same kind of levels, chosen from the weight as it is, each weight to the nearest; float32."""
+    chosen = for_each_group(weight, group_size, _chooser(levels, bits))
+    return quantize_weight(weight, bits, group_size, chosen).dequantize()
+
+
+def quantize_rows(
+    weights: Sequence[Tensor],
+    factor: Factor,
+    bits: int,
+    group_size: int,
+    levels: str | Tensor | Chooser,
+    block: int,
+) -> list[PackedWeight]:
+    """Quantize weights that share a Hessian, stacked: the rows of a weight never see each other."""
+    stacked = torch.cat([weight.detach().to(torch.float32) for weight in weights])
+    rows, in_features = stacked.shape
+    if factor.upper.shape[0] != in_features:
+        raise ValueError(
+            f"the Hessian must be [{in_features}, {in_features}] for a weight of {in_features} columns, got "
+            f"{tuple(factor.upper.shape)}; pass the one of this layer's inputs"
+        )
+    groups = num_groups(in_features, group_size)
+    if isinstance(levels, Tensor) and tuple(levels.shape) != (rows, groups, 2**bits):
+        raise ValueError(
+            f"levels must be [out_features, groups, 2**bits] = {(rows, groups, 2**bits)}, got "
+            f"{tuple(levels.shape)}; expand a shared table to every group"
+        )
+    tensor_scales = torch.cat([torch.full((w.shape[0],), _tensor_scale(w, levels)) for w in weights]).to(stacked.device)
+    if isinstance(levels, Tensor):
+        chosen: Tensor | Chooser = levels.to(stacked)
+    else:
+        chosen = _chooser(levels, bits)
+    codes, tables, scales = _solve(stacked, factor, group_size, chosen, block, tensor_scales)
+    packed = []
+    start = 0
+    for weight in weights:
+        part = slice(start, start + weight.shape[0])
+        start = part.stop
+        kept, tensor_scale = _normalize(scales[part], float(tensor_scales[part.start]))
+        packed.append(
+            PackedWeight.pack(codes[part], tables[part], kept, tensor_scale, bits=bits, group_size=group_size)
+        )
+    return packed
+
+
+def _tensor_scale(weight: Tensor, levels: object) -> float:
+    largest = float(weight.detach().abs().max() if not isinstance(levels, Tensor) else levels.abs().max())
+    if largest == 0.0:
+        return 1.0
+    exponent = math.frexp(largest / LEVEL_MAX)[1] - 1 - _SCALE_EXPONENT
+    return 2.0 ** min(max(exponent, -126), 127)
+
+
+def _normalize(scales: Tensor, tensor_scale: float) -> tuple[Tensor, float]:
+    """The same products of scale and tensor scale with the largest scale in [128, 256), where no scale is changed."""
+    peak = float(scales.max())
+    if peak == 0.0:
+        return scales, tensor_scale
+    shift = 2.0 ** (math.frexp(peak)[1] - 8)
+    moved = (scales.to(torch.float32) / shift).to(torch.float16)
+    exact = torch.equal(moved.to(torch.float32) * shift, scales.to(torch.float32))
+    return (moved, tensor_scale * shift) if exact and tensor_scale * shift >= 2.0**-126 else (scales, tensor_scale)
+
+
+def _solve(
+    weight: Tensor, factor: Factor, group_size: int, levels: Tensor | Chooser, block: int, tensor_scale: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Round all columns with error feedback.
+
+    Args:
+        weight: float32 [N, K], overwritten.
+        factor: of its inputs.
+        group_size: columns that share a table.
+        levels: float32 [N, groups, 2**bits], or what chooses them.
+        block: columns after which the feedback reaches the rest of the weight as one matrix product.
+        tensor_scale: float32 [N].
+
+    Returns:
+        codes uint8 [N, K], levels int8 [N, groups, 2**bits], scales float16 [N, groups].
+    """
+    in_features = weight.shape[1]
+    upper = factor.upper
+    codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
+    tables, scales = [], []
+    # A group's table needs its columns with all feedback from before it, so blocks end where groups do.
+    block = max(block // group_size * group_size, group_size)
+    for start in range(0, in_features, block):
+        stop = min(start + block, in_features)
+        current, inside = weight[:, start:stop], upper[start:stop, start:stop]
+        errors = torch.empty(current.shape, dtype=torch.float32, device=weight.device)
+        for first in range(0, stop - start, group_size):
+            last = min(first + group_size, stop - start)
+            if isinstance(levels, Tensor):
+                chosen = levels[:, (start + first) // group_size]
+            else:
+                columns = current[:, first:last].contiguous()
+                if not bool(torch.isfinite(columns).all()):
+                    raise ValueError(f"weights must stay finite, got NaN or Inf: {_DIVERGED}")
+                importance = factor.importance[start + first : start + last]
+                chosen = levels(columns, importance.expand(columns.shape))
+            table, scale = _snap(chosen, tensor_scale)
+            tables.append(table)
+            scales.append(scale)
+            # Error feedback sees the very values that are stored: their products are exact.
+            values = table.to(torch.float32) * scale.to(torch.float32)[:, None] * tensor_scale[:, None]
+            codes[:, start + first : start + last], errors[:, first:last] = gptq_round(
+                current, inside, values, first, last
+            )
+        if stop < in_features:
+            weight[:, stop:].addmm_(errors, upper[start:stop, stop:], alpha=-1.0)
+    return codes, torch.stack(tables, 1), torch.stack(scales, 1)
+
+
+def _snap(levels: Tensor, tensor_scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Levels [N, L] -> int8 [N, L] and float16 [N], as formats.snap_levels but with a tensor scale that is given."""
+    levels = levels.to(torch.float64)
+    largest = levels.abs().amax(1)
+    ratio = torch.where(largest > 0, LEVEL_MAX / largest, 0.0)
+    scales = (largest / LEVEL_MAX / tensor_scale).to(torch.float16)
+    if not bool(torch.isfinite(scales).all()):
+        raise ValueError(f"levels must be finite and at most 4096 times the largest weight, got more: {_DIVERGED}")
+    return torch.round(levels * ratio[:, None]).to(torch.int8), scales

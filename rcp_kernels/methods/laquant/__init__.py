@@ -1,0 +1,9 @@
+"""LAQuant: layer-wise training with a loss behind the next layer. docs/laquant.md explains it."""
+
+from .quantize_model import LaquantConfig, LaquantResult, laquant_quantize_model
+
+__all__ = [
+    "LaquantConfig",
+    "LaquantResult",
+    "laquant_quantize_model",
+]

@@ -1,0 +1,121 @@
+"""RCP: quantization-aware training of a low-bit student on its float teacher (Choi et al. 2025, arXiv 2502.15779).
+
+Rotate first (:mod:`rcp_kernels.methods.rotate`); clip and partition are learned here, together with the weights.
+docs/rcp.md has the method, which choices are ours, and the measured curves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..layers import check_vocabulary
+from ..student import students
+from .config import PRESETS, Diverged, RcpConfig, TrainResult
+from .distillation import student_perplexity
+from .run import Run
+from .student_state import copy_student, model_digest, start_student
+from .training_state import load_state
+
+__all__ = ["PRESETS", "Diverged", "RcpConfig", "TrainResult", "load_trained", "student_perplexity", "train"]
+
+
+def train(
+    model: nn.Module,
+    training: Tensor,
+    validation: Tensor,
+    config: RcpConfig,
+    *,
+    teacher: nn.Module | None = None,
+    probes: Mapping[str, Tensor] | None = None,
+    directory: Path | None = None,
+    accelerator: Any = None,
+    shard: bool = False,
+    progress: Callable[[str, int, int, str], None] | None = None,
+) -> TrainResult:
+    """Turn a float model into a trained low-bit student, in place; ``export_student(model)`` then packs it.
+
+    Phase one trains layer by layer (:func:`reconstruct_blocks`), phase two all weights and quantizers end to end on the
+    teacher's next-token distribution. With a directory, ``state.pt`` there is the checkpoint, ``log.jsonl`` the log and
+    ``best.pt`` the best weights so far: a run that was killed at any moment goes on from the checkpoint when it is
+    started again with the same arguments, and ends with the same bits.
+
+    Args:
+        model: a causal language model that :func:`rcp_kernels.models.describe` knows, float32, rotated or not.
+        training: int64 [windows, tokens], taken in order, from the front again when used up.
+        validation: int64 [windows, tokens]: its perplexity decides which weights are kept.
+        config: see there.
+        teacher: a float model of the same basis; None for a copy of ``model``.
+        probes: more windows by name, measured with every validation and logged; nothing depends on them.
+        directory: an existing folder for checkpoint and log; None for neither.
+        accelerator: of ``accelerate``, for several processes, each of which calls this with the same arguments and
+            takes its share of every batch; None for one process.
+        shard: in phase two, split the decoder layers of student and teacher and the optimizer's state over the
+            processes (FSDP2). The model is then of no use afterwards: :func:`load_trained` makes one of the directory.
+        progress: called with the phase, steps done, steps in all, and a text.
+
+    Raises:
+        ValueError: too little text, a batch that the processes cannot share, a checkpoint of another run, or what
+            make_student and reconstruct_blocks raise.
+        Diverged: the loss became NaN or Inf; names the layer and the checkpoint.
+    """
+    _check(model, training, validation, config, directory, accelerator, shard)
+    return Run(
+        model, training, validation, config, teacher, probes or {}, directory, accelerator, shard, progress
+    ).run()
+
+
+def _check(
+    model: nn.Module,
+    training: Tensor,
+    validation: Tensor,
+    config: RcpConfig,
+    directory: Path | None,
+    accelerator: Any,
+    shard: bool,
+) -> None:
+    ranks = 1 if accelerator is None else accelerator.num_processes
+    if config.batch % (config.micro_batch * ranks):
+        raise ValueError(
+            f"train: batch must be a multiple of micro_batch times the processes, got {config.batch} and "
+            f"{config.micro_batch} x {ranks}; change one of them"
+        )
+    if shard and (accelerator is None or directory is None):
+        raise ValueError(
+            f"train: shard needs an accelerator and a directory, got {accelerator} and {directory}; pass "
+            f"both, or shard=False"
+        )
+    for name, windows in (("training", training), ("validation", validation)):
+        if windows.dim() != 2 or windows.shape[0] < 1 or windows.shape[1] < 2:
+            raise ValueError(
+                f"train: {name} must be int64 [windows, tokens] with a window at least, got shape "
+                f"{tuple(windows.shape)}; pass more text or shorter windows"
+            )
+        check_vocabulary(model, windows, f"train: {name}")
+
+
+def load_trained(model: nn.Module, config: RcpConfig, directory: Path) -> None:
+    """Turn a float model into the best student that a training kept in its directory, in place.
+
+    Args:
+        model: the one that the training began with, rotated alike.
+        config: of the training.
+        directory: of the training.
+
+    Raises:
+        ValueError: no such file, or of another model.
+    """
+    path = directory / "best.pt"
+    if not path.is_file():
+        raise ValueError(f"load_trained: {path} must be there, got no such file; train first")
+    state = load_state(path)
+    if state.get("model") != model_digest(model):
+        raise ValueError(
+            f"load_trained: {path} must be of a training that began with this model, rotated alike, got one of "
+            f"another; load and rotate the model as for the training"
+        )
+    start_student(model, config, "uniform")
+    copy_student(students(model), state["student"])

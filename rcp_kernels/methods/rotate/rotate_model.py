@@ -1,0 +1,328 @@
+"""Rotations of a whole language model that leave its function as it was and make it easier to quantize.
+
+R1 to R4 are those of QuaRot (Ashkboos et al. 2024) and SpinQuant (Liu et al. 2024) as RCP uses them (arXiv 2502.15779):
+R1 of the residual stream and R2 of each head's values are fused into weights, in float64; R3 of queries and keys after
+RoPE and R4 of down's input run online. R1 in blocks of the quantization group, in sequency order, is GSR (arXiv
+2505.03810). docs/rotate.md has the definitions and the costs.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+
+import torch
+from torch import Tensor, nn
+
+from ...models import Architecture, describe
+from ...models.hf import untie_head
+from ...nn.online_rotation import OnlineRotation
+from ...nn.quant_linear import type_of
+from ...nn.rotated_linear import RotatedLinear, rotate_around, rotate_output, rotate_queries_and_keys
+from .plan import GIVEN, KINDS, ROTATIONS, GivenRotation, Plan, Rotated, make_plan
+
+__all__ = ["ROTATIONS", "Rotated", "apply_structure", "rotate_model", "rotation_of"]
+
+# Attribute of a rotated model: R1 and R2 alone leave nothing in it that a second call could see.
+_RECORD = "_rcp_rotated"
+
+
+def rotate_model(
+    model: nn.Module,
+    rotation: str | Tensor = "gsr",
+    *,
+    group_size: int = 128,
+    r2: bool | None = None,
+    r3: bool | None = None,
+    r4: bool | None = None,
+    r4_group_size: int | None = None,
+    seed: int = 0,
+    untie: bool = False,
+) -> Rotated:
+    """Rotate a language model, in place; its logits stay what they were, up to rounding.
+
+    Where R1 is not ``"none"``, the gains of the norms before linear layers are folded into these (and set to one), and
+    R1 into the embedding, the linear layers and the output head. Every weight is computed in float64 and rounded once.
+    down becomes a :class:`RotatedLinear` for R4, and attention gets R3 by :func:`rotate_queries_and_keys`. In families
+    with a norm between o or down and the residual stream (gemma2, gemma3), whose gains no weight can take, R1 runs
+    online after these norms instead of in o and down.
+
+    A head that is tied to the embedding stays so, or a quantized model could take more bytes than its source. The
+    weight that both share cannot take the gain of the final norm. That norm keeps its gain then and works in the old
+    basis, ``R norm(R^T x)`` (ours): two fast transforms a token.
+
+    Args:
+        model: of a family in :data:`rcp_kernels.models.FAMILIES`, in floating point, not rotated yet.
+        rotation: R1. ``"none"``; ``"hadamard"``: all entries, natural order, random signs (QuaRot); ``"walsh"``: all
+            entries, sequency order; ``"local_hadamard"`` and ``"gsr"``: groups in natural and in sequency order; or R
+            as a floating point tensor [hidden_size, hidden_size], orthogonal, with which a token becomes R x
+            (embedding @ R^T).
+        group_size: of ``"local_hadamard"`` and ``"gsr"``: the quantization group of the weights.
+        r2: rotate the values of each head. The order of the rows of R2, R3 and R4 is R1's. None: where R1 is not
+            ``"none"``.
+        r3: rotate queries and keys after RoPE; of use only if keys are quantized. None: as r2.
+        r4: rotate the input of down. None: as r2.
+        r4_group_size: entries that R4 mixes. None: group_size where R1 is in groups, else all of them.
+        seed: of the random signs of ``"hadamard"``.
+        untie: give a tied head a weight of its own instead, for engines that cannot run the rotations around the final
+            norm. A given matrix always does.
+
+    Returns:
+        The record that a checkpoint needs to build the same structure again.
+
+    Raises:
+        ValueError: an unsupported architecture or a missing module, named; an unknown rotation; a size without a
+            Hadamard matrix; a group that does not divide a size, with the nearest that does; a matrix of another shape,
+            not orthogonal, or for a family in which R1 runs online; a model that is rotated already, has no values, or
+            NaN or Inf among them, with the name of the module.
+        TypeError: a layer to be rotated is not an ``nn.Linear`` of float32, float16 or bfloat16, named; float64 is
+            taken where nothing runs online.
+    """
+    architecture = describe(model)
+    matrix = rotation if isinstance(rotation, Tensor) else None
+    name = GIVEN if isinstance(rotation, Tensor) else rotation
+    if name not in (*ROTATIONS, GIVEN) or (name == GIVEN and matrix is None):
+        raise ValueError(
+            f"rotate_model: rotation must be one of {ROTATIONS} or a tensor, got {rotation!r}; check the spelling"
+        )
+    rotates = name != "none"
+    grouped = name in KINDS and KINDS[name].grouped
+    r4 = rotates if r4 is None else r4
+    if r4_group_size is None and grouped:
+        r4_group_size = group_size
+    head, embed = model.get_submodule(architecture.head), model.get_submodule(architecture.embed)
+    if rotation_of(model) is not None:
+        raise ValueError(
+            f"rotate_model: the model must not be rotated yet, got one with {rotation_of(model)}; load the model anew"
+        )
+    # Where the final norm has no gain, the shared weight needs no more than the embedding's rotation.
+    shared = rotates and head.weight is embed.weight and _has_gain(model, architecture)
+    record = Rotated(
+        model_type=architecture.model_type,
+        rotation=name,
+        group_size=group_size if grouped else None,
+        r2=rotates if r2 is None else r2,
+        r3=rotates if r3 is None else r3,
+        r4=r4,
+        r4_group_size=r4_group_size if r4 else None,
+        seed=seed,
+        untied=shared and (untie or matrix is not None),
+        tied=shared and not untie and matrix is None,
+    )
+    plan = make_plan(record, architecture, matrix)
+    _check_layers(model, architecture)
+    _check_values(model, architecture, plan, record.tied)
+    _fuse(model, architecture, plan, record)
+    _install(model, architecture, plan, record.tied)
+    if record.changes_anything:
+        setattr(model, _RECORD, record)
+    return record
+
+
+def rotation_of(model: nn.Module) -> Rotated | None:
+    """What :func:`rotate_model` or :func:`apply_structure` did to this model; None where neither has."""
+    record = getattr(model, _RECORD, None)
+    assert record is None or isinstance(record, Rotated)
+    return record
+
+
+def apply_structure(model: nn.Module, record: Rotated) -> None:
+    """Give a model as its family makes it the structure of a rotated one, in place; its weights are left alone.
+
+    Unties the output head, and installs the rotations that run online: the model is then ready for the ``state_dict``
+    of the rotated model. Works on the meta device. Packed layers are not made here: where the checkpoint has one for a
+    :class:`RotatedLinear`, make it with ``input_rotation=layer.input_rotation``.
+
+    Raises:
+        ValueError: the record is of another model_type, the model is rotated already, or as :func:`describe`.
+    """
+    architecture = describe(model)
+    if architecture.model_type != record.model_type:
+        raise ValueError(
+            f"apply_structure: the model must be of the record's type {record.model_type!r}, got "
+            f"{architecture.model_type!r}; build it from the checkpoint's own config"
+        )
+    plan = make_plan(dataclasses.replace(record, rotation="none") if record.rotation == GIVEN else record, architecture)
+    _check_layers(model, architecture, values=False)
+    if record.untied:
+        _untie(model, architecture)
+    _install(model, architecture, plan, record.tied)
+    setattr(model, _RECORD, record)
+
+
+def _check_layers(model: nn.Module, architecture: Architecture, values: bool = True) -> None:
+    """Refuse what cannot be rotated before anything is."""
+    a = architecture
+    widths = {
+        "q": (a.hidden_size, a.num_heads * a.head_dim),
+        "k": (a.hidden_size, a.num_kv_heads * a.head_dim),
+        "v": (a.hidden_size, a.num_kv_heads * a.head_dim),
+        "o": (a.num_heads * a.head_dim, a.hidden_size),
+        "gate": (a.hidden_size, a.intermediate_size),
+        "up": (a.hidden_size, a.intermediate_size),
+        "down": (a.intermediate_size, a.hidden_size),
+    }
+    linears = {getattr(layer, part): width for layer in a.layers for part, width in widths.items()}
+    for name, (in_features, out_features) in {**linears, a.head: (a.hidden_size, None)}.items():
+        linear = model.get_submodule(name)
+        if isinstance(linear, RotatedLinear):
+            raise ValueError(f"rotate_model: {name} must not be rotated yet, got one that is; load the model anew")
+        if not isinstance(linear, nn.Linear) or not linear.weight.is_floating_point():
+            raise TypeError(
+                f"rotate_model: {name} must be a floating point nn.Linear, got {type_of(linear)}; rotate before "
+                f"quantizing"
+            )
+        found = (linear.in_features, linear.out_features)
+        if found != (in_features, out_features or linear.out_features):
+            raise ValueError(
+                f"rotate_model: {name} must have {in_features} input and {out_features} output features by the config, "
+                f"got {found[0]} and {found[1]}; load the config that belongs to the weights"
+            )
+        if values and linear.weight.is_meta:
+            raise ValueError(f"rotate_model: {name} has no values, it is on the meta device; load the weights first")
+    for layer in a.layers:
+        for name, attribute in (
+            (layer.attention, "qk_rotation"),
+            (layer.attention_output_norm, "output_rotation"),
+            (layer.mlp_output_norm, "output_rotation"),
+            (a.final_norm, "basis_rotation"),
+        ):
+            if name is not None and hasattr(model.get_submodule(name), attribute):
+                raise ValueError(
+                    f"rotate_model: {name} must not be rotated yet, got one with {attribute}; load the model anew"
+                )
+
+
+def _check_values(model: nn.Module, architecture: Architecture, plan: Plan, tied: bool) -> None:
+    """Refuse weights that a rotation would spread over a whole layer, and types that no online rotation takes."""
+    residual_online = isinstance(plan.residual, OnlineRotation) and any(
+        layer.attention_output_norm or layer.mlp_output_norm for layer in architecture.layers
+    )
+    online = tied or plan.qk is not None or plan.down_input is not None or residual_online
+    allowed = (torch.float32, torch.float16, torch.bfloat16) + (() if online else (torch.float64,))
+    names = [architecture.embed, architecture.final_norm, architecture.head]
+    for layer in architecture.layers:
+        norms = layer.attention_norm, layer.mlp_norm, layer.attention_output_norm, layer.mlp_output_norm
+        names += [*layer.linears, *(name for name in norms if name is not None)]
+    for name in names:
+        for part, tensor in model.get_submodule(name).named_parameters(recurse=False):
+            if tensor.dtype not in allowed:
+                remedy = "convert the model with .float()"
+                if tensor.dtype == torch.float64:
+                    remedy += ", or pass r3=False, r4=False where the family allows it: fused rotations take float64"
+                raise TypeError(
+                    f"rotate_model: {part} of {name} must be one of {', '.join(map(str, allowed))}, got "
+                    f"{tensor.dtype}; {remedy}"
+                )
+            if not bool(torch.isfinite(tensor).all()):
+                raise ValueError(
+                    f"rotate_model: {part} of {name} must be finite, got NaN or Inf; check the checkpoint for overflow"
+                )
+
+
+def _fuse(model: nn.Module, architecture: Architecture, plan: Plan, record: Rotated) -> None:
+    """Fold the gains of the norms, R1, R2 and R4 into the weights, each weight in one go."""
+    residual = plan.residual
+    if record.untied:
+        _untie(model, architecture)
+    if residual is not None:
+        embed = model.get_submodule(architecture.embed).weight
+        assert isinstance(embed, Tensor)
+        _assign(embed, residual.rotate_weight(embed, "input"))
+
+    def fold(norm: str) -> Tensor | None:
+        return None if residual is None else _take_gain(model.get_submodule(norm), architecture.gain_offset)
+
+    for layer in architecture.layers:
+        gain = fold(layer.attention_norm)
+        _rewrite(_linear(model, layer.q), gain, residual, None)
+        _rewrite(_linear(model, layer.k), gain, residual, None)
+        _rewrite(_linear(model, layer.v), gain, residual, plan.v_output)
+        _rewrite(_linear(model, layer.o), None, plan.o_input, None if layer.attention_output_norm else residual)
+        gain = fold(layer.mlp_norm)
+        _rewrite(_linear(model, layer.gate), gain, residual, None)
+        _rewrite(_linear(model, layer.up), gain, residual, None)
+        _rewrite(_linear(model, layer.down), None, plan.down_input, None if layer.mlp_output_norm else residual)
+    head = _linear(model, architecture.head)
+    if head.weight is not model.get_submodule(architecture.embed).weight:  # a tied head is rotated with the embedding
+        _rewrite(head, fold(architecture.final_norm), residual, None)
+
+
+def _rewrite(
+    linear: nn.Linear,
+    gain: Tensor | None,
+    input_rotation: OnlineRotation | GivenRotation | None,
+    output_rotation: OnlineRotation | GivenRotation | None,
+) -> None:
+    """Make a layer take x / gain, rotated, and give rotated output: in float64, with one rounding."""
+    if gain is None and input_rotation is None and output_rotation is None:
+        return
+    weight = linear.weight.detach().to(torch.float64)
+    if gain is not None:
+        weight = weight * gain
+    if input_rotation is not None:
+        weight = input_rotation.rotate_weight(weight, "input")
+    if output_rotation is not None:
+        weight = output_rotation.rotate_weight(weight, "output")
+        if linear.bias is not None:
+            bias = linear.bias.detach().to(torch.float64)[:, None]
+            _assign(linear.bias, output_rotation.rotate_weight(bias, "output")[:, 0])
+    _assign(linear.weight, weight)
+
+
+def _has_gain(model: nn.Module, architecture: Architecture) -> bool:
+    """Whether the norm before the output head multiplies by anything but ones, which the head would have to take."""
+    weight = model.get_submodule(architecture.final_norm).weight
+    assert isinstance(weight, Tensor)
+    return weight.is_meta or not bool((weight == 1.0 - architecture.gain_offset).all())
+
+
+def _take_gain(norm: nn.Module, offset: float) -> Tensor:
+    """The gain of a norm in float64, which is set to one."""
+    assert isinstance(norm.weight, Tensor)
+    gain = norm.weight.detach().to(torch.float64) + offset
+    with torch.no_grad():
+        norm.weight.fill_(1.0 - offset)
+    return gain
+
+
+@torch.no_grad()
+def _assign(parameter: Tensor, value: Tensor) -> None:
+    parameter.copy_(value)
+
+
+def _linear(model: nn.Module, name: str) -> nn.Linear:
+    linear = model.get_submodule(name)
+    assert isinstance(linear, nn.Linear)
+    return linear
+
+
+def _untie(model: nn.Module, architecture: Architecture) -> None:
+    """Give the output head a weight of its own, and tell transformers so, which would tie it again."""
+    head = _linear(model, architecture.head)
+    head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=head.weight.requires_grad)
+    untie_head(model, architecture.head)
+
+
+def _install(model: nn.Module, architecture: Architecture, plan: Plan, tied: bool) -> None:
+    """Put the rotations that run online into the model, each place its own."""
+    device = _linear(model, architecture.head).weight.device
+
+    def own(rotation: OnlineRotation) -> OnlineRotation:
+        copied = copy.deepcopy(rotation)
+        # On the meta device the signs, which no weight holds, would lose their values.
+        return copied if device.type == "meta" else copied.to(device)
+
+    if tied:
+        assert isinstance(plan.residual, OnlineRotation)
+        rotate_around(model.get_submodule(architecture.final_norm), own(plan.residual))
+    for layer in architecture.layers:
+        if plan.qk is not None:
+            rotate_queries_and_keys(model.get_submodule(layer.attention), copy.deepcopy(plan.qk))
+        if plan.down_input is not None:
+            parent, _, child = layer.down.rpartition(".")
+            down = RotatedLinear.from_linear(_linear(model, layer.down), copy.deepcopy(plan.down_input))
+            setattr(model.get_submodule(parent), child, down)
+        for name in (layer.attention_output_norm, layer.mlp_output_norm):
+            if name is not None and isinstance(plan.residual, OnlineRotation):
+                rotate_output(model.get_submodule(name), own(plan.residual))

@@ -1,0 +1,133 @@
+"""Round-to-nearest quantization of a weight into the packed format: uniform, k-means or given levels per group."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ..formats import PackedWeight, check_bits, check_group_size, num_groups, snap_levels
+from .kmeans_levels import kmeans_levels
+from .nearest_codes import nearest_codes
+
+__all__ = ["quantize_weight", "uniform_levels", "whole_and_tail"]
+
+# Small enough for a chunk and its temporaries to stay in a core's cache while it is passed over several times.
+_CHUNK_WEIGHTS = 1 << 20
+
+
+def quantize_weight(
+    weight: Tensor, bits: int = 2, group_size: int = 128, levels: str | Tensor = "kmeans"
+) -> PackedWeight:
+    """Quantize a weight: choose levels per group, snap them to the format, give each weight the nearest level.
+
+    Args:
+        weight: floating point [N, K] = [out_features, in_features], finite.
+        bits: bits a code: 2, 3 or 4.
+        group_size: consecutive weights of a row that share a table: 32, 64, 128 or K. K need not be a multiple.
+        levels: ``"uniform"``: evenly spaced from the group's minimum to its maximum; ``"kmeans"``: the levels of least
+            squared error that Lloyd's algorithm finds for each group (Lloyd 1982); or a floating point tensor
+            [N, ceil(K/group_size), 2**bits] of ascending levels in units of the weight.
+
+    Returns:
+        The packed weight, on the device of ``weight``.
+
+    Raises:
+        TypeError: weight is not a floating point tensor, or levels is neither a name nor a tensor.
+        ValueError: wrong shape, bits or group size; a sparse weight; a weight or levels on the meta device; NaN or Inf
+            in either; unknown, descending or misshapen levels.
+    """
+    check_bits(bits)
+    if not isinstance(weight, Tensor):
+        raise TypeError(
+            f"quantize_weight: weight must be a floating point tensor, got {type(weight).__name__}; convert with "
+            f"torch.as_tensor"
+        )
+    if not weight.is_floating_point():
+        raise TypeError(f"quantize_weight: weight must be floating point, got {weight.dtype}; convert with .float()")
+    if weight.dim() != 2 or weight.numel() == 0:
+        raise ValueError(
+            f"quantize_weight: weight must be [out_features, in_features], both at least 1, got shape "
+            f"{tuple(weight.shape)}; flatten leading dimensions or skip the empty layer"
+        )
+    if weight.is_meta:
+        raise ValueError("quantize_weight: weight is on the meta device and has no values; load the checkpoint first")
+    if weight.layout != torch.strided:
+        raise ValueError(f"quantize_weight: weight must be dense, got {weight.layout}; convert with .to_dense()")
+    # Contiguous, so that groups are.
+    weight = weight.detach().to(torch.float32).contiguous()
+    rows, in_features = weight.shape
+    check_group_size(group_size, in_features)
+    finite = torch.isfinite(weight)
+    if not bool(finite.all()):
+        index = (~finite).nonzero()[0].tolist()
+        raise ValueError(
+            f"quantize_weight: weight must be finite in float32, got {float(weight[tuple(index)])} at row, column "
+            f"{index}; check the checkpoint for overflow"
+        )
+    shape = (rows, num_groups(in_features, group_size), 2**bits)
+    if isinstance(levels, Tensor):
+        if tuple(levels.shape) != shape:
+            raise ValueError(
+                f"quantize_weight: levels must be [out_features, groups, 2**bits] = {shape}, got "
+                f"{tuple(levels.shape)}; expand a shared table to every group"
+            )
+        # Levels without values are refused by snap_levels; they cannot be moved.
+        values = levels.detach() if levels.is_meta else levels.detach().to(weight.device)
+    elif isinstance(levels, str):
+        if levels not in _CHOOSERS:
+            raise ValueError(
+                f"quantize_weight: levels must be one of {tuple(_CHOOSERS)} or a tensor of levels, got {levels!r}; "
+                f"check the spelling"
+            )
+        values = _choose_levels(weight, group_size, shape, _CHOOSERS[levels])
+    else:
+        raise TypeError(
+            f"quantize_weight: levels must be one of {tuple(_CHOOSERS)} or a tensor of levels, got "
+            f"{type(levels).__name__}; convert with torch.as_tensor"
+        )
+    snapped, scales, tensor_scale = snap_levels(values)
+    table = snapped.to(torch.float32) * scales.to(torch.float32)[..., None] * tensor_scale
+    codes = nearest_codes(weight, table, group_size, packed=True)
+    return PackedWeight(
+        codes, snapped.contiguous(), scales, tensor_scale, bits, group_size, in_features, rows
+    ).validate()
+
+
+def whole_and_tail(in_features: int, group_size: int) -> list[tuple[slice, slice, int]]:
+    """Columns, groups and group length of the whole groups of a row, then of a shorter last one, if any."""
+    whole = in_features // group_size
+    tail = in_features % group_size
+    parts = []
+    if whole:
+        parts.append((slice(0, whole * group_size), slice(0, whole), group_size))
+    if tail:
+        parts.append((slice(whole * group_size, in_features), slice(whole, whole + 1), tail))
+    return parts
+
+
+def _choose_levels(
+    weight: Tensor, group_size: int, shape: tuple[int, int, int], choose: Callable[[Tensor, int], Tensor]
+) -> Tensor:
+    rows, in_features = weight.shape
+    values = torch.empty(shape, dtype=torch.float32, device=weight.device)
+    step = max(1, _CHUNK_WEIGHTS // in_features)
+    for start in range(0, rows, step):
+        chunk = slice(start, start + step)
+        for columns, groups, length in whole_and_tail(in_features, group_size):
+            group_rows = weight[chunk, columns].reshape(-1, length)
+            values[chunk, groups] = choose(group_rows, shape[2]).view(-1, values[chunk, groups].shape[1], shape[2])
+    return values
+
+
+def uniform_levels(groups: Tensor, count: int) -> Tensor:
+    """[C, length] -> [C, count], evenly spaced from each group's minimum to its maximum."""
+    # In float64, where the span of a group cannot overflow. Rounding keeps this form ascending; a weighted sum of the
+    # two ends would not be for a constant group.
+    low, high = (end.to(torch.float64) for end in groups.aminmax(dim=1, keepdim=True))
+    position = torch.linspace(0.0, 1.0, count, dtype=torch.float64, device=groups.device)
+    return (low + (high - low) * position).to(torch.float32)
+
+
+_CHOOSERS: dict[str, Callable[[Tensor, int], Tensor]] = {"uniform": uniform_levels, "kmeans": kmeans_levels}
