@@ -32,8 +32,9 @@ PIP := $(BIN)/python -m pip --quiet
 STAMPS := $(VENV)/.stamps
 OLDEST_VENV := $(VENV)-oldest
 # In-process tests only: what starts rcp-kernels as a program would get the first environment's transformers.
-OLDEST_TESTS := $(addprefix tests/test_,writers_and_readers.py checkpoint.py integration_transformers.py kv_cache.py \
-  rotate.py gptq.py laquant.py rcp.py cli_quantize.py model_card.py fused_decoder.py)
+OLDEST_TESTS := $(addprefix tests/,checkpoint/test_writers_and_readers.py checkpoint/test_checkpoint.py \
+  checkpoint/test_model_card.py integrations/test_transformers.py ops/test_kv_cache.py nn/test_fused_decoder.py \
+  $(addprefix methods/test_,rotate.py gptq.py laquant.py rcp.py) cli/test_quantize.py)
 # Another torch is another environment: its name is part of the stamp's name.
 TORCH_STAMP := $(STAMPS)/torch-$(firstword $(shell printf '%s' '$(TORCH)' | cksum))
 BUILD_INPUTS := setup.py pyproject.toml $(wildcard tools/cuda_toolkit.*) $(shell find csrc -type f)

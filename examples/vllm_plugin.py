@@ -2,7 +2,8 @@
 
 Makes a decoder layer of vLLM's parallel layers, loads it for one rank and for each of three, and compares with
 transformers. vLLM's wheels have no kernels for a CPU, so that no engine runs here; without vLLM, its classes are the
-stand-in of tests/vllm_contract.py. DIRECTORY is one that `rcp-kernels quantize` wrote; without it, one is made.
+stand-in of tests/integrations/vllm_contract.py. DIRECTORY is one that `rcp-kernels quantize` wrote; without it, one
+is made.
 """
 
 import contextlib

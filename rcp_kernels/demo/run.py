@@ -77,7 +77,7 @@ ROTATED_CONFIGS = (
     Config("W2A4", torch.bfloat16, bits=2, act_bits=4),
 )
 # Grouped, natural order gives the same codes as sequency order, in another order, and the same bits come out of the
-# layer (tests/test_online_rotation.py): one of the two is measured.
+# layer (tests/nn/test_online_rotation.py): one of the two is measured.
 ROTATIONS = (
     Rotation("natural", grouped=False),
     Rotation("sequency", grouped=False),

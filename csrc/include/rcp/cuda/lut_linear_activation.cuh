@@ -186,7 +186,7 @@ struct TokenScale {
   float scale, reciprocal;
 };
 // qmax is 7 or 127; `inverse` = fl32(1 / qmax). One correction step makes the product the rounded quotient: checked for
-// all 2^24 significands of both (tests/ptx/test_lut_linear.py), and 0x1p-120 keeps away from subnormal numbers.
+// all 2^24 significands of both (tests/cuda/test_ptx_lut_linear.py), and 0x1p-120 keeps away from subnormal numbers.
 __device__ __forceinline__ TokenScale token_scale(float amax, float clip, float qmax, float inverse) {
   const float clipped = __fmul_rn(amax, clip);
   const float quotient = __fmul_rn(clipped, inverse);

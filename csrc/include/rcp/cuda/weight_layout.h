@@ -107,7 +107,7 @@ struct CudaLayout {
   // Version, bits, group_size, rows and columns in one word, which a kernel compares with its launch's: blobs of
   // different shapes may have the same size. With the same version, bits and kind of group, shapes below 65536 x 65536
   // all differ; any others share a stamp with a chance of 2^-32. No other shape has size and stamp of the layers of 18
-  // sizes that were tried, all bits and groups (some of them in tests/ptx/test_pack_weight.py).
+  // sizes that were tried, all bits and groups (some of them in tests/cuda/test_ptx_pack_weight.py).
   RCP_HOST_DEVICE uint32_t stamp() const {
     const uint32_t group = group_size == 32 ? 0 : group_size == 64 ? 1 : group_size == 128 ? 2 : 3;
     const uint32_t kind = (weight_layout_version * 8 + static_cast<uint32_t>(bits)) * 4 + group;

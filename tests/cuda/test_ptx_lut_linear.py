@@ -1,0 +1,412 @@
+"""lut_linear with act_bits 4 and 8 on CUDA, executed, against the exact reference and against counts.
+
+The weight is packed by numpy from the layout's description (csrc/include/rcp/cuda/weight_layout.h), not by the
+header's own functions.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+
+import numpy as np
+import pytest
+import torch
+from ptx import Buffer, Counters, HostProgram, Memory
+
+from rcp_kernels.formats import PackedWeight
+from rcp_kernels.ops import reference
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+TYPE_NUMBER = {"float32": 0, "float16": 1, "bfloat16": 2}
+STEP = {"float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}  # rounding of the cast to y, relative
+
+
+@cache
+def program(bits: int, arch: str) -> HostProgram:
+    return HostProgram(
+        """
+#include "rcp/cuda/lut_linear_integer.cuh"
+using namespace rcp::cuda;
+extern "C" {
+static LutLinearArguments arguments_of(int64_t tokens, int64_t rows, int64_t columns, int64_t group, int64_t act_bits,
+                                       int64_t type, int64_t rotation) {
+  LutLinearArguments a{};
+  a.x_type = static_cast<rcp::FloatType>(type);
+  a.tokens = tokens, a.rows = rows, a.columns = columns, a.bits = WEIGHT_BITS, a.group_size = static_cast<int>(group);
+  a.act_bits = static_cast<int>(act_bits), a.clip = 1.0f;
+  a.rotation_group = static_cast<int>(rotation / 2), a.rotation_sequency = rotation % 2;
+  return a;
+}
+int64_t total_bytes(int64_t rows, int64_t columns, int64_t group) {
+  return CudaLayout{rows, columns, group, WEIGHT_BITS}.total_bytes();
+}
+int64_t workspace_bytes(int64_t sms, int64_t tokens, int64_t rows, int64_t columns, int64_t group, int64_t act_bits,
+                        int64_t type, int64_t rotation) {
+  return lut_linear_integer_workspace_bytes(
+      arguments_of(tokens, rows, columns, group, act_bits, type, rotation), static_cast<int>(sms));
+}
+int64_t counter_bytes(int64_t tokens, int64_t rows, int64_t columns, int64_t group, int64_t act_bits, int64_t type,
+                      int64_t rotation) {
+  return lut_linear_integer_counter_bytes(arguments_of(tokens, rows, columns, group, act_bits, type, rotation));
+}
+int run(const uint8_t* weight, const void* x, const void* bias, int64_t bias_type, void* y, void* workspace,
+        void* counters, double clip, int64_t sms, int64_t tokens, int64_t rows, int64_t columns, int64_t group,
+        int64_t act_bits, int64_t type, int64_t rotation) {
+  LutLinearArguments a = arguments_of(tokens, rows, columns, group, act_bits, type, rotation);
+  a.weight = weight, a.x = x, a.bias = bias, a.bias_type = static_cast<rcp::FloatType>(bias_type), a.y = y;
+  a.workspace = workspace, a.counters = counters, a.clip = static_cast<float>(clip);
+  return integer::launch_bits<WEIGHT_BITS>(a, static_cast<int>(sms));
+}
+}
+""",
+        arch=arch,
+        defines={"WEIGHT_BITS": bits},
+    )
+
+
+def pack(weight: PackedWeight) -> np.ndarray:
+    """The blob, uint8, from the description at the top of lut_linear_cuda_layout.h."""
+    bits, group, rows, columns = weight.bits, weight.group_size, weight.out_features, weight.in_features
+    tiles, sub_blocks = -(-rows // 16), -(-columns // 128)
+    slot_columns = group if group in (32, 64) else 128
+    slots, levels = 512 // slot_columns, 1 << bits
+    codes = np.zeros((tiles * 16, -(-sub_blocks // 4) * 512), np.uint32)
+    codes[:rows, :columns] = weight.unpack().numpy()
+    header = np.zeros(128, np.uint8)
+    header[:8] = np.frombuffer(b"RCPCUDA1", np.uint8)
+    kind = (2 * 8 + bits) * 4 + {32: 0, 64: 1, 128: 2}.get(group, 3)
+    stamp = (rows + columns * 65536 + columns // 65536) % 2**32 ^ kind * 0x85EBCA6B % 2**32
+    header[8:12] = np.array([stamp], np.uint32).view(np.uint8)
+    header[12:16] = np.array([float(weight.tensor_scale)], np.float32).view(np.uint8)
+    header[16:24] = np.array([bits, group], np.uint32).view(np.uint8)
+    header[24:40] = np.array([rows, columns], np.int64).view(np.uint8)
+    header[40:44] = np.array([2], np.uint32).view(np.uint8)
+    areas = [header]
+    for tile in range(tiles):
+        for unit in range(-(-sub_blocks // 4)):
+            n = min(4, sub_blocks - 4 * unit)
+            words = np.zeros((8, 4, n, 2 * bits), np.uint32)  # gr, q, sub-block, word
+            for s, h, j, r, q in np.ndindex(4, 2, 4, 2, 4):
+                if group == 32:
+                    column = 32 * s + 8 * q + 4 * h + j
+                elif group == 64:
+                    column = 64 * (s // 2) + 16 * q + 8 * (s % 2) + 4 * h + j
+                else:
+                    column = 32 * q + 8 * s + 4 * h + j
+                first = unit * 512 + column
+                code = codes[tile * 16 + 8 * r : tile * 16 + 8 * r + 8, first : first + 128 * (n - 1) + 1 : 128]
+                nibble = np.uint32(16 * r + 4 * j)
+                if bits == 2:
+                    words[:, q, :, s] |= code << (nibble + np.uint32(2 * h))
+                elif bits == 4:
+                    words[:, q, :, 2 * s + h] |= code << nibble
+                elif 2 * (s % 2) + h < 3:
+                    words[:, q, :, 3 * (s // 2) + 2 * (s % 2) + h] |= code << nibble
+                else:
+                    for b in range(3):
+                        words[:, q, :, 3 * (s // 2) + b] |= ((code >> np.uint32(b)) & 1) << (nibble + np.uint32(3))
+            per_lane = words.reshape(32, n * 2 * bits)
+            per_lane = np.pad(per_lane, ((0, 0), (0, -per_lane.shape[1] % 4)))
+            areas.append(per_lane.reshape(32, -1, 4).transpose(1, 0, 2).ravel().view(np.uint8))
+            tables = np.zeros((16, slots, levels), np.int8)
+            scales = np.zeros((16, slots), np.float16)
+            for slot in range(slots):
+                column = unit * 512 + slot * slot_columns
+                if column < columns:
+                    here = min(16, rows - tile * 16)
+                    tables[:here, slot] = weight.levels[tile * 16 : tile * 16 + here, column // group].numpy()
+                    scales[:here, slot] = weight.scales[tile * 16 : tile * 16 + here, column // group].numpy()
+            areas.append(tables.reshape(16, -1, 16).transpose(1, 0, 2).ravel().view(np.uint8))
+            areas.append(scales.reshape(2, 8, slots // 4, 4).transpose(2, 1, 0, 3).ravel().view(np.uint8))
+    return np.concatenate(areas)
+
+
+def random_weight(bits: int, rows: int, columns: int, group: int, unit_scales: bool, seed: int = 0) -> PackedWeight:
+    generator = torch.Generator().manual_seed(seed)
+    groups = -(-columns // group)
+    codes = torch.randint(0, 1 << bits, (rows, columns), generator=generator, dtype=torch.uint8)
+    levels = torch.randint(-128, 128, (rows, groups, 1 << bits), generator=generator).sort(-1).values.to(torch.int8)
+    scales = torch.rand(rows, groups, generator=generator) * 200
+    scales = torch.ones_like(scales) if unit_scales else scales
+    return PackedWeight.pack(
+        codes, levels, scales.to(torch.float16), 1.0 if unit_scales else 2.0**-15, bits=bits, group_size=group
+    )
+
+
+class Run:
+    """One call of the launcher: y as float64 [tokens, rows], and the counts of its launches."""
+
+    def __init__(
+        self,
+        weight: PackedWeight,
+        x: torch.Tensor,
+        bias: torch.Tensor | None = None,
+        act_bits: int = 4,
+        clip: float = 1.0,
+        rotation: tuple[int, bool] = (0, False),
+        misaligned: int = 0,
+        arch: str = "sm_80",
+        sms: int = 4,
+        order: str | int = "ascending",
+        blob: np.ndarray | None = None,
+    ) -> None:
+        kind = next(name for name, dtype in DTYPES.items() if dtype == x.dtype)
+        runner, memory = program(weight.bits, arch), Memory()
+        shape = (weight.out_features, weight.in_features, weight.group_size)
+        blob = pack(weight) if blob is None else blob
+        runner.library.total_bytes.restype = runner.library.workspace_bytes.restype = ctypes.c_int64
+        runner.library.counter_bytes.restype = ctypes.c_int64
+        assert blob.size == runner.library.total_bytes(*map(ctypes.c_int64, shape))
+        problem = (x.shape[0], *shape, act_bits, TYPE_NUMBER[kind], 2 * rotation[0] + rotation[1])
+        workspace_bytes = runner.library.workspace_bytes(*map(ctypes.c_int64, (sms, *problem)))
+        counter_bytes = runner.library.counter_bytes(*map(ctypes.c_int64, problem))
+        held = x.contiguous().view(torch.int16 if x.element_size() == 2 else torch.int32).numpy()
+        y = memory.output("y", (x.shape[0], weight.out_features), np.float32 if kind == "float32" else np.uint16)
+        counters = memory.allocate("counters", np.zeros(counter_bytes // 4, np.uint32), writable=True)
+        bias_kind, bias_buffer = 0, None
+        if bias is not None:
+            bias_kind = next(TYPE_NUMBER[name] for name, dtype in DTYPES.items() if dtype == bias.dtype)
+            bias_held = bias.view(torch.int16 if bias.element_size() == 2 else torch.int32).numpy()
+            bias_buffer = memory.allocate("bias", bias_held)
+        workspace: Buffer | None = None
+        if workspace_bytes:
+            workspace = memory.output("workspace", (workspace_bytes,), np.uint8)
+        code, self.counts = runner.call(
+            "run",
+            memory,
+            memory.allocate("weight", blob),
+            memory.allocate("x", held, misaligned=misaligned),
+            bias_buffer,
+            bias_kind,
+            y,
+            workspace,
+            counters,
+            clip,
+            sms,
+            *problem,
+            order=order,
+        )
+        assert code == 0
+        assert not counters.numpy().any()
+        self.bits = y.numpy()
+        self.y = torch.from_numpy(self.bits.view(np.float32 if kind == "float32" else np.int16).copy())
+        self.y = (self.y if kind == "float32" else self.y.view(x.dtype)).to(torch.float64)
+
+
+def rotated(x: torch.Tensor, rotation: tuple[int, bool]) -> torch.Tensor:
+    if not rotation[0]:
+        return x
+    order = "sequency" if rotation[1] else "natural"
+    return reference.walsh_transform(x, order=order, group_size=rotation[0], dtype=torch.float32).to(x.dtype)
+
+
+def random_x(tokens: int, columns: int, kind: str, seed: int = 1) -> torch.Tensor:
+    x = torch.randn(tokens, columns, generator=torch.Generator().manual_seed(seed))
+    x[:, columns // 3] *= 8.0
+    return x.to(DTYPES[kind])
+
+
+# bits, group (0: one a row), act_bits, tokens, rows, columns, type of x, rotation, elements x is misaligned by
+CASES = [
+    (2, 128, 4, 1, 96, 4096, "float16", (0, False), 0),
+    (2, 128, 4, 1, 33, 1300, "float16", (0, False), 1),
+    (2, 128, 8, 1, 16, 5120, "bfloat16", (0, False), 0),
+    (2, 128, 4, 1, 40, 4096, "float32", (0, False), 0),
+    (2, 64, 4, 1, 17, 1000, "float16", (0, False), 0),
+    (2, 32, 8, 1, 50, 700, "float32", (0, False), 1),
+    (2, 0, 8, 1, 20, 1111, "bfloat16", (0, False), 1),
+    (2, 0, 4, 1, 3, 5, "float16", (0, False), 0),
+    (2, 128, 4, 1, 40, 1024, "float16", (128, True), 0),
+    (2, 128, 4, 2, 100, 640, "float16", (128, False), 1),
+    (2, 64, 4, 8, 40, 832, "bfloat16", (64, True), 0),
+    (2, 32, 8, 5, 16, 544, "float32", (32, True), 0),
+    (2, 128, 4, 9, 49, 2100, "float16", (0, False), 1),
+    (2, 0, 4, 16, 18, 900, "float32", (0, False), 0),
+    (2, 128, 4, 17, 33, 700, "float16", (0, False), 0),
+    (2, 128, 8, 41, 140, 640, "bfloat16", (128, True), 0),
+    (2, 32, 4, 33, 20, 300, "float16", (0, False), 1),
+    (3, 128, 4, 1, 40, 4096, "float16", (0, False), 0),
+    (3, 128, 8, 1, 70, 1930, "float32", (0, False), 1),
+    (3, 64, 4, 1, 33, 900, "float16", (0, False), 0),
+    (3, 32, 8, 1, 16, 1200, "bfloat16", (0, False), 0),
+    (3, 0, 4, 1, 35, 650, "float16", (0, False), 0),
+    (3, 128, 4, 7, 100, 1300, "float16", (0, False), 0),
+    (3, 64, 8, 16, 20, 704, "float32", (64, False), 0),
+    (3, 0, 8, 17, 20, 500, "float16", (0, False), 0),
+    (3, 32, 4, 17, 30, 640, "float16", (32, False), 0),
+    (4, 128, 4, 1, 40, 4096, "float16", (0, False), 0),
+    (4, 128, 8, 1, 33, 1250, "bfloat16", (0, False), 1),
+    (4, 64, 4, 1, 20, 1100, "float32", (0, False), 0),
+    (4, 32, 8, 1, 40, 600, "float16", (0, False), 0),
+    (4, 0, 4, 1, 33, 700, "float16", (0, False), 0),
+    (4, 128, 8, 8, 40, 900, "float16", (0, False), 0),
+    (4, 64, 4, 16, 20, 650, "bfloat16", (0, False), 0),
+    (4, 0, 8, 3, 20, 700, "float32", (0, False), 0),
+    (4, 32, 4, 18, 30, 520, "float16", (0, False), 0),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)).replace(" ", ""))
+def test_matches_the_reference(case: tuple) -> None:
+    bits, group, act_bits, tokens, rows, columns, kind, rotation, misaligned = case
+    group = group or columns
+    x = random_x(tokens, columns, kind)
+    clip = 0.8 if columns % 4 else 1.0
+    q, scale = reference.quantize_activation(rotated(x, rotation), act_bits, clip)
+    size = 4 if kind == "float32" else 2
+
+    # All scales one: every order of summation is exact, so y is the rounded product of two known numbers.
+    exact = random_weight(bits, rows, columns, group, unit_scales=True)
+    sums = reference.lut_linear_group_sums(q, exact).sum(-1)
+    assert sums.abs().max() < 2**24
+    expected = (sums.to(torch.float32) * scale[:, None]).to(x.dtype).to(torch.float64)
+    run = Run(exact, x, act_bits=act_bits, clip=clip, rotation=rotation, misaligned=misaligned * size)
+    assert torch.equal(run.y, expected)
+
+    weight = random_weight(bits, rows, columns, group, unit_scales=False, seed=2)
+    bias = torch.randn(rows, generator=torch.Generator().manual_seed(3)).to(list(DTYPES.values())[rows % 3])
+    run = Run(weight, x, bias, act_bits, clip, rotation, misaligned * size, order=5)
+    sums = reference.lut_linear_group_sums(q, weight).to(torch.float64)
+    terms = sums * weight.scales.to(torch.float64) * float(weight.tensor_scale) * scale.to(torch.float64)[:, None, None]
+    expected = terms.sum(-1) + bias.to(torch.float64)
+    magnitude = terms.abs().sum(-1) + bias.to(torch.float64).abs()
+    bound = (sums.shape[-1] + 2) * 2.0**-24 * magnitude
+    assert ((run.y - expected).abs() <= bound + STEP[kind] * (expected.abs() + bound)).all()
+    again = Run(weight, x, bias, act_bits, clip, rotation, misaligned * size, order="descending")
+    assert np.array_equal(run.bits, again.bits)
+
+
+@pytest.mark.parametrize(("bits", "group", "tokens"), [(2, 128, 1), (2, 64, 1), (2, 128, 4), (2, 0, 12), (2, 32, 20)])
+def test_turing_gives_the_same(bits: int, group: int, tokens: int) -> None:
+    rows, columns = 40, 1300
+    weight = random_weight(bits, rows, columns, group or columns, unit_scales=False)
+    x = random_x(tokens, columns, "float16")
+    assert np.array_equal(Run(weight, x, arch="sm_75").bits, Run(weight, x).bits)
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 20])
+def test_tokens_that_are_not_finite_or_zero(tokens: int) -> None:
+    weight = random_weight(2, 40, 640, 128, unit_scales=True)
+    x = random_x(tokens, 640, "float16")
+    for bad in (float("nan"), float("inf"), -float("inf")):
+        spoiled = x.clone()
+        spoiled[0, 637] = bad
+        y = Run(weight, spoiled).y
+        assert y[0].isnan().all()
+        assert torch.equal(y[1:], Run(weight, x).y[1:])
+    x[0] = 0.0
+    bias = torch.arange(40, dtype=torch.float32)
+    assert torch.equal(Run(weight, x, bias).y[0], bias.to(torch.float64))
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 17])
+def test_a_foreign_weight_gives_nan(tokens: int) -> None:
+    weight = random_weight(2, 20, 256, 128, unit_scales=True)
+    x = random_x(tokens, 256, "float16")
+    for place in (0, 5, 8):
+        blob = pack(weight)
+        blob[place] += 1
+        assert Run(weight, x, blob=blob).y.isnan().all()
+    for rows, columns, group in ((21, 256, 128), (32, 256, 128), (20, 255, 128), (20, 129, 128), (20, 256, 256)):
+        blob = pack(random_weight(2, rows, columns, group, unit_scales=True))
+        assert blob.size == pack(weight).size
+        assert Run(weight, x, blob=blob).y.isnan().all(), (rows, columns, group)
+
+
+def test_one_token_of_a_kernel_without_loops() -> None:
+    """4096 float16: zeros, the smallest numbers, and maxima whose quotients by qmax are ties or next to one."""
+    weight = random_weight(2, 16, 4096, 128, unit_scales=True)
+    generator = torch.Generator().manual_seed(7)
+    for largest in (0.0, 2.0**-24, 3 * 2.0**-24, 2.0**-14, 1791 * 2.0**-10, 7.0, 1015.0, 65504.0, float("inf")):
+        x = torch.rand(1, 4096, generator=generator, dtype=torch.float64) * 2 - 1
+        x[0, :28] = torch.arange(-14, 14) / 14  # ties of 4 bits where 7 divides the maximum
+        x = (x * (largest if largest < float("inf") else 1.0)).to(torch.float16)
+        x[0, 100] = largest
+        for act_bits in (4, 8):
+            y = Run(weight, x, act_bits=act_bits).y
+            if largest == float("inf"):
+                assert y.isnan().all()
+                continue
+            q, scale = reference.quantize_activation(x, act_bits, 1.0)
+            sums = reference.lut_linear_group_sums(q, weight).sum(-1)
+            assert torch.equal(y, (sums.to(torch.float32) * scale[:, None]).to(x.dtype).to(torch.float64)), largest
+
+
+@pytest.mark.parametrize(("tokens", "columns"), [(1, 16384), (8, 12288)])
+def test_splits_of_the_columns(tokens: int, columns: int) -> None:
+    """Few rows and many multiprocessors: the columns are split, and the last block adds the parts in order.
+
+    With 8 tokens four warps of a block store parts, for which one thread arrives.
+    """
+    weight = random_weight(2, 16, columns, 128, unit_scales=False)
+    x = random_x(tokens, columns, "float16")
+    runs = [Run(weight, x, sms=108, order=order) for order in ("ascending", "descending", 3)]
+    counts = runs[0].counts[-1]
+    assert counts.blocks > 1
+    assert "workspace" in counts.buffers
+    assert np.array_equal(runs[0].bits, runs[1].bits)
+    assert np.array_equal(runs[0].bits, runs[2].bits)
+    q, scale = reference.quantize_activation(x, 4, 1.0)
+    expected = reference.lut_linear(x, weight)
+    sums = reference.lut_linear_group_sums(q, weight).to(torch.float64) * weight.scales.to(torch.float64)
+    steps = columns / 128 + 2
+    bound = steps * 2.0**-24 * sums.abs().sum(-1) * scale.to(torch.float64)[:, None] * float(weight.tensor_scale)
+    assert ((runs[0].y - expected).abs() <= bound + STEP["float16"] * (expected.abs() + bound)).all()
+
+
+def test_division_by_qmax_is_exact() -> None:
+    """The kernels divide by 7 and 127 with a product and one correction: every significand, against the quotient."""
+    clipped = np.arange(2**23, 2**24, dtype=np.float32)
+    for qmax in (np.float32(7), np.float32(127)):
+        inverse = np.float32(1) / qmax
+        quotient = clipped * inverse
+        # Both fused steps are exact in float64 before their one rounding: 24 + 7 bits, and 24 + 24 bits.
+        rest = (clipped.astype(np.float64) - quotient.astype(np.float64) * np.float64(qmax)).astype(np.float32)
+        corrected = (rest.astype(np.float64) * np.float64(inverse) + quotient.astype(np.float64)).astype(np.float32)
+        assert np.array_equal(corrected, clipped / qmax)
+
+
+def test_division_of_a_float16_maximum_is_exact() -> None:
+    """Where x is float16 and not clipped, by 1 / qmax in two parts."""
+    largest = np.arange(1, 2**11, dtype=np.float64)
+    for qmax, high, low in ((7, "0x1.24924ap-3", "-0x1.b6db6ep-28"), (127, "0x1.02040ap-7", "-0x1.efdfcp-31")):
+        # The first product is rounded to float32; the second is exact in float64, and so is the sum, near enough.
+        scale = (largest * float.fromhex(high) + (largest * float.fromhex(low)).astype(np.float32)).astype(np.float32)
+        assert np.array_equal(scale, largest.astype(np.float32) / np.float32(qmax))
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_every_weight_byte_is_fetched_once(bits: int) -> None:
+    """In whole sectors and 16 bytes a lane; but for the header, of which every warp reads 16 bytes."""
+    weight = random_weight(bits, 96, 4096, 128, unit_scales=False)
+    (counts,) = Run(weight, random_x(1, 4096, "float16"), sms=1).counts
+    traffic, warps = counts.buffers["weight"], counts.threads // 32
+    unit_bytes = pack(weight).size - 128
+    assert traffic.used_bytes == unit_bytes + 16
+    assert traffic.requested_sectors == unit_bytes // 32 + warps
+    assert counts.bank_conflicts() == 0
+    assert not counts.uses_local_memory
+
+
+def fetched_bytes(runs: list[Counters]) -> int:
+    return 32 * sum(a.sectors for c in runs for a in (*c.global_loads.values(), *c.global_stores.values()))
+
+
+def test_eight_tokens_cost_little_more_than_one() -> None:
+    """Blocks as at 4096 x 4096, fewer of them: 4 row tiles each for one token, 6 for eight.
+
+    The GEMV launches grow with the rows, the launch that quantizes does not; scaled to 4096 rows. PTX has moves that
+    become no instructions: 1.35 there is about 1.2 in SASS.
+    """
+    weight = random_weight(2, 384, 4096, 128, unit_scales=False)
+    one, eight = (Run(weight, random_x(tokens, 4096, "float16"), sms=6).counts for tokens in (1, 8))
+    assert [c.blocks for c in one] == [6]
+    assert [c.blocks for c in eight] == [8, 4]
+    rows = 4096 / 384
+    assert rows * fetched_bytes(eight[1:]) + fetched_bytes(eight[:1]) <= 1.3 * rows * fetched_bytes(one)
+    instructions = [c.warp_instructions for c in (one[0], *eight)]
+    assert rows * instructions[2] + instructions[1] <= 1.36 * rows * instructions[0]
+    assert one[0].bank_conflicts() == 0
+    print("bytes", fetched_bytes(one), fetched_bytes(eight[:1]), fetched_bytes(eight[1:]), "PTX", instructions)
+    print("conflicts", eight[0].bank_conflicts(), eight[1].bank_conflicts())
