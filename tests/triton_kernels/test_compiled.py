@@ -1,6 +1,7 @@
 """The Triton kernels as compiled for every architecture, without a GPU: registers, spills, accesses to memory.
 
-interpreted/walsh_transform.py tests the results. Triton's wheel brings ptxas, nvdisasm and cuobjdump; compiled kernels stay in Triton's cache, so a second run is faster.
+interpreted/walsh_transform.py tests the results. Triton's wheel brings ptxas, nvdisasm and cuobjdump.
+Compiled kernels stay in Triton's cache, so a second run is faster.
 """
 
 import functools
