@@ -69,10 +69,11 @@ test-oldest: $(STAMPS)/test ## run the tests that touch transformers on the olde
 	$(OLDEST_VENV)/bin/python -m pip --quiet install '$(OLDEST)'
 	$(OLDEST_VENV)/bin/python -m pytest --numprocesses 2 --dist worksteal $(OLDEST_TESTS) $(PYTEST_ARGS)
 
-lint: $(STAMPS)/lint ## ruff, mypy, clang-format
+lint: $(STAMPS)/lint ## ruff, mypy, clang-format, the direction of imports
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python tools/import_arrows.py
 	$(BIN)/clang-format --dry-run --Werror $(CPP_FILES)
 
 format: $(STAMPS)/lint ## what lint can mend, mended
