@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from .. import __version__, extras
 from ..checkpoint import QUANT_METHOD, QuantizationConfig, load_quantized
-from ..methods.rcp.student_state import model_digest
 from ..models import hf
+from ..nn.model_digest import model_digest
 from . import corpus
 from .generated import cached_texts, chat_prompts, generate_texts, opening_prompts
 from .reasoning import reasoning_questions

@@ -20,7 +20,7 @@ from rcp_kernels.data import reasoning as reasoning_text
 from rcp_kernels.data.reasoning import reasoning_questions
 from rcp_kernels.methods.laquant import quantize_model as laquant
 from rcp_kernels.methods.laquant.layer_losses import losses_csv, losses_png
-from rcp_kernels.methods.rcp.config import Diverged
+from rcp_kernels.methods.rcp import Diverged
 
 
 @pytest.fixture(scope="module")
