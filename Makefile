@@ -88,7 +88,7 @@ bench: $(STAMPS)/bench ## time an op against torch and others, one line per shap
 	$(BIN)/rcp-kernels bench $(BENCH_ARGS)
 
 ablation: $(STAMPS)/bench ## measure every method with every rotation on the demo's model: hours, resumable
-	$(BIN)/rcp-kernels ablation --out build/ablation --results docs/results $(ABLATION_ARGS)
+	$(BIN)/python benchmarks/ablation.py --out build/ablation --results docs/results $(ABLATION_ARGS)
 
 # detect_leaks=0: CPython leaves its interned strings, types and modules to the end of the process, so every run would
 # report leaks that are not ours. libstdc++ is preloaded too, or ASan finds no __cxa_throw to wrap and aborts at the
