@@ -27,9 +27,10 @@ from torch import Tensor, nn
 
 from rcp_kernels import extras, hardware
 from rcp_kernels.atomic import write_atomic
-from rcp_kernels.data.by_name import encode, group_size_of, held_out_text, load_float
+from rcp_kernels.data.by_name import held_out_text
 from rcp_kernels.evaluation.perplexity import perplexity
 from rcp_kernels.methods.rotate.rotate_model import ROTATIONS, rotate_model
+from rcp_kernels.models.load import encode, group_size_of, load_float
 from rcp_kernels.pipeline.evaluate import with_quantized_cache
 from rcp_kernels.pipeline.quantize import quantize_layers, windows_of
 from rcp_kernels.pipeline.recipe import Recipe
