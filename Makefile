@@ -69,10 +69,11 @@ test-oldest: $(STAMPS)/test ## run the tests that touch transformers on the olde
 	$(OLDEST_VENV)/bin/python -m pip --quiet install '$(OLDEST)'
 	$(OLDEST_VENV)/bin/python -m pytest --numprocesses 2 --dist worksteal $(OLDEST_TESTS) $(PYTEST_ARGS)
 
-lint: $(STAMPS)/lint ## ruff, mypy, clang-format
+lint: $(STAMPS)/lint ## ruff, mypy, clang-format, the direction of imports
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python tools/import_arrows.py
 	$(BIN)/clang-format --dry-run --Werror $(CPP_FILES)
 
 format: $(STAMPS)/lint ## what lint can mend, mended
@@ -87,7 +88,7 @@ bench: $(STAMPS)/bench ## time an op against torch and others, one line per shap
 	$(BIN)/rcp-kernels bench $(BENCH_ARGS)
 
 ablation: $(STAMPS)/bench ## measure every method with every rotation on the demo's model: hours, resumable
-	$(BIN)/rcp-kernels ablation --out build/ablation --results docs/results $(ABLATION_ARGS)
+	$(BIN)/python benchmarks/ablation.py --out build/ablation --results docs/results $(ABLATION_ARGS)
 
 # detect_leaks=0: CPython leaves its interned strings, types and modules to the end of the process, so every run would
 # report leaks that are not ours. libstdc++ is preloaded too, or ASan finds no __cxa_throw to wrap and aborts at the

@@ -7,13 +7,15 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from numbers import Real
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from ..formats import (
     INPUT_ORDER_VERSION,
+    Geometry,
+    ImportedWeight,
     PackedWeight,
     check_bits,
     check_group_size,
@@ -30,9 +32,6 @@ from ..ops.quantize_weight import quantize_weight
 from ..ops.walsh_transform import transform_tables
 from .online_rotation import OnlineRotation
 from .rotated_linear import RotatedLinear
-
-if TYPE_CHECKING:
-    from ..integrations.importers import ImportedWeight
 
 __all__ = ["QuantLinear"]
 
@@ -369,8 +368,6 @@ class QuantLinear(nn.Module):
             TypeError: imported is not an ImportedWeight.
             ValueError: as :meth:`from_packed`.
         """
-        from ..integrations.importers import ImportedWeight
-
         if not isinstance(imported, ImportedWeight):
             raise TypeError(
                 f"QuantLinear: imported must be an ImportedWeight, got {type(imported).__name__}; for a PackedWeight "
@@ -482,8 +479,9 @@ class QuantLinear(nn.Module):
         return kind_version(self.kind) if self.input_order is None else INPUT_ORDER_VERSION
 
     def _header(self) -> Tensor:
-        shape = (self.bits, self.group_size, self.in_features, self.out_features)
-        return make_header(self.format_version, self.kind, *shape)
+        return make_header(
+            self.format_version, self.kind, Geometry(self.out_features, self.in_features, self.bits, self.group_size)
+        )
 
     def packed_weight(self) -> PackedWeight:
         """The weight in the canonical format and of the layer's kind, as new tensors.
