@@ -45,9 +45,9 @@ from rcp_kernels.methods.student import (
     FakeQuantLinear,
     export_student,
     fake_quantize_activation,
-    held,
     make_student,
     students,
+    with_quantized_weights,
 )
 from rcp_kernels.models.hf import cache_argument
 from rcp_kernels.nn.model_digest import model_digest
@@ -202,7 +202,7 @@ def test_held_weights_give_the_same_gradients():
     parts = tiny_windows(4).split(2)
     for ids in parts:
         one(ids).logits.square().mean().backward()
-    with held(other, torch.float32):
+    with with_quantized_weights(other, torch.float32):
         for ids in parts:
             other(ids).logits.square().mean().backward()
     for (name, a), (_, b) in zip(one.named_parameters(), other.named_parameters(), strict=True):

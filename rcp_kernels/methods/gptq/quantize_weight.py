@@ -17,7 +17,7 @@ from ...ops.clip_search import clip_search
 from ...ops.gptq_round import gptq_round
 from ...ops.kmeans_levels import kmeans_levels
 from ...ops.quantize_weight import quantize_weight, uniform_levels
-from ..level_search import for_each_group
+from ..group_quantizer import for_each_group
 
 __all__ = [
     "Chooser",

@@ -20,7 +20,7 @@ from ...models import describe
 from ...models.hf import cache_argument
 from ...nn.model_digest import model_digest
 from ..layers import Diverged
-from ..student import FakeQuantKV, first_bad_layer, held, is_finite, students
+from ..student import FakeQuantKV, first_bad_layer, is_finite, students, with_quantized_weights
 from .block_reconstruction import BlockState, reconstruct_blocks, schedule
 from .config import RcpConfig, TrainResult
 from .distillation import Head, cast_parameters, distillation_loss, mean_confidence, reverse_weight, student_perplexity
@@ -153,7 +153,7 @@ class Run:
 
     def _held(self) -> contextlib.AbstractContextManager[None]:
         """Weights quantized once for several passes; where they are split, each layer's exist only while it runs."""
-        return contextlib.nullcontext() if self.shard else held(self.model, self.dtype, self._map)
+        return contextlib.nullcontext() if self.shard else with_quantized_weights(self.model, self.dtype, self._map)
 
     def _save(self) -> None:
         if self.state_path is None:
