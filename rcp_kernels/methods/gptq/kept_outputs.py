@@ -1,4 +1,4 @@
-"""Outputs of modules, kept from one pass over the calibration text to the next."""
+"""Outputs of modules, kept between passes over the calibration text."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ __all__ = ["KeptOutputs"]
 
 
 class KeptOutputs:
-    """Outputs by name and batch, as long as there is room for them; the others are computed again.
+    """Outputs by module name and batch, up to a number of bytes.
 
     Attributes:
-        batch: number of the batch that runs now.
+        batch: number of the current batch.
     """
 
     def __init__(self, limit: int) -> None:
@@ -24,12 +24,12 @@ class KeptOutputs:
         self._kept: dict[tuple[str, int], tuple[Any, Tensor, int]] = {}
 
     def get(self, name: str) -> Any:
-        """The output of this name and batch, or None. One that somebody has changed in place is not returned."""
+        """The output of a module for the current batch, or None if it was not kept or was changed in place."""
         output, tensor, version = self._kept.get((name, self.batch), (None, None, 0))
         return output if tensor is not None and tensor._version == version else None
 
     def keep(self, name: str, output: Any) -> None:
-        """Keep a tensor, or a tuple of which the first entry is one and the others are small or None."""
+        """Keep a module's output: a tensor, or a tuple of a tensor and entries that are small or None."""
         self.drop([name])
         tensor = output[0] if isinstance(output, tuple) else output
         if isinstance(tensor, Tensor) and tensor.nbytes <= self._room:
@@ -37,7 +37,7 @@ class KeptOutputs:
             self._kept[name, self.batch] = output, tensor, tensor._version
 
     def drop(self, names: Iterable[str]) -> None:
-        """Forget the outputs of this batch under these names."""
+        """Drop the outputs of these modules for the current batch."""
         for name in names:
             entry = self._kept.pop((name, self.batch), None)
             if entry is not None:
