@@ -27,9 +27,9 @@ from rcp_kernels import QuantLinear, ops
 from rcp_kernels.data import corpus
 from rcp_kernels.evaluation.perplexity import perplexity_of
 from rcp_kernels.methods import rcp
-from rcp_kernels.methods.rcp import block_reconstruction, training_state
-from rcp_kernels.methods.rcp import run as rcp_run
-from rcp_kernels.methods.rcp.block_reconstruction import BlockConfig, reconstruct_blocks, schedule
+from rcp_kernels.methods import student as student_module
+from rcp_kernels.methods.rcp import training_state
+from rcp_kernels.methods.rcp.block_reconstruction import BlockConfig, reconstruct_blocks
 from rcp_kernels.methods.rcp.distillation import (
     LOSSES,
     Head,
@@ -38,7 +38,8 @@ from rcp_kernels.methods.rcp.distillation import (
     reverse_weight,
     student_perplexity,
 )
-from rcp_kernels.methods.rcp.run import Run
+from rcp_kernels.methods.rcp.optimizer import schedule
+from rcp_kernels.methods.rcp.training import Training
 from rcp_kernels.methods.rotate import rotate_model
 from rcp_kernels.methods.student import (
     FakeQuantKV,
@@ -274,7 +275,7 @@ def test_the_cache_changes_phase_one(monkeypatch):
         students_.append([layer.weight.detach().clone() for layer in students(student)])
     # q, k and v of every layer learn from what comes after the cache too.
     assert not any(torch.equal(a, b) for a, b in zip(*students_, strict=True))
-    monkeypatch.setattr(block_reconstruction, "cache_argument", lambda *_: {})
+    monkeypatch.setattr(student_module, "cache_argument", lambda *_: {})
     student = tiny_model()
     make_student(student, group_size=32)
     with pytest.raises(RuntimeError, match=r"layer model\.layers\.0: .* cache of 4 bits, got .* never asked it"):
@@ -282,7 +283,7 @@ def test_the_cache_changes_phase_one(monkeypatch):
 
 
 def test_phase_two_asks_the_cache(monkeypatch):
-    monkeypatch.setattr(rcp_run, "cache_argument", lambda *_: {})
+    monkeypatch.setattr(student_module, "cache_argument", lambda *_: {})
     with pytest.raises(RuntimeError, match=r"train: .* cache of 4 bits, got .* never asked it"):
         rcp.train(tiny_model(), tiny_windows(), tiny_windows(2), dataclasses.replace(CONFIG, blocks=None))
 
@@ -518,12 +519,12 @@ def test_the_teacher_keeps_its_tables_in_float32(given):
     """Of RoPE: in bfloat16 the last of 64 positions would be off by a tenth of a radian."""
     model = tiny_model()
     teacher = copy.deepcopy(model) if given else None
-    run = Run(
+    run = Training(
         model, tiny_windows(), tiny_windows(3, 2), dataclasses.replace(CONFIG, bf16=True), teacher,
         {}, None, None, False, None,
     )  # fmt: skip
-    assert {p.dtype for p in run.teacher.parameters()} == {torch.bfloat16}
-    tables = dict(run.teacher.named_buffers())
+    assert {p.dtype for p in run.models.teacher_model.parameters()} == {torch.bfloat16}
+    tables = dict(run.models.teacher_model.named_buffers())
     assert tables
     for name, table in tiny_model().named_buffers():
         assert table.dtype == torch.float32
@@ -532,9 +533,9 @@ def test_the_teacher_keeps_its_tables_in_float32(given):
 
 @pytest.mark.parametrize("name", ["batch", "micro_batch", "workers", "validate_every", "checkpoint_every"])
 def test_counts_of_zero_are_refused_before_anything_is_done(name):
-    with pytest.raises(ValueError, match=f"RcpConfig: {name} must be at least 1, got 0"):
+    with pytest.raises(ValueError, match=f"RcpConfig: {name} must be an int of at least 1, got 0"):
         dataclasses.replace(CONFIG, **{name: 0})
-    with pytest.raises(ValueError, match="BlockConfig: epochs must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="BlockConfig: epochs must be an int of at least 1, got 0"):
         BlockConfig(epochs=0)
 
 
