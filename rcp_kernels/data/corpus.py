@@ -34,7 +34,6 @@ __all__ = [
     "docstring_corpus",
     "file_text",
     "held_out_default",
-    "overlap",
     "python_questions",
     "split_windows",
     "without_overlap",
@@ -139,15 +138,6 @@ def _no_garbage_collection() -> Iterator[None]:
 def _ngrams(text: str) -> set[int]:
     words = _WORDS.findall(text.lower())
     return {hash(tuple(words[i : i + _NGRAM])) for i in range(len(words) - _NGRAM + 1)}
-
-
-def overlap(text: str, other: str) -> float:
-    """Share, 0 to 1, of the 13-word runs of ``text`` that also occur in ``other``.
-
-    A word is a run of letters and digits. Case does not matter.
-    """
-    runs = _ngrams(text)
-    return len(runs & _ngrams(other)) / len(runs) if runs else 0.0
 
 
 def _comments(path: Path) -> Iterator[str]:
@@ -309,26 +299,24 @@ def dataset_text(name: str, split: str, characters: int) -> str:
     return text
 
 
-def split_windows(ids: Tensor, length: int, *, validation: int = 0, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Cut a token stream into windows, shuffle them, and hold some out for validation.
+def split_windows(ids: Tensor, length: int, seed: int = 0) -> Tensor:
+    """Cut a token stream into windows and shuffle them.
 
     Args:
         ids: int64 [tokens]. Tokens after the last full window are dropped.
         length: tokens per window.
-        validation: number of windows to hold out.
         seed: of the shuffle.
 
     Returns:
-        int64 [training windows, length] and int64 [validation, length].
+        int64 [windows, length].
 
     Raises:
-        ValueError: ids is not 1-D, or too short for one training window besides the held-out ones.
+        ValueError: ids is not 1-D, or too short for one window.
     """
-    if ids.dim() != 1 or ids.numel() < (validation + 1) * length:
+    if ids.dim() != 1 or ids.numel() < length:
         raise ValueError(
-            f"text: at least {validation + 1} windows of {length} tokens are needed ({(validation + 1) * length} "
-            f"tokens), got shape {tuple(ids.shape)}; pass more text or shorter windows"
+            f"text: at least one window of {length} tokens is needed, got shape {tuple(ids.shape)}; pass more text or "
+            f"shorter windows"
         )
     windows = ids[: ids.numel() // length * length].view(-1, length)
-    windows = windows[torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))]
-    return windows[validation:], windows[:validation]
+    return windows[torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))]

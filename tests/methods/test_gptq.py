@@ -13,7 +13,7 @@ from rcp_kernels.methods import student
 from rcp_kernels.methods.gptq import gptq_quantize_model, gptq_quantize_weight
 from rcp_kernels.methods.gptq import quantize_model as gptq
 from rcp_kernels.methods.gptq import quantize_weight as gptq_weight
-from rcp_kernels.methods.gptq.kept_outputs import KeptOutputs
+from rcp_kernels.methods.gptq.quantize_model import KeptOutputs
 from rcp_kernels.methods.gptq.quantize_weight import add_gram, factor_hessian, relative_errors, round_to_nearest
 from rcp_kernels.methods.layers import first_layer_inputs, run_layer
 from rcp_kernels.ops import gptq_round

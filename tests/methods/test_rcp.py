@@ -621,7 +621,7 @@ def test_the_corpus_shares_no_thirteen_words_with_the_held_out_text():
     assert len(text.text) > 500_000
     assert len(comments.text) > 100_000
     assert text.dropped > 0
-    assert corpus.overlap(text.text + comments.text, held_out) == 0.0
+    assert not corpus._ngrams(text.text + comments.text) & corpus._ngrams(held_out)
 
 
 def test_the_corpus_is_the_same_again():
@@ -654,11 +654,12 @@ def test_comments_are_taken_where_they_are_prose(tmp_path, monkeypatch):
     assert corpus.comment_corpus(("package",), exclude=words).documents == ()
 
 
-def test_overlap_counts_runs_of_thirteen_words():
+def test_ngrams_are_runs_of_thirteen_words():
     words = [f"w{i}" for i in range(20)]
-    assert corpus.overlap(" ".join(words), " ".join(words[:13])) == 1 / 8
-    assert corpus.overlap(" ".join(words), " ".join(words[:12])) == 0.0
-    assert corpus.overlap("too short", "too short") == 0.0
+    runs = corpus._ngrams(" ".join(words))
+    assert len(runs) == 8
+    assert len(runs & corpus._ngrams(" ".join(words[:13]))) == 1
+    assert not corpus._ngrams(" ".join(words[:12]))
 
 
 def test_an_unknown_package_is_refused():
@@ -666,17 +667,16 @@ def test_an_unknown_package_is_refused():
         corpus.docstring_corpus(("no_such_package_here",))
 
 
-@given(st.integers(1, 400), st.integers(1, 20), st.integers(0, 5))
-def test_windows_are_the_stream_cut_and_shuffled(tokens, length, validation):
+@given(st.integers(1, 400), st.integers(1, 20))
+def test_windows_are_the_stream_cut_and_shuffled(tokens, length):
     ids = torch.arange(tokens)
-    if tokens < (validation + 1) * length:
-        with pytest.raises(ValueError, match="windows of"):
-            corpus.split_windows(ids, length, validation=validation)
+    if tokens < length:
+        with pytest.raises(ValueError, match=f"window of {length} tokens"):
+            corpus.split_windows(ids, length)
         return
-    training, kept = corpus.split_windows(ids, length, validation=validation)
-    assert len(kept) == validation
-    both = torch.cat([training, kept]).flatten().sort().values
-    assert torch.equal(both, torch.arange(tokens // length * length))
+    windows = corpus.split_windows(ids, length)
+    assert windows.shape == (tokens // length, length)
+    assert torch.equal(windows[windows[:, 0].argsort()].flatten(), torch.arange(tokens // length * length))
 
 
 def test_text_files_must_be_utf8_and_not_empty(tmp_path):

@@ -6,7 +6,7 @@ docs/gptq.md has the formulas and names the choices that are ours.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,6 @@ from ...ops.checks import check_clip, check_one_of
 from ...ops.quantize_activation import quantize_activation
 from ..layers import check_calibration_ids, check_vocabulary, first_layer_inputs, float_linears, run_layer
 from ..student import fake_quantized_kv
-from .kept_outputs import KeptOutputs
 from .quantize_weight import (
     Chooser,
     add_gram,
@@ -190,6 +189,40 @@ def _quantize_step(
         nearest = round_to_nearest(each.linear.weight, bits, group_size, levels)
         rtn, gptq = relative_errors(each.linear.weight, (nearest, each.quantized), hessian)
         yield weight, LayerError(each.name, rtn, gptq, factor.damping)
+
+
+class KeptOutputs:
+    """Outputs by module name and batch, up to a number of bytes.
+
+    Attributes:
+        batch: number of the current batch.
+    """
+
+    def __init__(self, limit: int) -> None:
+        """Keep at most ``limit`` bytes."""
+        self.batch = 0
+        self._room = limit
+        self._kept: dict[tuple[str, int], tuple[Any, Tensor, int]] = {}
+
+    def get(self, name: str) -> Any:
+        """The output of a module for the current batch, or None if it was not kept or was changed in place."""
+        output, tensor, version = self._kept.get((name, self.batch), (None, None, 0))
+        return output if tensor is not None and tensor._version == version else None
+
+    def keep(self, name: str, output: Any) -> None:
+        """Keep a module's output: a tensor, or a tuple of a tensor and entries that are small or None."""
+        self.drop([name])
+        tensor = output[0] if isinstance(output, tuple) else output
+        if isinstance(tensor, Tensor) and tensor.nbytes <= self._room:
+            self._room -= tensor.nbytes
+            self._kept[name, self.batch] = output, tensor, tensor._version
+
+    def drop(self, names: Iterable[str]) -> None:
+        """Drop the outputs of these modules for the current batch."""
+        for name in names:
+            entry = self._kept.pop((name, self.batch), None)
+            if entry is not None:
+                self._room += entry[1].nbytes
 
 
 class _InputCaptured(Exception):
