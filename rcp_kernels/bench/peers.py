@@ -36,7 +36,7 @@ def memory_read() -> Peer:
 
 
 def device_copy(nbytes: int, device: torch.device) -> Peer:
-    """Copying nbytes on a GPU, which reads and writes them: the limit of every op there."""
+    """Copying nbytes on a GPU. Reads and writes both count as moved bytes: the limit of every op at batch 1 there."""
     count = copies_needed(nbytes, device)
     sources = [torch.ones(nbytes, dtype=torch.uint8, device=device) for _ in range(count)]
     targets = [torch.empty_like(source) for source in sources]
