@@ -90,15 +90,15 @@ def packed_peers(heads: int, kv_heads: int, head_dim: int, context: int, options
         ops.kv_cache_append(torch.randn(1, kv_heads, context, head_dim), codes, scales, 0)
         return codes, scales
 
-    storage = (*filled(), *filled())
+    storage = ops.KVStorage(*filled(), *filled())
     cache_bytes = sum(tensor.nbytes for tensor in storage)
     copies = [
-        (storage[0].clone(), storage[1].clone(), storage[2].clone(), storage[3].clone())
+        ops.KVStorage(*(tensor.clone() for tensor in storage))
         for _ in range(common.copies_needed(cache_bytes))
     ]
     query = torch.randn(1, heads, 1, head_dim).to(options.dtype)
-    error = (ops.kv_cache_attention(query, *storage, context).double()
-             - ops.reference.kv_cache_attention(query, *storage, context)).abs().max().item()  # fmt: skip
+    error = (ops.kv_cache_attention(query, storage, context).double()
+             - ops.reference.kv_cache_attention(query, storage, context)).abs().max().item()  # fmt: skip
     if not error <= _TOLERANCE[options.dtype]:
         raise RuntimeError(f"{OURS} is off by {error:.2g} at {heads} heads, head_dim {head_dim}, context {context}")
     grouped = query.view(1, kv_heads, heads // kv_heads, head_dim)
@@ -110,7 +110,7 @@ def packed_peers(heads: int, kv_heads: int, head_dim: int, context: int, options
         return F.scaled_dot_product_attention(grouped, keys, values)
 
     return [
-        Peer(OURS, cache_bytes, lambda i: ops.kv_cache_attention(query, *copies[i % len(copies)], context)),
+        Peer(OURS, cache_bytes, lambda i: ops.kv_cache_attention(query, copies[i % len(copies)], context)),
         Peer(DEQUANTIZE, cache_bytes, dequantized),
     ]
 
