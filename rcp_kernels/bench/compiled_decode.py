@@ -200,10 +200,11 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--json", type=Path, help="write the result there")
     options = parser.parse_args(arguments)
-    from ..demo import run as demo
+    from ..data.corpus import held_out_default
+    from ..models.load import load_float
 
-    model, tokenizer = demo.load_model(demo.find_model_file())
-    prompt = tokenizer(demo.topics_text()[:1024], return_tensors="pt").input_ids[:, :64]
+    model, tokenizer = load_float("demo")
+    prompt = tokenizer(held_out_default()[:1024], return_tensors="pt").input_ids[:, :64]
     with common.torch_threads(options.threads or torch.get_num_threads()):
         result = measure(
             model,

@@ -6,7 +6,6 @@ import dataclasses
 import enum
 import json
 import sys
-import time
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -66,11 +65,10 @@ _UNUSED = {
 
 
 def register(app: typer.Typer) -> None:
-    """Add quantize, eval, generate and ablation to the application."""
+    """Add quantize, eval and generate to the application."""
     app.command()(quantize)
     app.command(name="eval")(evaluate)
     app.command()(generate)
-    app.command()(ablation)
 
 
 def quantize(
@@ -224,30 +222,6 @@ def generate(
         raise typer.BadParameter(str(error)) from None
     text = run(model, prompt, new_tokens=new_tokens, chat=chat, temperature=temperature, top_p=top_p, seed=seed)
     print(text)
-
-
-def ablation(
-    out: Annotated[Path, typer.Option(help="Folder of the cells, one JSON each.", file_okay=False)],
-    model: Annotated[str, typer.Option(help="What quantize takes as MODEL.")] = "demo",
-    results: Annotated[Path | None, typer.Option(help="Folder for CSV and PNG.", file_okay=False)] = None,
-    only: Annotated[str | None, typer.Option(help="Cells whose name contains this.")] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Updates of a trained cell.")] = 6,
-    tokens: Annotated[int, typer.Option(min=512, help="Held-out tokens, in windows of 512.")] = 4096,
-    seed: Annotated[int, typer.Option(help="Of calibration windows, random signs and training.")] = 0,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; torch's default without it.")] = None,
-) -> None:
-    """Measure every method with every rotation; cells that are there already are not measured again."""
-    _set_threads(threads)
-    from .. import ablation as implementation
-
-    implementation.run(out, model=model, only=only, steps=steps, tokens=tokens, seed=seed, log=_log)
-    print(implementation.table(out))
-    if results is not None:
-        implementation.write(out, results)
-
-
-def _log(text: str) -> None:
-    print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
 
 
 def _set_threads(threads: int | None) -> None:

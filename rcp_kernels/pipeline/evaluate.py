@@ -13,12 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..data.by_name import encode, held_out_text, load_any
+from ..data.by_name import held_out_text
 from ..evaluation.divergence import divergence, greedy_tokens, prompt_windows
 from ..evaluation.perplexity import perplexity
 from ..methods.layers import check_vocabulary
 from ..methods.student import FakeQuantKV
 from ..models.hf import cache_keyword
+from ..models.load import encode
+from .load import load_any
 
 __all__ = ["GreedyDivergence", "Measured", "check_sampling", "evaluate", "generate", "with_quantized_cache"]
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from .. import __version__, extras, hardware
 from ..checkpoint import QuantizationConfig, cast_floats, check_fits, check_output, save_quantized
-from ..data.by_name import encode, group_size_of, load_float, source_bytes, source_dtype, training_text
+from ..data.by_name import training_text
 from ..data.corpus import split_windows
 from ..methods.gptq.quantize_model import gptq_quantize_model
 from ..methods.laquant.layer_losses import losses_csv, losses_png
@@ -31,6 +31,7 @@ from ..methods.rcp.training_state import write_curve
 from ..methods.rotate.rotate_model import Rotated, rotate_model
 from ..methods.student import export_student
 from ..models import describe
+from ..models.load import encode, group_size_of, load_float, source_bytes, source_dtype
 from ..nn import quantize_model, storage_report
 from .recipe import OWN, Recipe, recipe_text
 from .summary import Summary

@@ -22,9 +22,10 @@ from safetensors.torch import load_file, save_file
 
 from rcp_kernels import checkpoint
 from rcp_kernels.checkpoint import load_quantized
-from rcp_kernels.data.by_name import group_size_of, is_quantized
 from rcp_kernels.methods.rcp import Diverged, RcpConfig
 from rcp_kernels.methods.rcp import run as rcp_run
+from rcp_kernels.models.load import group_size_of
+from rcp_kernels.pipeline.load import is_quantized
 from rcp_kernels.pipeline.recipe import OWN, Recipe, read_recipe
 
 TRAINING = {

@@ -20,7 +20,8 @@ from rcp_kernels.data import reasoning as reasoning_text
 from rcp_kernels.data.reasoning import reasoning_questions
 from rcp_kernels.methods.laquant import quantize_model as laquant
 from rcp_kernels.methods.laquant.layer_losses import losses_csv, losses_png
-from rcp_kernels.methods.rcp.config import Diverged
+from rcp_kernels.methods.rcp import Diverged
+from rcp_kernels.models.load import load_float
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +123,7 @@ def test_reasoning_text_is_written_by_the_model(run, arguments, model, tmp_path,
     code, _, err = run(*arguments, "-o", tmp_path / "out", "--text", "reasoning")
     assert code == 1
     assert "the tokenizer must have a chat template" in err
-    loaded, tokenizer = sources.load_float(str(model))
+    loaded, tokenizer = load_float(str(model))
     tokenizer.chat_template = "{{ messages[0]['content'] }} one two"
     words, facts = sources.training_text("reasoning", 2000, model=loaded, tokenizer=tokenizer)
     assert facts["text"] == "reasoning"

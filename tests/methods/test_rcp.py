@@ -27,7 +27,7 @@ from rcp_kernels import QuantLinear, ops
 from rcp_kernels.data import corpus
 from rcp_kernels.evaluation.perplexity import perplexity_of
 from rcp_kernels.methods import rcp
-from rcp_kernels.methods.rcp import block_reconstruction, student_state, training_state
+from rcp_kernels.methods.rcp import block_reconstruction, training_state
 from rcp_kernels.methods.rcp import run as rcp_run
 from rcp_kernels.methods.rcp.block_reconstruction import BlockConfig, reconstruct_blocks, schedule
 from rcp_kernels.methods.rcp.distillation import (
@@ -50,6 +50,7 @@ from rcp_kernels.methods.student import (
     students,
 )
 from rcp_kernels.models.hf import cache_argument
+from rcp_kernels.nn.model_digest import model_digest
 
 VOCABULARY = 96
 TINY = {
@@ -368,19 +369,19 @@ def test_a_checkpoint_of_another_model_or_rotation_is_refused(tmp_path, other):
 
 
 def test_the_digest_sees_a_sign_a_row_a_place_and_the_config():
-    digests = {student_state.model_digest(rotated_tiny_model("hadamard", seed=seed, r2=False)) for seed in (0, 1)}
+    digests = {model_digest(rotated_tiny_model("hadamard", seed=seed, r2=False)) for seed in (0, 1)}
     model = tiny_model()
-    digests.add(student_state.model_digest(model))
-    assert student_state.model_digest(copy.deepcopy(model)) in digests
+    digests.add(model_digest(model))
+    assert model_digest(copy.deepcopy(model)) in digests
     with torch.no_grad():
         weight = model.model.layers[1].mlp.up_proj.weight
         weight.copy_(weight.flip(0))
-    digests.add(student_state.model_digest(model))
+    digests.add(model_digest(model))
     model.config.rms_norm_eps *= 2
-    digests.add(student_state.model_digest(model))
+    digests.add(model_digest(model))
     assert len(digests) == 5
     model.config.name_or_path = "elsewhere"
-    assert student_state.model_digest(model) in digests
+    assert model_digest(model) in digests
 
 
 def test_a_checkpoint_of_another_run_is_refused(tmp_path):
@@ -402,7 +403,7 @@ _KILLED = """
 
 
 def test_kill_9_leaves_a_checkpoint_that_resumes_with_the_same_bits(tmp_path, one_thread):
-    code = textwrap.dedent(_KILLED.format(tests=str(Path(__file__).parents[1]), folder=str(tmp_path)))
+    code = textwrap.dedent(_KILLED.format(tests=str(Path(__file__).parent), folder=str(tmp_path)))
     process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE)
     state = tmp_path / "state.pt"
     deadline = time.monotonic() + 120
@@ -581,7 +582,7 @@ _TWO = """
 def test_two_processes_give_what_one_gives(tmp_path):
     pytest.importorskip("accelerate")
     script = tmp_path / "two.py"
-    script.write_text(textwrap.dedent(_TWO.format(tests=str(Path(__file__).parents[1]), folder=str(tmp_path))))
+    script.write_text(textwrap.dedent(_TWO.format(tests=str(Path(__file__).parent), folder=str(tmp_path))))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": _PATH}
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)

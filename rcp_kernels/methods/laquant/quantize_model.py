@@ -29,9 +29,8 @@ from ...atomic import write_atomic
 from ...formats import PackedWeight
 from ...models import Layer, describe
 from ...nn import QuantLinear
-from ..layers import check_calibration_ids, first_layer_inputs, float_linears, run_layer
-from ..rcp.config import Diverged
-from ..rcp.student_state import model_digest
+from ...nn.model_digest import model_digest
+from ..layers import Diverged, check_calibration_ids, first_layer_inputs, float_linears, run_layer
 from ..uniform import UniformQuantizer
 
 __all__ = ["LaquantConfig", "LaquantResult", "laquant_quantize_model"]

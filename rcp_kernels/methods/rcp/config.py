@@ -9,7 +9,7 @@ from typing import Any
 
 from .block_reconstruction import BlockConfig
 
-__all__ = ["PRESETS", "Diverged", "RcpConfig", "TrainResult"]
+__all__ = ["PRESETS", "RcpConfig", "TrainResult"]
 
 
 @dataclass(frozen=True)
@@ -107,10 +107,6 @@ PRESETS: dict[str, dict[str, Any]] = {
     "full": {**_SEQUENCES, **_RATES, "steps": 600, "validate_every": 100, "checkpoint_every": 100},
 }
 """Budgets: tokens of a sequence, and the fields of `RcpConfig` that differ from its defaults (docs/rcp.md)."""
-
-
-class Diverged(RuntimeError):
-    """Training met a loss that is not finite; the last checkpoint is as it was."""
 
 
 @dataclass

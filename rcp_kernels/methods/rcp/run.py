@@ -18,13 +18,14 @@ from torch import Tensor, nn
 
 from ...models import describe
 from ...models.hf import cache_argument
+from ...nn.model_digest import model_digest
+from ..layers import Diverged
 from ..student import FakeQuantKV, first_bad_layer, held, is_finite, students
 from .block_reconstruction import BlockState, reconstruct_blocks, schedule
-from .config import Diverged, RcpConfig, TrainResult
+from .config import RcpConfig, TrainResult
 from .distillation import Head, cast_parameters, distillation_loss, mean_confidence, reverse_weight, student_perplexity
 from .student_state import (
     copy_student,
-    model_digest,
     split_optimizer_state,
     start_student,
     student_values,

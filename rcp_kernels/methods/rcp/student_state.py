@@ -5,8 +5,6 @@ A tensor may be split over processes by FSDP2; a checkpoint holds the whole of i
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,42 +13,17 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ...models import Architecture
-from ...nn.online_rotation import OnlineRotation
 from ..student import FakeQuantLinear, make_student
 from .config import RcpConfig
 
 __all__ = [
     "copy_student",
-    "model_digest",
     "split_optimizer_state",
     "start_student",
     "student_values",
     "whole",
     "whole_optimizer_state",
 ]
-
-
-def model_digest(model: nn.Module) -> str:
-    """Tells one float model, and one rotation of it, from another: sha256, hexadecimal.
-
-    Of its config, without which the same weights may stand at other positions or under other caps; of every
-    parameter's name, dtype, shape and the sum of the bits of each row, which no order of summation changes; and of
-    every rotation that runs online: where it is, its state and signs.
-    """
-    config: dict[str, Any] = model.config.to_dict()  # type: ignore[operator, union-attr]
-    for name in ("_name_or_path", "transformers_version"):  # where it was read, and by what
-        config.pop(name, None)
-    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
-    integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-    for name, parameter in model.named_parameters():
-        digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}".encode())
-        bits = parameter.detach().view(integers[parameter.element_size()])
-        digest.update(bits.sum(-1, dtype=torch.int64).cpu().numpy().tobytes())
-    for name, module in model.named_modules():
-        if isinstance(module, OnlineRotation):
-            signs = None if module.signs is None else module.signs.tolist()
-            digest.update(f"{name} {module.state().tolist()} {signs}".encode())
-    return digest.hexdigest()
 
 
 def start_student(model: nn.Module, config: RcpConfig, init: str) -> Architecture:

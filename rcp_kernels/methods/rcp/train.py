@@ -12,12 +12,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..layers import check_vocabulary
+from ...nn.model_digest import model_digest
+from ..layers import Diverged, check_vocabulary
 from ..student import students
-from .config import PRESETS, Diverged, RcpConfig, TrainResult
+from .config import PRESETS, RcpConfig, TrainResult
 from .distillation import student_perplexity
 from .run import Run
-from .student_state import copy_student, model_digest, start_student
+from .student_state import copy_student, start_student
 from .training_state import load_state
 
 __all__ = ["PRESETS", "Diverged", "RcpConfig", "TrainResult", "load_trained", "student_perplexity", "train"]
