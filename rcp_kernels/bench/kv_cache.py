@@ -20,9 +20,6 @@ READ = "plain read"
 SDPA_FP32, SDPA_BF16 = "sdpa fp32", "sdpa bf16"
 DEQUANTIZE = "dequantize + sdpa"
 
-Cache = tuple[Tensor, Tensor, Tensor, Tensor]
-"""Key codes, key scales, value codes, value scales."""
-
 _TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-2, torch.bfloat16: 6e-2}
 
 
@@ -90,14 +87,14 @@ class KVCache(Benchmark):
         caches = self._caches(kv_heads, head_dim, context)
         query = torch.randn(1, heads, 1, head_dim).to(self.dtype)
         found, expected = (
-            attention(query, *caches[0], context).double()
+            attention(query, caches[0], context).double()
             for attention in (ops.kv_cache_attention, ops.reference.kv_cache_attention)
         )
         error = (found - expected).abs().max().item()
         if not error <= _TOLERANCE[self.dtype]:
             raise WrongResult(f"{OURS} is off by {error:.2g} at {heads} heads, head_dim {head_dim}, context {context}")
         nbytes = sum(tensor.nbytes for tensor in caches[0])
-        return Peer(lambda _: lambda i: ops.kv_cache_attention(query, *caches[i % len(caches)], context), nbytes)
+        return Peer(lambda _: lambda i: ops.kv_cache_attention(query, caches[i % len(caches)], context), nbytes)
 
     def dequantize_and_attend(self, heads: int, kv_heads: int, head_dim: int, context: int) -> Peer:
         """Dequantize the packed cache, then torch's attention."""
@@ -105,17 +102,18 @@ class KVCache(Benchmark):
         query = torch.randn(1, kv_heads, heads // kv_heads, head_dim).to(self.dtype)
 
         def call(i: int) -> Tensor:
-            storage = caches[i % len(caches)]
-            keys = ops.kv_cache_dequantize(storage[0], storage[1], context, head_dim, self.dtype)
-            values = ops.kv_cache_dequantize(storage[2], storage[3], context, head_dim, self.dtype)
+            key_codes, key_scales, value_codes, value_scales = caches[i % len(caches)]
+            keys = ops.kv_cache_dequantize(key_codes, key_scales, context, head_dim, self.dtype)
+            values = ops.kv_cache_dequantize(value_codes, value_scales, context, head_dim, self.dtype)
             return F.scaled_dot_product_attention(query, keys, values)
 
         return Peer(lambda _: call)
 
-    def _caches(self, kv_heads: int, head_dim: int, context: int) -> list[Cache]:
+    def _caches(self, kv_heads: int, head_dim: int, context: int) -> list[ops.KVStorage]:
         x = torch.randn(2, 1, kv_heads, context, head_dim)
         keys, values = (ops.empty_kv_cache(1, kv_heads, context, head_dim) for _ in x)
         for tensor, storage in zip(x, (keys, values), strict=True):
             ops.kv_cache_append(tensor, *storage, 0)
-        copies = timing.copies_needed(sum(tensor.nbytes for tensor in (*keys, *values)))
-        return [(keys[0].clone(), keys[1].clone(), values[0].clone(), values[1].clone()) for _ in range(copies)]
+        storage = ops.KVStorage(*keys, *values)
+        copies = timing.copies_needed(sum(tensor.nbytes for tensor in storage))
+        return [ops.KVStorage(*(tensor.clone() for tensor in storage)) for _ in range(copies)]
