@@ -54,7 +54,7 @@ def read_calibration(tokenizer: Any, windows: int = WINDOWS, window: int = WINDO
     """Windows of the standard library's docstrings, without what they share with the text that is measured."""
     corpus = docstring_corpus(("stdlib",))
     ids = tokenizer(corpus.text, return_tensors="pt", add_special_tokens=False, verbose=False).input_ids[0]
-    return Calibration(split_windows(ids, window)[0][:windows], corpus.sha256)
+    return Calibration(split_windows(ids, window)[:windows], corpus.sha256)
 
 
 def calibrated(

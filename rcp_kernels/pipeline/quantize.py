@@ -267,7 +267,7 @@ def windows_of(
     text, facts = training_text(name, needed, model=model, tokenizer=tokenizer, seed=recipe.seed, progress=progress)
     ids = encode(tokenizer, text)
     facts["tokens"] = ids.numel()
-    windows, _ = split_windows(ids, recipe.window, seed=recipe.seed)
+    windows = split_windows(ids, recipe.window, seed=recipe.seed)
     if recipe.method != "rcp":
         if len(windows) < recipe.samples:
             raise ValueError(

@@ -220,7 +220,7 @@ def test_bad_names_and_files_are_named(run, model, text, tmp_path):
     short.write_text("one two three")
     code, _, err = run("quantize", model, "-o", tmp_path / "out", "--text", short, "--group-size", 32)
     assert code == 1
-    assert "at least 1 windows of 512 tokens are needed" in err
+    assert "at least one window of 512 tokens is needed" in err
     assert not (tmp_path / "out").exists()
     assert run("quantize", model, "-o", tmp_path / "out", "--method", "rtn", "--group-size", 32)[0] == 0
     code, _, err = run("quantize", tmp_path / "out", "-o", tmp_path / "again")
