@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import extras, hardware
-from ..data.by_name import load_float
 from ..models.hf import cache_argument, tensor_state
+from ..models.load import load_float
 from ..nn.quant_linear import QuantLinear
 from ..nn.quantize_model import quantize_model
 from .lut_linear import group_size_for, random_packed_weight

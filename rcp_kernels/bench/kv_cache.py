@@ -112,8 +112,8 @@ class KVCache(Benchmark):
     def _caches(self, kv_heads: int, head_dim: int, context: int) -> list[ops.KVStorage]:
         x = torch.randn(2, 1, kv_heads, context, head_dim)
         keys, values = (ops.empty_kv_cache(1, kv_heads, context, head_dim) for _ in x)
-        for tensor, storage in zip(x, (keys, values), strict=True):
-            ops.kv_cache_append(tensor, *storage, 0)
+        for tensor, (codes, scales) in zip(x, (keys, values), strict=True):
+            ops.kv_cache_append(tensor, codes, scales, 0)
         storage = ops.KVStorage(*keys, *values)
         copies = timing.copies_needed(sum(tensor.nbytes for tensor in storage))
         return [ops.KVStorage(*(tensor.clone() for tensor in storage)) for _ in range(copies)]
