@@ -21,8 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from rcp_kernels import checkpoint
 from rcp_kernels.checkpoint import load_quantized
-from rcp_kernels.methods.rcp import Diverged, RcpConfig
-from rcp_kernels.methods.rcp import run as rcp_run
+from rcp_kernels.methods.rcp import Diverged, RcpConfig, training
 from rcp_kernels.models.load import group_size_of
 from rcp_kernels.pipeline.load import is_quantized
 from rcp_kernels.pipeline.recipe import OWN, Recipe, read_recipe
@@ -327,7 +326,7 @@ def test_a_full_disk_is_named(run, model, text, tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(rcp_run, "save_state", full)
+        patch.setattr(training, "save_state", full)
         (tmp_path / "r.yaml").write_text(yaml.safe_dump({"training": TRAINING}))
         arguments = ["--method", "rcp", "--recipe", tmp_path / "r.yaml", *common(text)]
         code, _, err = run("quantize", model, "-o", tmp_path / "out", *arguments)
