@@ -27,7 +27,7 @@ def linear():
         ({"w_bits": 3}, {"rotation": "none", "levels": "kmeans"}),
         ({"a_bits": 4}, {"w_bits": 4, "rotation": "gsr", "levels": "clip"}),
         ({"a_bits": 4, "rotation": "none"}, {"rotation": "none"}),
-        ({"method": "rcp"}, {"w_bits": 2, "rotation": "gsr", "text": "mixed", "levels": "kmeans"}),
+        ({"method": "rcp"}, {"w_bits": 2, "a_bits": 4, "kv_bits": 4, "rotation": "gsr", "text": "mixed"}),
         ({"method": "laquant"}, {"w_bits": 3, "rotation": "none", "text": None}),
     ],
 )
