@@ -84,7 +84,7 @@ def quantize(
         str | None,
         _field(
             "levels",
-            "How rtn and gptq choose levels; the default is clip for gptq at 4 bits, else kmeans.",
+            "How rtn and gptq choose levels; the default is kmeans.",
         ),
     ] = None,
     preset: Annotated[str | None, _field("preset", "The budget of rcp; the default is quick.")] = None,
