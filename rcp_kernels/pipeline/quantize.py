@@ -269,7 +269,7 @@ def windows_of(
     )
     ids = encode(tokenizer, text)
     facts["tokens"] = ids.numel()
-    windows, _ = split_windows(ids, recipe.window, seed=recipe.seed)
+    windows = split_windows(ids, recipe.window, seed=recipe.seed)
     if recipe.method == "rcp":
         return windows, facts
     if len(windows) < recipe.samples:

@@ -21,8 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from rcp_kernels import checkpoint
 from rcp_kernels.checkpoint import load_quantized
-from rcp_kernels.methods.rcp import Diverged, RcpConfig
-from rcp_kernels.methods.rcp import run as rcp_run
+from rcp_kernels.methods.rcp import Diverged, RcpConfig, training
 from rcp_kernels.models.load import group_size_of
 from rcp_kernels.pipeline.load import is_quantized
 from rcp_kernels.pipeline.recipe import OWN, Recipe, read_recipe
@@ -224,7 +223,7 @@ def test_bad_names_and_files_are_named(run, model, text, tmp_path):
     short.write_text("one two three")
     code, _, err = run("quantize", model, "-o", tmp_path / "out", "--text", short, "--group-size", 32)
     assert code == 1
-    assert "at least 1 windows of 512 tokens are needed" in err
+    assert "at least one window of 512 tokens is needed" in err
     assert not (tmp_path / "out").exists()
     assert run("quantize", model, "-o", tmp_path / "out", "--method", "rtn", "--group-size", 32)[0] == 0
     code, _, err = run("quantize", tmp_path / "out", "-o", tmp_path / "again")
@@ -327,7 +326,7 @@ def test_a_full_disk_is_named(run, model, text, tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(rcp_run, "save_state", full)
+        patch.setattr(training, "save_state", full)
         (tmp_path / "r.yaml").write_text(yaml.safe_dump({"training": TRAINING}))
         arguments = ["--method", "rcp", "--recipe", tmp_path / "r.yaml", *common(text)]
         code, _, err = run("quantize", model, "-o", tmp_path / "out", *arguments)
