@@ -9,13 +9,13 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rcp_kernels.demo.run import find_model_file, load_model
+from rcp_kernels.models.load import load_float
 
 
 def load(directory: str | None = None):
     """A float model in eval mode and its tokenizer; reading the package's GGUF file takes 16 s of one core."""
     if directory is None:
-        return load_model(find_model_file())
+        return load_float("demo")
     return AutoModelForCausalLM.from_pretrained(directory).eval(), AutoTokenizer.from_pretrained(directory)
 
 

@@ -1,28 +1,21 @@
 """The stored form of a quantized weight (docs/format.md)."""
 
-from .packed_weight import (
+from .codes import (
     BITS,
-    FORMAT_VERSION,
     GROUP_SIZES,
-    INPUT_ORDER_VERSION,
-    KINDS,
-    LEVEL_MAX,
     MAX_GROUP_SIZE,
-    PackedWeight,
-    check_ascending,
+    Geometry,
     check_bits,
     check_group_size,
-    check_input_order,
-    kind_version,
-    make_header,
-    merge_rows,
     num_groups,
     pack_codes,
     row_bytes,
-    snap_levels,
-    uniform_step,
     unpack_codes,
 )
+from .header import FORMAT_VERSION, INPUT_ORDER_VERSION, KINDS, kind_version, make_header
+from .imported_weight import ImportedWeight
+from .levels import LARGEST_SCALE_EXPONENT, LEVEL_MAX, check_ascending, snap_levels, uniform_step
+from .packed_weight import PackedWeight, check_input_order, merge_rows
 
 __all__ = [
     "BITS",
@@ -30,8 +23,11 @@ __all__ = [
     "GROUP_SIZES",
     "INPUT_ORDER_VERSION",
     "KINDS",
+    "LARGEST_SCALE_EXPONENT",
     "LEVEL_MAX",
     "MAX_GROUP_SIZE",
+    "Geometry",
+    "ImportedWeight",
     "PackedWeight",
     "check_ascending",
     "check_bits",

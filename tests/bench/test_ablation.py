@@ -6,9 +6,9 @@ import pytest
 
 pytest.importorskip("transformers")
 
+import ablation
 from language_of_numbers import write_model, write_text
 
-from rcp_kernels import ablation
 from rcp_kernels.data import corpus
 from rcp_kernels.methods import student
 from rcp_kernels.methods.gptq import quantize_model as gptq

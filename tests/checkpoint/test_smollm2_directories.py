@@ -10,9 +10,9 @@ from transformers import AutoModelForCausalLM
 
 from rcp_kernels import quantize_model
 from rcp_kernels.checkpoint import QuantizationConfig, cast_floats, load_quantized, save_quantized
-from rcp_kernels.demo import run as demo
 from rcp_kernels.integrations.transformers import RcpConfig
 from rcp_kernels.methods.rotate import rotate_model
+from rcp_kernels.models.load import load_float
 from rcp_kernels.pipeline.evaluate import evaluate, generate
 
 pytestmark = pytest.mark.slow
@@ -23,7 +23,7 @@ IDS = torch.arange(1000, 1024)[None]
 def source(tmp_path_factory):
     """The model in bfloat16, as a directory of transformers."""
     folder = tmp_path_factory.mktemp("smollm2") / "source"
-    model, tokenizer = demo.load_model(demo.find_model_file())
+    model, tokenizer = load_float("demo")
     cast_floats(model, torch.bfloat16)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

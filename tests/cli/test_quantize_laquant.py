@@ -7,7 +7,6 @@ import pytest
 import torch
 
 pytest.importorskip("transformers")
-pytest.importorskip("typer")
 pytest.importorskip("matplotlib")
 
 import yaml
@@ -20,7 +19,8 @@ from rcp_kernels.data import reasoning as reasoning_text
 from rcp_kernels.data.reasoning import reasoning_questions
 from rcp_kernels.methods.laquant import quantize_model as laquant
 from rcp_kernels.methods.laquant.layer_losses import losses_csv, losses_png
-from rcp_kernels.methods.rcp.config import Diverged
+from rcp_kernels.methods.rcp import Diverged
+from rcp_kernels.models.load import load_float
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +122,7 @@ def test_reasoning_text_is_written_by_the_model(run, arguments, model, tmp_path,
     code, _, err = run(*arguments, "-o", tmp_path / "out", "--text", "reasoning")
     assert code == 1
     assert "the tokenizer must have a chat template" in err
-    loaded, tokenizer = sources.load_float(str(model))
+    loaded, tokenizer = load_float(str(model))
     tokenizer.chat_template = "{{ messages[0]['content'] }} one two"
     words, facts = sources.training_text("reasoning", 2000, model=loaded, tokenizer=tokenizer)
     assert facts["text"] == "reasoning"
@@ -142,7 +142,7 @@ def test_reasoning_questions_are_all_different_and_the_same_each_time():
 
 
 def test_more_questions_than_there_are_is_an_error_and_not_an_endless_loop(monkeypatch):
-    monkeypatch.setattr(reasoning_text, "_MAKERS", (reasoning_text._sequence,))
+    monkeypatch.setattr(reasoning_text, "_TEMPLATES", (reasoning_text._sequence,))
     with pytest.raises(ValueError, match="got 5000 where the last 1000 draws repeated"):
         reasoning_questions(5000)
 

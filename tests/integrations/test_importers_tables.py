@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rcp_kernels.integrations.importers import import_lut, tables
-from rcp_kernels.integrations.importers.tables import pack_grid, unpack_words
+from rcp_kernels.integrations.importers.inputs import unpack_words
+from rcp_kernels.integrations.importers.tables import pack_levels
 
 scales = st.integers(1, 2047).flatmap(lambda m: st.integers(-24, 5).map(lambda e: m * 2.0**e))
 integers = st.lists(st.integers(-127, 127), min_size=4, max_size=4)
@@ -65,7 +66,7 @@ def test_rows_in_chunks_and_any_sign_of_a_scale(monkeypatch, exact):
     values = (levels * factors[..., None].double())[torch.arange(11)[:, None], group, codes.long()]
     for entries in (1, 100, 1 << 18):
         monkeypatch.setattr(tables, "_CHUNK_ENTRIES", entries)
-        imported = pack_grid("test", codes, levels, factors, bits=3, group_size=64, exact=exact)
+        imported = pack_levels("test", codes, levels, factors, bits=3, group_size=64, exact=exact)
         difference = (imported.dequantize() - values).abs().max()
         assert (float(difference) == 0) == exact == (imported.error == 0)
         assert float(difference) <= imported.error * float(values.abs().max())

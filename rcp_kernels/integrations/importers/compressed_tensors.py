@@ -1,10 +1,12 @@
 """compressed-tensors (llm-compressor, vLLM): ``pack-quantized`` integers of 2 to 4 bits and ``mxfp4-pack-quantized``.
 
 pack-quantized: ``weight_packed`` int32 [N, ceil(K * bits / 32)] is a dense stream along K of ``q + 2**(bits - 1)``. A
-weight is ``weight_scale * (q - zero)``. The zeros of asymmetric checkpoints are ``weight_zero_point``: int32
+weight is ``weight_scale * (q - zero)``. Asymmetric checkpoints have zeros, ``weight_zero_point``: int32
 [ceil(N * bits / 32), groups], a dense stream of ``zero + 2**(bits - 1)`` along N, or plain integers of the scale's
-shape, as for the strategy ``tensor``. mxfp4: ``weight_packed`` uint8 [N, K / 2], the even column in the low nibble,
-codes of E2M1 numbers, and ``weight_scale`` uint8 [N, K / 32], a power of two of bias 127 (OCP Microscaling 1.0).
+shape, as for the strategy ``tensor``.
+
+mxfp4-pack-quantized: ``weight_packed`` uint8 [N, K / 2] holds codes of E2M1 numbers, the even column in the low nibble.
+``weight_scale`` uint8 [N, K / 32] is the exponent of a power of two with bias 127 (OCP Microscaling 1.0).
 """
 
 from __future__ import annotations
@@ -15,12 +17,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...formats import check_bits
-from .tables import ImportedWeight, as_tensor, code_groups, column_order, pack_grid, take, take_bias, unpack_words
+from ...formats import ImportedWeight, check_bits
+from ...ops.checks import FLOAT_DTYPES
+from .inputs import as_tensor, check_bias, code_groups, column_order, take, unpack_words
+from .tables import pack_levels
 
 __all__ = ["E2M1_DOUBLED", "import_compressed_tensors", "import_compressed_tensors_mxfp4", "mx_scales"]
 
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 _INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64)
 
 E2M1_DOUBLED = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
@@ -37,8 +40,8 @@ def import_compressed_tensors(
 ) -> ImportedWeight:
     """Read one layer of a ``pack-quantized`` checkpoint.
 
-    Exact for float16 and bfloat16 scales, and for float32 ones of at most 11 significant bits. The library rounds
-    ``scale * (q - zero)`` to the scale's dtype when it decompresses; the imported weight is the unrounded product.
+    Exact for float16 and bfloat16 scales, and for float32 scales of at most 11 significant bits. The library rounds
+    ``scale * (q - zero)`` to the scale's dtype when it decompresses. The imported weight is the unrounded product.
 
     Args:
         tensors: ``weight_packed`` int32 [N, ceil(K*bits/32)], ``weight_scale`` [N, groups], [N, 1] or [1],
@@ -48,13 +51,13 @@ def import_compressed_tensors(
         prefix: of the layer, ``"model.layers.0.mlp.up_proj."`` say.
         bits: ``num_bits`` of the checkpoint: 2, 3 or 4.
         group_size: of the checkpoint; None or -1 for the strategies ``channel`` and ``tensor``.
-        exact: refuse scales that float16 cannot hold, instead of rounding them.
+        exact: refuse scales that float16 cannot hold; False rounds them.
 
     Returns:
-        The weight; with a ``permutation`` where weight_g_idx is in act-order.
+        The weight, with a ``permutation`` if weight_g_idx is in act-order.
 
     Raises:
-        ValueError: a tensor is missing or misshapen; groups that the format cannot express; scales that are not finite
+        ValueError: a tensor is missing or misshapen; groups that the format does not have; scales that are not finite
             or, if exact, not held.
     """
     where = f"import_compressed_tensors: {prefix}" if prefix else "import_compressed_tensors"
@@ -63,7 +66,7 @@ def import_compressed_tensors(
     shape = take(where, tensors, prefix + "weight_shape", (torch.int64, torch.int32), 1)
     dims = getattr(tensors.get(prefix + "weight_scale"), "ndim", 2)
     per_tensor = dims == 1
-    scales = take(where, tensors, prefix + "weight_scale", _FLOATS, 1 if per_tensor else 2)
+    scales = take(where, tensors, prefix + "weight_scale", FLOAT_DTYPES, 1 if per_tensor else 2)
     out_features, in_features = (int(size) for size in shape)
     if per_tensor:
         _check(where, "weight_scale", scales, (1,))
@@ -80,8 +83,8 @@ def import_compressed_tensors(
         g_idx = take(where, tensors, prefix + "weight_g_idx", (torch.int32, torch.int64), 1)
         _check(where, "weight_g_idx", g_idx, (in_features,))
         order = column_order(where, g_idx, group_size)
-    bias = take_bias(where, tensors, prefix, out_features)
-    return pack_grid(
+    bias = check_bias(where, tensors.get(prefix + "bias"), out_features)
+    return pack_levels(
         where, codes, levels, scales, bits=bits, group_size=group_size, exact=exact, permutation=order, bias=bias
     )
 
@@ -94,7 +97,7 @@ def _zeros(
     scales: Tensor,
     per_tensor: bool,
 ) -> Tensor:
-    """The codes that stand for 0, int16 [N, groups]."""
+    """The code of the value 0 in each group, int16 [N, groups]."""
     middle = 2 ** (bits - 1)
     zeros = torch.full(tuple(scales.shape), middle, dtype=torch.int16, device=scales.device)
     if key not in tensors:
@@ -127,11 +130,11 @@ def import_compressed_tensors_mxfp4(
         tensors: ``weight_packed`` uint8 [N, K/2], ``weight_scale`` uint8 [N, K/32] and, optional, ``bias`` [N], each
             under ``prefix``; tensors or numpy arrays.
         prefix: of the layer.
-        exact: refuse scales that float16 cannot hold, instead of rounding them.
+        exact: refuse scales that float16 cannot hold; False rounds them.
 
     Raises:
-        ValueError: a tensor is missing or misshapen, as nvfp4's are, whose groups of 16 the format does not have; a
-            scale of 255, which is NaN; scales that are not held, if exact.
+        ValueError: a tensor is missing or misshapen (as nvfp4's, whose groups of 16 the format does not have); a scale
+            of 255, which is NaN; with exact, scales that are not held.
     """
     where = f"import_compressed_tensors_mxfp4: {prefix}" if prefix else "import_compressed_tensors_mxfp4"
     packed = take(where, tensors, prefix + "weight_packed", (torch.uint8,), 2)
@@ -141,12 +144,12 @@ def import_compressed_tensors_mxfp4(
     codes = torch.stack((packed & 15, packed >> 4), dim=-1).flatten(1)
     scales = mx_scales(stored)
     levels = torch.tensor(E2M1_DOUBLED, dtype=torch.int16, device=codes.device).expand(*scales.shape, 16)
-    bias = take_bias(where, tensors, prefix, out_features)
-    return pack_grid(where, codes, levels, scales, bits=4, group_size=32, exact=exact, bias=bias)
+    bias = check_bias(where, tensors.get(prefix + "bias"), out_features)
+    return pack_levels(where, codes, levels, scales, bits=4, group_size=32, exact=exact, bias=bias)
 
 
 def mx_scales(exponents: Tensor) -> Tensor:
-    """Half the E8M0 scales uint8, as float64: what :data:`E2M1_DOUBLED` is multiplied by. 255 is NaN."""
+    """Half the E8M0 scales uint8, as float64: the factors of :data:`E2M1_DOUBLED`. 255 is NaN."""
     powers = np.ldexp(1.0, np.arange(256) - 128)  # torch's exp2 need not be exact
     powers[255] = np.nan
     return torch.from_numpy(powers).to(exponents.device)[exponents.to(torch.int64)]

@@ -1,8 +1,8 @@
 """GGUF block formats that are a table of at most 16 levels for 32 or more columns.
 
-Held exactly: Q4_0, IQ4_NL and MXFP4 (groups of 32), TQ1_0 and TQ2_0 (ternary, 256 columns: two groups of 128). Q4_1 and
-Q4_K have a real minimum and IQ4_XS a scale of 17 significant bits: refused unless exact=False, and then rounded. All
-others have more levels, groups of 16 columns or codebooks of vectors, which the format does not have.
+The format holds Q4_0, IQ4_NL and MXFP4 (groups of 32) exactly, and TQ1_0 and TQ2_0 (ternary, 256 columns: two groups of
+128). Q4_1 and Q4_K have a real minimum, IQ4_XS a scale of 17 significant bits. They are refused, or rounded with
+exact=False. The other types have more levels, groups of 16 columns or codebooks of vectors, and are refused.
 """
 
 from __future__ import annotations
@@ -15,8 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...formats import ImportedWeight
 from .compressed_tensors import E2M1_DOUBLED, mx_scales
-from .tables import ImportedWeight, check_bias, pack_grid, pack_tables
+from .inputs import check_bias
+from .tables import pack_levels
 
 __all__ = ["import_gguf", "undo_llama_permutation"]
 
@@ -47,16 +49,16 @@ def import_gguf(
         data: uint8 [N, bytes of a row], as ``gguf.GGUFReader`` gives it (``tensor.data``).
         qtype: ``tensor.tensor_type``, or the type's name: ``"Q4_0"``, ``"IQ4_NL"``, ``"MXFP4"``, ``"TQ1_0"``,
             ``"TQ2_0"``, ``"Q4_1"``, ``"Q4_K"`` or ``"IQ4_XS"``.
-        exact: refuse levels that int8 times a float16 scale cannot hold (the last three types), instead of rounding.
-        bias: floating point [N], the data of the layer's own ``.bias`` tensor, handed on.
+        exact: refuse levels that int8 times a float16 scale cannot hold (the last three types); False rounds them.
+        bias: floating point [N], the data of the layer's ``.bias`` tensor, or None.
 
     Returns:
-        The weight, its rows in the order of the file: llama.cpp permutes those of q and k for some architectures, which
-        :func:`undo_llama_permutation` undoes.
+        The weight, its rows in the order of the file. For some architectures llama.cpp permutes the rows of q and k:
+        see :func:`undo_llama_permutation`.
 
     Raises:
-        ValueError: another type; a row that is no whole number of blocks; scales that are not finite; if exact, levels
-            that are not held.
+        ValueError: another type; a row that is no whole number of blocks; scales that are not finite; with exact,
+            levels that are not held.
     """
     name = getattr(qtype, "name", qtype)
     where = f"import_gguf: {name}"
@@ -77,25 +79,23 @@ def import_gguf(
     offset = check_bias(where, bias, rows)
     codes, levels, scales = layout.read(np.ascontiguousarray(raw).reshape(-1, layout.bytes))
     columns = torch.from_numpy(codes.astype(np.uint8).reshape(rows, -1))
-    if scales is None:
-        values = torch.from_numpy(np.asarray(levels).reshape(rows, -1, 2**layout.bits))
-        return pack_tables(
-            where, columns, values, bits=layout.bits, group_size=layout.group_size, exact=exact, bias=offset
-        )
-    factors = torch.from_numpy(scales.reshape(rows, -1))
-    grid = torch.tensor(levels, dtype=torch.int16).expand(*factors.shape, 2**layout.bits)
-    return pack_grid(
-        where, columns, grid, factors, bits=layout.bits, group_size=layout.group_size, exact=exact, bias=offset
+    factors = None if scales is None else torch.from_numpy(scales.reshape(rows, -1))
+    if factors is None:
+        table = torch.from_numpy(np.asarray(levels).reshape(rows, -1, 2**layout.bits))
+    else:
+        table = torch.tensor(levels, dtype=torch.int16).expand(*factors.shape, 2**layout.bits)
+    return pack_levels(
+        where, columns, table, factors, bits=layout.bits, group_size=layout.group_size, exact=exact, bias=offset
     )
 
 
 def undo_llama_permutation(imported: ImportedWeight, heads: int) -> ImportedWeight:
-    """The rows of a q or k projection in the order of transformers, from that of llama.cpp.
+    """Reorder the rows of a q or k projection from the order of llama.cpp to that of transformers.
 
-    llama.cpp rotates neighbouring entries of a head by RoPE, transformers the two halves of a head. Its converter
-    therefore interleaves the halves of each head in ``attn_q`` and ``attn_k``, weight and bias, of LLaMA, Mistral and
-    the architectures that it converts like them. Those whose RoPE works on halves in llama.cpp too (Qwen2, Gemma, Phi)
-    are stored as they are.
+    RoPE rotates neighbouring entries of a head in llama.cpp, and the two halves of a head in transformers. The
+    converter of llama.cpp therefore interleaves the halves of each head in ``attn_q`` and ``attn_k``, weight and bias.
+    It does so for LLaMA, Mistral and similar architectures. For others (Qwen2, Gemma, Phi) llama.cpp's RoPE works on
+    halves too, and the rows keep their order.
 
     Args:
         imported: of ``blk.*.attn_q.weight`` or ``blk.*.attn_k.weight``.
@@ -140,7 +140,7 @@ def _iq4_nl(raw: np.ndarray) -> _Blocks:
 
 
 def _mxfp4(raw: np.ndarray) -> _Blocks:
-    # ggml knows no NaN: exponent 255 is 2**128 there.
+    # ggml has no NaN: exponent 255 is 2**128 there.
     scales = np.where(raw[:, :1] == 255, 2.0**127, mx_scales(torch.from_numpy(raw[:, :1].copy())).numpy())
     return _Blocks(_nibbles(raw[:, 1:], 16), E2M1_DOUBLED, scales)
 
@@ -152,8 +152,8 @@ def _q4_1(raw: np.ndarray) -> _Blocks:
 
 def _q4_k(raw: np.ndarray) -> _Blocks:
     scale, low = _half(raw[:, :2])[..., None], _half(raw[:, 2:4])[..., None]
-    # Eight pairs of 6 bits: the first four in the low bits of bytes 0..3 (scales) and 4..7 (minima), the others with
-    # their low nibbles in bytes 8..11 and their two high bits above the first ones.
+    # Eight pairs of 6 bits. The first four are the low bits of bytes 0..3 (scales) and 4..7 (minima). The last four
+    # have their low nibbles in bytes 8..11, and their two high bits in the high bits of bytes 0..7.
     first, second, third = raw[:, 4:8], raw[:, 8:12], raw[:, 12:16]
     scales = np.concatenate((first & 63, (third & 15) | (first >> 6 << 4)), axis=1).astype(np.float64)
     minima = np.concatenate((second & 63, (third >> 4) | (second >> 6 << 4)), axis=1).astype(np.float64)
@@ -170,8 +170,8 @@ def _iq4_xs(raw: np.ndarray) -> _Blocks:
 
 
 def _tq1_0(raw: np.ndarray) -> _Blocks:
-    # Five ternary digits a byte, 0 <= q < 243 stored as ceil(q * 256 / 243): digit i is the high part of three times
-    # the low byte of byte * 3**i.
+    # A byte holds five ternary digits: 0 <= q < 243, stored as ceil(q * 256 / 243). Digit i is the high part of three
+    # times the low byte of byte * 3**i.
     powers = np.array((1, 3, 9, 27, 81), np.uint8)[:, None]
     parts = ((raw[:, :32], 5), (raw[:, 32:48], 5), (raw[:, 48:52], 4))
     digits = [(part[:, None] * powers[:count]).reshape(len(raw), -1) for part, count in parts]

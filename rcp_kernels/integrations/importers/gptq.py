@@ -1,15 +1,15 @@
 """GPTQ checkpoints: ``qweight``, ``qzeros``, ``scales``, ``g_idx`` as AutoGPTQ 0.7 and GPTQModel write them.
 
-Both streams of codes are dense, lowest bits of a 32-bit word first, 3-bit codes straddling words: ``qweight`` int32
-[K * bits / 32, N] runs along K, ``qzeros`` int32 [groups, N * bits / 32] along N. With ``scales`` [groups, N] a weight
-is ``scale * (code - zero)``. Version 2 (``checkpoint_format: gptq_v2``) stores the zeros themselves. Version 1
-(``gptq``) stores them less 1, and the writers disagree about a zero of 0:
+``qweight`` int32 [K * bits / 32, N] is a dense stream of codes along K, ``qzeros`` int32 [groups, N * bits / 32] a
+dense stream along N. The lowest bits of a 32-bit word come first; 3-bit codes straddle words. With ``scales`` [groups,
+N] a weight is ``scale * (code - zero)``. Version 2 (``checkpoint_format: gptq_v2``) stores the zeros. Version 1
+(``gptq``) stores the zeros less 1, and the writers disagree about a zero of 0:
 
 - GPTQModel at 2 and 4 bits, and AutoRound, subtract 1 from all codes of a 32-bit word at once. A zero of 0 becomes all
   ones and borrows from the next code: the pair (0, 8) is stored as (15, 6).
 - GPTQModel at 3 bits, since April 2026, subtracts 1 from each code by itself: (0, 4) is stored as (7, 3).
-- AutoGPTQ sets all bits from that code to the end of the word, and the other zeros there are lost.
-- GPTQModel at 3 bits, before, subtracted other constants than ones from the words.
+- AutoGPTQ sets all bits from that code to the end of the word. The other zeros there are lost.
+- GPTQModel at 3 bits, before April 2026, subtracted other constants than ones from the words.
 """
 
 from __future__ import annotations
@@ -21,14 +21,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...formats import check_bits
-from .tables import ImportedWeight, code_groups, column_order, pack_grid, take, take_bias, unpack_words
+from ...formats import ImportedWeight, check_bits
+from ...ops.checks import FLOAT_DTYPES, check_one_of
+from .inputs import check_bias, code_groups, column_order, take, unpack_words
+from .tables import pack_levels
 
 __all__ = ["import_gptq"]
 
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 _GPTQMODEL_3_BITS = (0x24924924, 0x92492492, 0x49249249)
-"""What GPTQModel subtracted from each three words at 3 bits before April 2026; ones would be :func:`_ones`."""
+"""GPTQModel before April 2026 subtracted these from each three words at 3 bits, instead of :func:`_ones`."""
 
 
 def import_gptq(
@@ -44,8 +45,8 @@ def import_gptq(
 ) -> ImportedWeight:
     """Read one layer of a GPTQ checkpoint.
 
-    Exact for float16 scales, the usual ones. The libraries round ``scale * (code - zero)`` to float16 when they
-    dequantize; the imported weight is the unrounded product.
+    Exact for float16 scales, which are usual. The libraries round ``scale * (code - zero)`` to float16 when they
+    dequantize. The imported weight is the unrounded product.
 
     Args:
         tensors: ``qweight`` int32 [K*bits/32, N], ``qzeros`` int32 [groups, ceil(N*bits/32)], ``scales`` [groups, N]
@@ -55,33 +56,30 @@ def import_gptq(
         bits: 2, 3 or 4.
         group_size: of the checkpoint's quantization_config; -1 for a whole row.
         version: 1 (``gptq``) or 2 (``gptq_v2``).
-        sym: of the checkpoint's quantization_config. There are files whose label is wrong: if all zeros are those of a
-            symmetric checkpoint of another version, they are read as such where ``sym`` is True, and refused where it
-            is None. False reads them as ``version`` says.
+        sym: of the checkpoint's quantization_config. In some files the version is wrong: all zeros are those of a
+            symmetric checkpoint of another version. True then reads them as that version, None refuses them, and False
+            reads them as ``version`` says.
         zero_of_all_ones: how version 1 stores a zero whose code is all ones; symmetric checkpoints have none.
-            ``"borrow"``: it is 0, and 1 is subtracted from whole words. 0: it is 0, and 1 is subtracted from each code
-            by itself. ``2**bits``: AutoGPTQ's qlinear_cuda reads this number. None: ``"borrow"``, but refused where the
-            codes look like AutoGPTQ's, and with a warning at 3 bits, where GPTQModel's are of the kind 0.
-        exact: refuse scales that float16 cannot hold, instead of rounding them.
+            ``"borrow"``: the zero is 0, and 1 is subtracted from whole words. 0: the zero is 0, and 1 is subtracted
+            from each code by itself. ``2**bits``: the zero is this number, as AutoGPTQ's qlinear_cuda reads it. None:
+            ``"borrow"``, but refused if AutoGPTQ may have written the codes, and with a warning at 3 bits, where
+            GPTQModel writes the kind 0.
+        exact: refuse scales that float16 cannot hold; False rounds them.
 
     Returns:
-        The weight; with a ``permutation`` where g_idx is in act-order.
+        The weight, with a ``permutation`` if g_idx is in act-order.
 
     Raises:
         ValueError: a tensor is missing or misshapen; ambiguous zeros, or zeros of another version; g_idx with groups of
-            mixed size; a group size that the format cannot express; scales that are not finite or, if exact, not held.
+            mixed size; a group size that the format does not have; scales that are not finite or, if exact, not held.
     """
     where = f"import_gptq: {prefix}" if prefix else "import_gptq"
     check_bits(bits)
-    if version not in (1, 2):
-        raise ValueError(f"{where}: version must be 1 (gptq) or 2 (gptq_v2), got {version!r}; see checkpoint_format")
-    if zero_of_all_ones not in (None, "borrow", 0, 2**bits):
-        raise ValueError(
-            f'{where}: zero_of_all_ones must be None, "borrow", 0 or {2**bits}, got {zero_of_all_ones!r}; choose one'
-        )
+    check_one_of(where, "version", version, (1, 2), "see checkpoint_format: gptq is 1, gptq_v2 is 2")
+    check_one_of(where, "zero_of_all_ones", zero_of_all_ones, (None, "borrow", 0, 2**bits))
     qweight = take(where, tensors, prefix + "qweight", (torch.int32,), 2)
     qzeros = take(where, tensors, prefix + "qzeros", (torch.int32,), 2)
-    scales = take(where, tensors, prefix + "scales", _FLOATS, 2)
+    scales = take(where, tensors, prefix + "scales", FLOAT_DTYPES, 2)
     groups, out_features = scales.shape
     in_features = qweight.shape[0] * 32 // bits
     g_idx = None
@@ -105,8 +103,8 @@ def import_gptq(
     zeros = _zeros(where, qzeros, bits, out_features, version, sym, zero_of_all_ones).t()
     levels = torch.arange(2**bits, dtype=torch.int16, device=zeros.device) - zeros[..., None]
     order = None if g_idx is None else column_order(where, g_idx, group_size)
-    bias = take_bias(where, tensors, prefix, out_features)
-    return pack_grid(
+    bias = check_bias(where, tensors.get(prefix + "bias"), out_features)
+    return pack_levels(
         where,
         codes,
         levels,
@@ -186,7 +184,7 @@ def _ones(bits: int) -> tuple[int, ...]:
 
 
 def _add(words: Tensor, constants: tuple[int, ...], carry: bool) -> Tensor:
-    """int64 words plus constants that repeat along a row, modulo 2**32, or carried on into the next word."""
+    """int32 words plus constants that repeat along a row, modulo 2**32; ``carry`` adds a carry to the next word."""
     result = words.to(torch.int64) & 0xFFFFFFFF
     before: Tensor | None = None
     for first, constant in enumerate(constants):
@@ -196,14 +194,14 @@ def _add(words: Tensor, constants: tuple[int, ...], carry: bool) -> Tensor:
             part += before[:, : part.shape[1]] >> 32
         before = part.clone()
         part &= 0xFFFFFFFF
-    return result
+    return result.to(torch.int32)
 
 
 def _may_be_spilled(words: Tensor, bits: int, count: int) -> bool:
-    """Whether AutoGPTQ may have written the codes of all ones: each is followed by nothing but ones in its word.
+    """Whether AutoGPTQ may have written the codes of all ones: only ones follow each of them in its word.
 
-    A zero of 0 that borrows, with zeros of 1 after it up to the end of the word, looks alike. One code of all ones with
-    another code after it shows that the writer of the tensor is not AutoGPTQ.
+    A zero of 0 that borrows, with zeros of 1 after it up to the end of the word, looks the same. A code of all ones
+    with another code after it in the word shows that AutoGPTQ did not write the tensor.
     """
     spilled = False
     for k in range(32):

@@ -1,8 +1,8 @@
 """Formats with a table of real levels for each row: SqueezeLLM and any-precision, and any other by its codes.
 
-Their levels are any float16 or float32 numbers, which int8 levels times a scale cannot hold in general: with the
-default ``exact=True`` such a table is refused, with ``exact=False`` a level moves by at most 1/254 + 2**-11 of its
-row's largest one, and the measured error comes with the weight. The group is the row (group_size = K).
+Their levels are any float16 or float32 numbers. In general int8 levels times a scale cannot hold them. With the default
+``exact=True`` such a table is refused. With ``exact=False`` a level moves by at most 1/254 + 2**-11 of the largest
+level of its row, and the weight comes with the measured error. The group is the row (group_size = K).
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...formats import check_bits
-from .tables import ImportedWeight, as_tensor, check_bias, pack_tables, take, take_bias, unpack_words
+from ...formats import ImportedWeight, check_bits
+from ...ops.checks import FLOAT_DTYPES
+from .inputs import as_tensor, check_bias, take, unpack_words
+from .tables import pack_levels
 
 __all__ = ["import_any_precision", "import_lut", "import_squeezellm"]
 
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 _WARP_BYTES = 128  # 32 threads of 4 bytes
 
 
@@ -30,21 +31,21 @@ def import_lut(
     exact: bool = True,
     bias: Tensor | np.ndarray | None = None,
 ) -> ImportedWeight:
-    """Codes, one a byte, and a table for each row: ``weight[n, k] = tables[n, codes[n, k]]``.
+    """Pack codes of one byte each and a table for each row: ``weight[n, k] = tables[n, codes[n, k]]``.
 
     Args:
         codes: uint8 [N, K], each below 2**bits.
         tables: floating point [N, 2**bits], in any order.
         bits: 2, 3 or 4.
-        exact: refuse tables that int8 levels times a float16 scale cannot hold, instead of rounding them.
-        bias: floating point [N], handed on.
+        exact: refuse tables that int8 levels times a float16 scale cannot hold; False rounds them.
+        bias: floating point [N], or None.
 
     Raises:
         ValueError: wrong dtypes or shapes; a code out of range; levels that are not finite or, if exact, not held.
     """
     where = "import_lut"
     codes, tables = as_tensor(where, "codes", codes), as_tensor(where, "tables", tables)
-    return _import_rows(where, codes, tables, bits, exact, check_bias(where, bias, len(codes)))
+    return _import_rows(where, codes, tables, bits, exact, bias)
 
 
 def import_squeezellm(
@@ -60,21 +61,21 @@ def import_squeezellm(
         exact: as :func:`import_lut`.
 
     Raises:
-        ValueError: as :func:`import_lut`; the layer has a sparse part (``vals``, ``full_rows``), which is no part of a
-            packed weight.
+        ValueError: as :func:`import_lut`; or the layer has a sparse part (``vals``, ``full_rows``), which a packed
+            weight cannot hold.
     """
     where = f"import_squeezellm: {prefix}" if prefix else "import_squeezellm"
     check_bits(bits)
     sparse = [name for name in ("vals", "full_rows") if prefix + name in tensors]
     if sparse:
         raise ValueError(
-            f"{where}: a layer must be dense, got outliers in {', '.join(sparse)}; take those keys out and add their "
+            f"{where}: a layer must be dense, got outliers in {', '.join(sparse)}; remove those keys and add their "
             f"product to the layer's output yourself"
         )
     qweight = take(where, tensors, prefix + "qweight", (torch.int32,), 2)
-    tables = take(where, tensors, prefix + "lookup_table", _FLOATS, 2)
+    tables = take(where, tensors, prefix + "lookup_table", FLOAT_DTYPES, 2)
     codes = unpack_words(qweight.t(), bits, qweight.shape[0] * 32 // bits)
-    return _import_rows(where, codes, tables, bits, exact, take_bias(where, tensors, prefix, len(codes)))
+    return _import_rows(where, codes, tables, bits, exact, tensors.get(prefix + "bias"))
 
 
 def import_any_precision(
@@ -82,8 +83,8 @@ def import_any_precision(
 ) -> ImportedWeight:
     """Read one any-precision layer (Park et al. 2024, arXiv 2402.10517) at one of its widths.
 
-    ``qweight`` holds a plane for each bit, the highest first; the bytes of a plane are in the order in which a warp of
-    its kernel loads them. The first ``bits`` planes are the codes of ``lut{bits}``.
+    ``qweight`` holds a plane for each bit, the highest first. The bytes of a plane are in the order in which a warp of
+    the library's kernel loads them. The first ``bits`` planes are the codes of ``lut{bits}``.
 
     Args:
         tensors: ``qweight`` int32 [at least bits, N, K/32], ``lut{bits}`` [N, 2**bits] and, optional, ``bias`` [N],
@@ -93,12 +94,12 @@ def import_any_precision(
         exact: as :func:`import_lut`.
 
     Raises:
-        ValueError: as :func:`import_lut`; fewer than ``bits`` planes.
+        ValueError: as :func:`import_lut`, or fewer than ``bits`` planes.
     """
     where = f"import_any_precision: {prefix}" if prefix else "import_any_precision"
     check_bits(bits)
     planes = take(where, tensors, prefix + "qweight", (torch.int32,), 3)
-    tables = take(where, tensors, f"{prefix}lut{bits}", _FLOATS, 2)
+    tables = take(where, tensors, f"{prefix}lut{bits}", FLOAT_DTYPES, 2)
     if planes.shape[0] < bits:
         raise ValueError(
             f"{where}: qweight must have a plane for each of {bits} bits, got {planes.shape[0]}; choose fewer bits"
@@ -111,13 +112,13 @@ def import_any_precision(
     codes = torch.zeros(bit.shape[1:], dtype=torch.uint8, device=planes.device)
     for plane in bit:
         codes = codes * 2 + plane.to(torch.uint8)
-    return _import_rows(where, codes, tables, bits, exact, take_bias(where, tensors, prefix, len(codes)))
+    return _import_rows(where, codes, tables, bits, exact, tensors.get(prefix + "bias"))
 
 
 def _byte_places(count: int) -> Tensor:
-    """Where byte b of a row's plane is stored: thread b % 32 of its warp has it, the first of its four bytes last.
+    """The place of each byte b of a row's plane: thread b % 32 of a warp stores its four bytes in reverse order.
 
-    A last warp that is not full has as many threads as it has words.
+    A last warp that is not full has as many threads as words.
     """
     byte = torch.arange(count)
     full = count // _WARP_BYTES * _WARP_BYTES
@@ -128,7 +129,7 @@ def _byte_places(count: int) -> Tensor:
 
 
 def _import_rows(
-    where: str, codes: Tensor, tables: Tensor, bits: int, exact: bool, bias: Tensor | None
+    where: str, codes: Tensor, tables: Tensor, bits: int, exact: bool, bias: Tensor | np.ndarray | None
 ) -> ImportedWeight:
     check_bits(bits)
     if codes.dtype != torch.uint8 or codes.dim() != 2 or codes.numel() == 0:
@@ -143,4 +144,5 @@ def _import_rows(
         )
     if int(codes.max()) >= 2**bits:
         raise ValueError(f"{where}: codes must be below {2**bits}, got {int(codes.max())}; check bits")
-    return pack_tables(where, codes, tables[:, None], bits=bits, group_size=codes.shape[1], exact=exact, bias=bias)
+    offset = check_bias(where, bias, len(codes))
+    return pack_levels(where, codes, tables[:, None], bits=bits, group_size=codes.shape[1], exact=exact, bias=offset)

@@ -14,23 +14,26 @@ import importlib.metadata
 import itertools
 import json
 import math
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+import typer
 from torch import Tensor, nn
 
-from . import extras, hardware
-from .atomic import write_atomic
-from .data.by_name import encode, group_size_of, held_out_text, load_float
-from .evaluation.perplexity import perplexity
-from .methods.rotate.rotate_model import ROTATIONS, rotate_model
-from .pipeline.evaluate import with_quantized_cache
-from .pipeline.quantize import quantize_layers, windows_of
-from .pipeline.recipe import Recipe
+from rcp_kernels import extras, hardware
+from rcp_kernels.atomic import write_atomic
+from rcp_kernels.data.by_name import held_out_text
+from rcp_kernels.evaluation.perplexity import perplexity
+from rcp_kernels.methods.rotate.rotate_model import ROTATIONS
+from rcp_kernels.models.load import encode, load_float
+from rcp_kernels.pipeline.evaluate import with_quantized_cache
+from rcp_kernels.pipeline.quantize import quantize_layers, rotate, windows_of
+from rcp_kernels.pipeline.recipe import Recipe
 
 __all__ = ["CLAIMS", "Cell", "Source", "cells", "checks", "measure", "read", "run", "table", "write"]
 
@@ -225,14 +228,12 @@ def measure(cell: Cell, source: Source, tokens: int) -> dict[str, Any]:
     facts: dict[str, Any] = {}
     kv_bits = 16
     if cell.recipe is not None:
-        recipe = dataclasses.replace(cell.recipe, group_size=group_size_of(model, cell.recipe.group_size))
-        assert recipe.group_size is not None
+        recipe = cell.recipe.resolve(model)
         kv_bits = recipe.kv_bits
-        if recipe.rotation != "none":
-            rotate_model(model, recipe.rotation, group_size=recipe.group_size, r3=kv_bits != 16, seed=recipe.seed)
-        result = quantize_layers(model, recipe, calibration, None)
+        rotate(model, recipe)
+        result = quantize_layers(model, recipe, calibration)
         facts = {
-            "recipe": dataclasses.asdict(recipe),
+            "recipe": dataclasses.asdict(dataclasses.replace(cell.recipe, group_size=recipe.group_size)),
             "text_trained_on": trained_on,
             "training": result.get("training"),
         }
@@ -373,3 +374,33 @@ def write(folder: Path, results: Path) -> None:
     figure.supylabel("perplexity")
     figure.suptitle("dashed: the float model; dots: seeds", fontsize=8)
     figure.savefig(results / "ablation.png", dpi=120)
+
+
+def main(
+    out: Annotated[Path, typer.Option(help="Folder of the cells, one JSON file each.", file_okay=False)],
+    model: Annotated[str, typer.Option(help="Model, named as for rcp-kernels quantize.")] = "demo",
+    results: Annotated[Path | None, typer.Option(help="Folder for CSV and PNG.", file_okay=False)] = None,
+    only: Annotated[str | None, typer.Option(help="Measure only cells whose name contains this.")] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Updates of a trained cell.")] = 6,
+    tokens: Annotated[int, typer.Option(min=WINDOW, help="Held-out tokens, in windows of 512.")] = 4096,
+    seed: Annotated[int, typer.Option(help="Seed of calibration windows, random signs and training.")] = 0,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads. The default is torch's.")] = None,
+) -> None:
+    """Measure every method with every rotation. Cells whose file exists are not measured again."""
+    if threads is not None:
+        torch.set_num_threads(threads)
+    run(out, model=model, only=only, steps=steps, tokens=tokens, seed=seed, log=_log)
+    print(table(out))
+    if results is not None:
+        write(out, results)
+
+
+def _log(text: str) -> None:
+    print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    try:
+        typer.run(main)
+    except (extras.MissingExtra, ValueError, OSError, MemoryError, RuntimeError) as error:
+        raise SystemExit(f"ablation: {error}") from None
