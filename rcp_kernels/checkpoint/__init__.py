@@ -1,7 +1,7 @@
-"""A quantized language model on disk: an ordinary ``transformers`` directory with packed weights in it.
+"""A quantized language model on disk: a ``transformers`` directory with packed weights.
 
-``config.json`` has a ``quantization_config`` (:class:`QuantizationConfig`); the safetensors files have the model's own
-``state_dict``, which holds the tensors of docs/format.md for a :class:`rcp_kernels.QuantLinear`.
+``config.json`` has a ``quantization_config`` (:class:`QuantizationConfig`). The safetensors files have the model's
+``state_dict``, with the tensors of docs/format.md for each :class:`rcp_kernels.QuantLinear`.
 """
 
 from .config import QUANT_METHOD, QuantizationConfig, read_quantization_config

@@ -1,4 +1,4 @@
-"""What ``quantization_config`` in a quantized model's config.json says."""
+"""``quantization_config`` in the config.json of a quantized model."""
 
 from __future__ import annotations
 
@@ -11,26 +11,30 @@ from typing import Any
 
 from ..formats import FORMAT_VERSION, check_bits
 from ..methods.rotate.rotate_model import Rotated
+from ..ops.checks import check_clip, check_int, check_one_of
+from ..ops.lut_linear import ACT_BITS
 
-__all__ = ["CONFIG", "QUANT_METHOD", "QuantizationConfig", "read_quantization_config"]
+__all__ = ["CONFIG", "KV_BITS", "QUANT_METHOD", "QuantizationConfig", "read_quantization_config"]
 
 QUANT_METHOD = "rcp"
 CONFIG = "config.json"
+KV_BITS = (4, 16)
+"""Bits of a key or value. 16 means that the cache is not quantized."""
 
 
 @dataclass(frozen=True)
 class QuantizationConfig:
-    """What ``quantization_config`` in config.json says; every tool that reads these models reads this.
+    """The fields of ``quantization_config`` in config.json, for every tool that reads these models.
 
     Attributes:
         bits, group_size: of the packed layers.
-        act_bits, act_clip: of their inputs; 16 bits for none quantized.
-        kv_bits, kv_clip: of the key/value cache that the model is meant to run with; 16 bits for none quantized.
-        rotation: what :func:`rcp_kernels.methods.rotate.rotate_model` did, or None.
-        modules_to_not_convert: full names of the linear layers that stay in floating point.
-        sha256: of model.safetensors, hexadecimal; None where whoever wrote the file did not say.
+        act_bits, act_clip: of their inputs. 16 bits are not quantized.
+        kv_bits, kv_clip: of the key/value cache to run the model with. 16 bits are not quantized.
+        rotation: the record of :func:`rcp_kernels.methods.rotate.rotate_model`, or None.
+        modules_to_not_convert: full names of the linear layers in floating point.
+        sha256: of model.safetensors, hexadecimal, or None.
         quant_method: always "rcp".
-        format_version: docs/format.md's, of the packed layers that need the newest; filled in by whoever saves a model.
+        format_version: the newest version of docs/format.md in the packed layers. Saving sets it.
     """
 
     bits: int
@@ -69,14 +73,14 @@ class QuantizationConfig:
             )
         if "format_version" not in fields:
             raise ValueError(
-                f"{where}: it must have a format_version, as every saved model has, got none; to quantize a float "
+                f"{where}: it must have a format_version, as in every saved model, got none; to quantize a float "
                 f"model while it loads, pass an RcpConfig"
             )
         version = fields["format_version"]
         if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
             raise ValueError(
-                f"{where}: format_version must be 1 to {FORMAT_VERSION}, got {version!r}; a later one was written by a "
-                f"newer rcp-kernels: upgrade it"
+                f"{where}: format_version must be 1 to {FORMAT_VERSION}, got {version!r}; a newer rcp-kernels "
+                f"wrote a later version: upgrade"
             )
         known = {entry.name for entry in dataclasses.fields(cls)}
         unknown = sorted(set(fields) - known)
@@ -87,20 +91,7 @@ class QuantizationConfig:
                 f"missing {missing}; the file is damaged"
             )
         values = dict(fields)
-        check_bits(values["bits"])
-        for name, allowed in (("act_bits", (4, 8, 16)), ("kv_bits", (4, 16))):
-            value = values.get(name, 16)
-            if type(value) is not int or value not in allowed:
-                raise ValueError(f"{where}: {name} must be one of {allowed}, got {value!r}; the file is damaged")
-        for name in ("act_clip", "kv_clip"):
-            value = values.get(name, 1.0)
-            if type(value) not in (int, float) or not 0.0 < value <= 1.0:
-                raise ValueError(f"{where}: {name} must be a number in (0, 1], got {value!r}; the file is damaged")
-        group_size, digest = values["group_size"], values.get("sha256")
-        if type(group_size) is not int or group_size < 1:
-            raise ValueError(
-                f"{where}: group_size must be an int of at least 1, got {group_size!r}; the file is damaged"
-            )
+        digest = values.get("sha256")
         if digest is not None and not isinstance(digest, str):
             raise ValueError(f"{where}: sha256 must be a string or null, got {digest!r}; the file is damaged")
         if values.get("rotation") is not None:
@@ -117,14 +108,25 @@ class QuantizationConfig:
                 f"{where}: modules_to_not_convert must be a list of names, got {kept!r}; the file is damaged"
             )
         values["modules_to_not_convert"] = tuple(kept)
-        return cls(**values)
+        config = cls(**values)
+        config.check(where)
+        return config
+
+    def check(self, where: str) -> None:
+        """Raise ValueError unless the numbers are in their sets; ``where`` begins the message."""
+        check_bits(self.bits)
+        check_int(where, "group_size", self.group_size)
+        check_one_of(where, "act_bits", self.act_bits, ACT_BITS)
+        check_one_of(where, "kv_bits", self.kv_bits, KV_BITS)
+        check_clip(where, self.act_clip, "act_clip")
+        check_clip(where, self.kv_clip, "kv_clip")
 
 
 def read_quantization_config(directory: str | Path) -> tuple[dict[str, Any], QuantizationConfig]:
-    """The fields of config.json less ``quantization_config``, and that.
+    """The fields of config.json without ``quantization_config``, and the QuantizationConfig.
 
     Raises:
-        ValueError: no such file, damaged, or as :meth:`QuantizationConfig.from_dict`.
+        ValueError: the file is missing or damaged, or as :meth:`QuantizationConfig.from_dict`.
     """
     path = Path(directory) / CONFIG
     try:

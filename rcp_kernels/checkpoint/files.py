@@ -1,4 +1,4 @@
-"""The files of a quantized model's directory: which there may be, and how they replace others whole or not at all."""
+"""The files of a quantized model's directory: their names, and the atomic replacement of a directory."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .config import read_quantization_config
 
 __all__ = ["check_output", "file_sha256", "flush", "take_name"]
 
-# What a quantized model's directory holds: a replacement deletes the old directory, so that any other file forbids it.
+# A quantized model's files. A replacement deletes the old directory, and is refused if there are other files.
 _FILES = re.compile(
     r"(config|generation_config|report|processor_config|preprocessor_config"
     r"|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab|normalizer|chat_template)\.json"
@@ -24,17 +24,17 @@ _FILES = re.compile(
 
 
 def check_output(directory: str | Path) -> None:
-    """Refuse a directory that :func:`save_quantized` could not replace, before hours of work and not after.
+    """Refuse a directory that :func:`save_quantized` could not replace. Call this before hours of work.
 
     Raises:
-        ValueError: it exists and is neither empty nor a quantized model without other files, or it is, or holds, the
-            working directory.
-        OSError: it cannot be made.
+        ValueError: the directory exists and is neither empty nor a quantized model without other files; or it is, or
+            holds, the working directory.
+        OSError: the directory cannot be made.
     """
     directory = Path(directory).resolve()
     if Path.cwd().is_relative_to(directory):
         raise ValueError(
-            f"save_quantized: {directory} must not be the working directory or hold it, as it is replaced whole, got "
+            f"save_quantized: {directory} must not be the working directory or hold it, as it is replaced, got "
             f"{Path.cwd()}; choose a directory inside it"
         )
     if directory.exists() and not directory.is_dir():
@@ -64,7 +64,7 @@ def check_output(directory: str | Path) -> None:
 
 
 def file_sha256(path: Path) -> str:
-    """The sha256 of a file, hexadecimal, read in pieces."""
+    """The sha256 of a file, hexadecimal. The file is read in parts of 4 MB."""
     with path.open("rb") as file:
         digest = hashlib.sha256()
         while part := file.read(1 << 22):
@@ -73,6 +73,7 @@ def file_sha256(path: Path) -> str:
 
 
 def flush(path: Path) -> None:
+    """Write a file, or the entries of a directory, to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -81,7 +82,7 @@ def flush(path: Path) -> None:
 
 
 def take_name(temporary: Path, directory: Path) -> None:
-    """Rename a directory onto another: a directory with content cannot be replaced in one step, so it steps aside."""
+    """Rename a directory onto another. A rename cannot replace a directory with content: that one is renamed first."""
     if not directory.exists():
         os.rename(temporary, directory)
         return

@@ -1,4 +1,4 @@
-"""Reading a quantized model's directory."""
+"""Read a quantized model's directory."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ def load_quantized(
     *,
     dtype: torch.dtype | None = None,
 ) -> tuple[nn.Module, QuantizationConfig]:
-    """Load a directory that :func:`save_quantized` or ``save_pretrained`` wrote: ``from_pretrained``, and its config.
+    """Load a directory that :func:`save_quantized` or ``save_pretrained`` wrote, with ``from_pretrained``.
 
-    The logits are those of the saved model, bit for bit, if dtype is that of the directory.
+    If dtype is that of the directory, the logits are those of the saved model bit for bit.
 
     Args:
         directory: of the model.
-        device: to load it to.
-        dtype: of what is not packed; config.json's without it.
+        device: of the loaded model.
+        dtype: of the tensors that are not packed. None for that of config.json.
 
     Returns:
-        The model in eval mode, and its quantization. Keys and values are quantized by the cache that the caller passes
-        (:class:`rcp_kernels.nn.QuantizedKVCache`), not by the model.
+        The model in eval mode, and its quantization. The model does not quantize keys and values: pass a
+        :class:`rcp_kernels.nn.QuantizedKVCache` for that.
 
     Raises:
         MissingExtra: transformers or safetensors is missing.
-        ValueError: a file is missing or damaged, does not fit the others, or is from a later version.
+        ValueError: a file is missing or damaged, does not fit the others, or is of a later version.
     """
     extras.require("transformers", "safetensors")
     from huggingface_hub.errors import StrictDataclassError
@@ -65,18 +65,19 @@ def load_quantized(
             )
     except (SafetensorError, OSError) as error:
         raise ValueError(
-            f"load_quantized: the weights in {directory} must be whole safetensors files, got {error}; copy them again"
+            f"load_quantized: the weights in {directory} must be complete safetensors files, got {error}; copy them "
+            f"again"
         ) from None
     return model.eval(), config
 
 
 def verify(directory: str | Path) -> None:
-    """Compare the weights of a directory with the sha256 that :func:`save_quantized` wrote into config.json.
+    """Compare the weights of a directory with the sha256 in its config.json.
 
-    Loading does not do this: it would read every byte once more.
+    Loading does not do this, because it would read every byte a second time.
 
     Raises:
-        ValueError: they differ, or there is no digest to compare with.
+        ValueError: the digests differ, or config.json has none.
     """
     directory = Path(directory)
     _, config = read_quantization_config(directory)

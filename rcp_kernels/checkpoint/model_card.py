@@ -1,4 +1,4 @@
-"""README.md of a quantized model's directory: the card that the hub shows, of nothing but what the directory says."""
+"""README.md of a quantized model's directory: the model card of the hub, made from the other files."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .. import extras
 
 __all__ = ["model_card", "write_model_card"]
 
-# What `rcp-kernels quantize demo` reads.
+# The model of `rcp-kernels quantize demo`.
 _NAMES = {"demo": "HuggingFaceTB/SmolLM2-135M-Instruct"}
 _ELEMENT_BITS = {"codes": 8, "levels": 8, "scales": 16}
 _CLIPS = ("act_clip", "kv_clip")
@@ -20,7 +20,7 @@ _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def write_model_card(directory: str | Path) -> None:
-    """Write README.md into a directory with a quantized model's config.json and weights; one that is there is replaced.
+    """Write README.md into a directory with a quantized model's config.json and weights. An old README.md is replaced.
 
     Raises:
         OSError, ValueError, KeyError: as :func:`model_card`.
@@ -29,7 +29,7 @@ def write_model_card(directory: str | Path) -> None:
 
 
 def model_card(directory: str | Path) -> str:
-    """The card of a model: how it is stored, how it was made as far as recipe.yaml says, and how to load it.
+    """The card of a model: how it is stored, how it was made (from recipe.yaml), and how to load it.
 
     Args:
         directory: with config.json and the safetensors files of a quantized model, and recipe.yaml and tokenizer files
@@ -41,7 +41,7 @@ def model_card(directory: str | Path) -> str:
     Raises:
         MissingExtra: safetensors is missing.
         OSError: no config.json.
-        ValueError, KeyError: it is not the config of a quantized model.
+        ValueError, KeyError: config.json is not that of a quantized model.
     """
     directory = Path(directory)
     fields = json.loads((directory / "config.json").read_text())
@@ -51,7 +51,7 @@ def model_card(directory: str | Path) -> str:
     base = None
     if text is not None and (found := re.search(r"^model: *['\"]?([^'\"\n]+)", text, re.MULTILINE)):
         base = _NAMES.get(found[1].strip(), found[1].strip())
-    # A directory of somebody's disk has the form of a hub's name too, where it is relative: then it exists.
+    # A relative directory may look like a name on the hub. A directory exists.
     is_hub = base is not None and _HUB_NAME.fullmatch(base) is not None and not Path(base).exists()
     has_tokenizer = any(directory.glob("tokenizer*"))
     called = None if base is None else base if is_hub else Path(base).name
@@ -95,7 +95,7 @@ def _table(stored: dict[str, Any], directory: Path) -> str:
 
 
 def _bits_per_weight(directory: Path) -> float:
-    """Of the packed layers, by the headers of the files."""
+    """Bits per weight of the packed layers, from the headers of the files."""
     extras.require("safetensors")
     from safetensors import safe_open
 

@@ -1,4 +1,4 @@
-"""Writing a quantized model: what its directory says is checked against the model first."""
+"""Write a quantized model, after a check that the directory will describe the model."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from .. import extras
-from ..methods.rotate.rotate_model import Rotated, apply_structure, rotation_of
+from ..methods.rotate.rotate_model import apply_structure, rotation_of
 from ..models import hf
 from ..nn import QuantLinear
 from .config import CONFIG, QuantizationConfig
@@ -22,10 +22,12 @@ from .model_card import write_model_card
 
 __all__ = [
     "WEIGHTS",
+    "Inspected",
     "cast_floats",
     "check_fits",
     "checked_state",
     "has_packed_layers",
+    "inspect_model",
     "online_rotations",
     "save_quantized",
     "stored_config",
@@ -43,23 +45,24 @@ def save_quantized(
     tokenizer: Any = None,
     files: Mapping[str, str | bytes] | None = None,
 ) -> None:
-    """Write a model so that the directory is there whole or as it was before, whatever happens on the way.
+    """Write a model atomically: after an error or a crash the directory has its old content, or all of the new one.
 
-    transformers' ``save_pretrained`` writes the model into a new directory beside it. A model card and the other files
-    join it, all is flushed to the disk, and the directory takes its name in the end. A process killed between the two
-    renames of a replacement leaves the old model whole in ``.NAME.old.*/model`` beside it.
+    transformers' ``save_pretrained`` writes the model into a new directory beside the target. A model card and the
+    other files are added, and everything is flushed to the disk. Then the new directory is renamed to the target. A
+    process that is killed between the two renames of a replacement leaves the old model in ``.NAME.old.*/model`` beside
+    the target.
 
     Args:
         model: a causal language model of ``transformers`` with packed layers.
-        directory: to make, or to replace if it holds a model.
-        config: must say what the layers are; sha256, format_version and modules_to_not_convert are filled in here.
-        tokenizer: its files are written too; None for none.
+        directory: is made, or replaced if it holds a model.
+        config: of the layers. sha256, format_version and modules_to_not_convert are filled in here.
+        tokenizer: whose files to write too, or None.
         files: more files by name (a recipe, a report, a plot).
 
     Raises:
         MissingExtra: transformers or safetensors is missing.
-        ValueError: as :func:`check_output` and :func:`stored_config`; or the layers are not what config says.
-        OSError: as writing does, a full disk say; what was there before is untouched.
+        ValueError: as :func:`check_output` and :func:`stored_config`; or config does not describe the layers.
+        OSError: writing failed (a full disk, for example); the old content is unchanged.
     """
     extras.require("transformers", "safetensors")
     from safetensors import SafetensorError
@@ -67,7 +70,6 @@ def save_quantized(
     directory = Path(directory).resolve()
     check_output(directory)
     _check_config(model, config)
-    stored_config(model, config)  # all that can be refused is refused before anything is written
     temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
     before = getattr(model.config, "quantization_config", None)
     try:
@@ -77,7 +79,7 @@ def save_quantized(
         except (OSError, SafetensorError) as error:
             raise OSError(
                 f"save_quantized: {directory} must be on a disk with space for the model, got {error}; free some, or "
-                f"choose another: what was there before is untouched"
+                f"choose another; the old content is unchanged"
             ) from error
         take_name(temporary, directory)
     except BaseException:
@@ -91,7 +93,7 @@ def save_quantized(
 
 
 def _fill(folder: Path, model: nn.Module, tokenizer: Any, files: Mapping[str, str | bytes]) -> None:
-    """Write all files of a model, README.md last as it is about the others, flushed to the disk."""
+    """Write all files of a model and flush them to the disk. README.md is last, as it describes the others."""
     with hf.without_bars():
         model.save_pretrained(folder)  # type: ignore[operator]
     fields = json.loads((folder / CONFIG).read_text())
@@ -113,14 +115,14 @@ def _fill(folder: Path, model: nn.Module, tokenizer: Any, files: Mapping[str, st
 
 @torch.no_grad()
 def check_fits(parameters: Mapping[str, Tensor], dtype: torch.dtype) -> None:
-    """Refuse finite values that are infinite in another dtype.
+    """Refuse finite values that another dtype cannot represent.
 
     Args:
         parameters: by name.
         dtype: float32, float16 or bfloat16.
 
     Raises:
-        ValueError: names the parameter and its largest magnitude.
+        ValueError: a value would overflow. The message names the parameter and its largest magnitude.
     """
     largest = torch.finfo(dtype).max
     for name, parameter in parameters.items():
@@ -134,13 +136,13 @@ def check_fits(parameters: Mapping[str, Tensor], dtype: torch.dtype) -> None:
 
 @torch.no_grad()
 def cast_floats(model: nn.Module, dtype: torch.dtype) -> None:
-    """Cast the parameters of a model in place, biases of packed layers too, and say so in its config.
+    """Cast the parameters of a model in place, biases of packed layers too, and set the dtype in its config.
 
-    Unlike ``model.to(dtype)`` it gives buffers the dtype that they have in a model loaded in dtype: RoPE's tables stay
-    float32.
+    Buffers get the dtype that they have in a model that is loaded in ``dtype``. RoPE's tables stay float32, which
+    ``model.to(dtype)`` would cast.
 
     Raises:
-        ValueError: as :func:`check_fits`; nothing is changed then.
+        ValueError: as :func:`check_fits`; the model does not change then.
     """
     parameters = dict(model.named_parameters())
     check_fits(parameters, dtype)
@@ -160,7 +162,7 @@ def has_packed_layers(model: nn.Module) -> bool:
 
 
 def online_rotations(model: nn.Module) -> dict[str, str]:
-    """Where the model rotates while it runs: one full module name by attribute, of each kind that there is."""
+    """The rotations that run in a model: by attribute, the full name of one module that has it."""
     found: dict[str, str] = {}
     for path, module in model.named_modules():
         for attribute in ("input_rotation", "qk_rotation", "output_rotation", "basis_rotation"):
@@ -169,24 +171,29 @@ def online_rotations(model: nn.Module) -> dict[str, str]:
     return found
 
 
-def stored_config(model: nn.Module, stored: QuantizationConfig | None) -> QuantizationConfig:
-    """What config.json has to say of a model, read off its layers, after a look at whether it could be loaded again.
+class Inspected(NamedTuple):
+    """What :func:`inspect_model` found.
+
+    Attributes:
+        config: for config.json.
+        biases: by the name of a linear layer, whether the class of the model gives it a bias.
+    """
+
+    config: QuantizationConfig
+    biases: dict[str, bool]
+
+
+def inspect_model(model: nn.Module, stored: QuantizationConfig | None) -> Inspected:
+    """Read the quantization off a model's layers, and check that the saved model could be loaded again.
 
     Args:
         model: of transformers, with packed layers.
-        stored: what is known beyond the layers: kv_bits and kv_clip. None for a 16-bit cache.
+        stored: gives kv_bits and kv_clip, which the layers do not have. None for a 16-bit cache.
 
     Raises:
-        ValueError: there are no packed layers, or they differ in what the config says once for all; or a loaded model
-            would be another one than this: a rotation without a record, a layer, bias or tensor that the class of the
-            model does not make, or tables of RoPE that were cast with the model.
+        ValueError: as :func:`stored_config`.
     """
-    return _inspect(model, stored)[0]
-
-
-def _inspect(model: nn.Module, stored: QuantizationConfig | None) -> tuple[QuantizationConfig, dict[str, bool]]:
-    """:func:`stored_config`, and whether the class of the model gives a linear layer a bias, by the layer's name."""
-    modules = dict(model.named_modules(remove_duplicate=False))  # a shared layer has each of its names in the files
+    modules = dict(model.named_modules(remove_duplicate=False))  # the files have a shared layer under each name
     layers = {name: module for name, module in modules.items() if isinstance(module, QuantLinear)}
     if not layers:
         raise ValueError("save: the model must have packed layers, got none; quantize it first")
@@ -196,14 +203,21 @@ def _inspect(model: nn.Module, stored: QuantizationConfig | None) -> tuple[Quant
             if getattr(layer, field) != getattr(first, field):
                 raise ValueError(
                     f"save: {field} must be the same in all packed layers, got {getattr(first, field)!r} in "
-                    f"{first_name} and {getattr(layer, field)!r} in {name}; config.json says it once for the model"
+                    f"{first_name} and {getattr(layer, field)!r} in {name}; config.json has one value for the model"
                 )
     rotation = rotation_of(model)
-    _check_rotation(model, rotation)
+    online = online_rotations(model)
+    if online and rotation is None:
+        attribute, path = next(iter(online.items()))
+        raise ValueError(
+            f"save: a rotation that runs in the model must have a record, got {attribute} in {path} without one; "
+            f"rotate with rcp_kernels.methods.rotate.rotate_model, or save the float model"
+        )
     skeleton = hf.skeleton(model, next(model.parameters()).dtype)
     if rotation is not None:
         apply_structure(skeleton, rotation)
-    _check_structure(model, skeleton, layers)
+    _check_layers(model, skeleton, layers)
+    _check_tensors(model, skeleton, layers)
     config = QuantizationConfig(
         bits=first.bits,
         group_size=first.group_size,
@@ -215,19 +229,41 @@ def _inspect(model: nn.Module, stored: QuantizationConfig | None) -> tuple[Quant
         modules_to_not_convert=tuple(name for name, module in modules.items() if isinstance(module, nn.Linear)),
         format_version=max(layer.format_version for layer in layers.values()),
     )
-    return config, {name: m.bias is not None for name, m in skeleton.named_modules() if isinstance(m, nn.Linear)}
+    biases = {name: m.bias is not None for name, m in skeleton.named_modules() if isinstance(m, nn.Linear)}
+    return Inspected(config, biases)
 
 
-def checked_state(model: nn.Module, stored: QuantizationConfig | None) -> tuple[dict[str, Tensor], QuantizationConfig]:
-    """The tensors to write, with the biases that the class of the model has, and what config.json has to say of them.
+def stored_config(model: nn.Module, stored: QuantizationConfig | None) -> QuantizationConfig:
+    """The ``quantization_config`` of a model with packed layers.
 
-    A bias that is absent from a layer but belongs to the class is written as zeros. One of zeros that does not belong
-    to it is left out. Neither changes what the layer computes.
+    Args:
+        model: of transformers, with packed layers.
+        stored: gives kv_bits and kv_clip, which the layers do not have. None for a 16-bit cache.
+
+    Raises:
+        ValueError: there are no packed layers, or they differ in a setting that the config has once; or a loaded model
+            would differ from this one: a rotation without a record, a layer, bias or tensor that the class of the model
+            does not make, or tables of RoPE that were cast with the model.
+    """
+    return inspect_model(model, stored).config
+
+
+def checked_state(
+    model: nn.Module, stored: QuantizationConfig | None, inspected: Inspected | None = None
+) -> tuple[dict[str, Tensor], QuantizationConfig]:
+    """The tensors to write, with the biases of the model's class, and their ``quantization_config``.
+
+    A bias that a layer lacks but the class has is written as zeros. A bias of zeros that the class does not have is
+    left out. Neither changes the outputs of the layer.
+
+    Args:
+        model, stored: as :func:`stored_config`.
+        inspected: the result of :func:`inspect_model` for this model. None inspects it here.
 
     Raises:
         ValueError: as :func:`stored_config`.
     """
-    config, biases = _inspect(model, stored)
+    config, biases = inspect_model(model, stored) if inspected is None else inspected
     head = model.get_output_embeddings()  # type: ignore[operator]
     for name, module in model.named_modules():
         if module is head and isinstance(head, QuantLinear):
@@ -246,60 +282,54 @@ def checked_state(model: nn.Module, stored: QuantizationConfig | None) -> tuple[
 
 
 def _check_config(model: nn.Module, config: QuantizationConfig) -> None:
-    """Refuse a config that says something else of the layers than they are."""
+    """Refuse a config that does not describe the layers."""
     for path, module in model.named_modules():
         if not isinstance(module, QuantLinear):
             continue
         for name in _ALIKE:
-            found, said = getattr(module, name), getattr(config, name)
-            if found != said:
+            found, given = getattr(module, name), getattr(config, name)
+            if found != given:
                 raise ValueError(
-                    f"save_quantized: {name} of config must be that of every packed layer, got {said!r} and {found!r} "
+                    f"save_quantized: {name} of config must be that of every packed layer, got {given!r} and {found!r} "
                     f"in {path}; pass a QuantizationConfig of the layers, which must be alike"
                 )
-    said, found = config.rotation, rotation_of(model)
-    if said != found and not (found is None and said is not None and not said.changes_anything):
+    given, own = config.rotation, rotation_of(model)
+    if given != own and not (own is None and given is not None and not given.changes_anything):
         raise ValueError(
-            f"save_quantized: rotation of config must be the model's, got {said} and {found or 'none'}; pass what "
-            f"rotate_model returned"
+            f"save_quantized: rotation of config must be the model's, got {given} and {own or 'none'}; pass the "
+            f"result of rotate_model"
         )
 
 
-def _check_rotation(model: nn.Module, rotation: Rotated | None) -> None:
-    """Refuse rotations that a loaded model would not have."""
-    online = online_rotations(model)
-    if online and rotation is None:
-        attribute, path = next(iter(online.items()))
-        raise ValueError(
-            f"save: a rotation that runs in the model must have a record, got {attribute} in {path} without one; "
-            f"rotate with rcp_kernels.methods.rotate.rotate_model, or save the float model"
-        )
-
-
-def _check_structure(model: nn.Module, skeleton: nn.Module, layers: Mapping[str, QuantLinear]) -> None:
-    """Refuse a model that its own class, made from its config, could not take the tensors of."""
-    where, what = "save", type(model).__name__
+def _check_layers(model: nn.Module, skeleton: nn.Module, layers: Mapping[str, QuantLinear]) -> None:
+    """Refuse packed layers that do not fit the linear layers that the model's class makes from its config."""
+    class_name = type(model).__name__
     made = dict(skeleton.named_modules())
     for name, layer in layers.items():
         linear = made.get(name)
         if not isinstance(linear, nn.Linear):
             found = "nothing" if linear is None else f"a {type(linear).__name__}"
             raise ValueError(
-                f"{where}: the packed layer {name} must stand for a linear layer of {what}, got {found} of that name; "
-                f"save the state_dict of a model of your own with torch.save"
+                f"save: the packed layer {name} must replace a linear layer of {class_name}, got {found} of that name; "
+                f"save the state_dict of a custom model with torch.save"
             )
         sizes = [(x.in_features, x.out_features) for x in (layer, linear)]
         if sizes[0] != sizes[1]:
             raise ValueError(
-                f"{where}: {name} must have the sizes (in, out) that config.json gives it, {sizes[1]}, got {sizes[0]}; "
-                f"change the config with the layer"
+                f"save: {name} must have the sizes (in, out) of config.json, {sizes[1]}, got {sizes[0]}; change the "
+                f"config with the layer"
             )
         has_bias = getattr(linear, "bias", None) is not None  # mypy does not know that it may be None
         if not has_bias and layer.bias is not None and bool(layer.bias.count_nonzero()):
             raise ValueError(
-                f"{where}: {name} must have no bias, as {what} with this config has none there, got one that is not "
-                f"zero; a loaded model would lose it: set the bias in the config (attention_bias, say)"
+                f"save: {name} must have no bias, as {class_name} with this config has none there, got one that is not "
+                f"zero; a loaded model would lose it: set the bias in the config (for example attention_bias)"
             )
+
+
+def _check_tensors(model: nn.Module, skeleton: nn.Module, layers: Mapping[str, QuantLinear]) -> None:
+    """Refuse float tensors with other names, shapes or dtypes than those that a loaded model would have."""
+    class_name = type(model).__name__
     packed = tuple(f"{name}." for name in layers)
     own, expected = (
         {key: tensor for key, tensor in x.state_dict().items() if not key.startswith(packed)} for x in (model, skeleton)
@@ -307,13 +337,13 @@ def _check_structure(model: nn.Module, skeleton: nn.Module, layers: Mapping[str,
     missing, unknown = sorted(expected.keys() - own.keys()), sorted(own.keys() - expected.keys())
     if missing or unknown:
         raise ValueError(
-            f"{where}: the model must have the tensors that {what} makes of its config, got {missing[:3]} missing and "
-            f"{unknown[:3]} unknown to it; merge or remove what was added (an adapter, say) before saving"
+            f"save: the model must have the tensors that {class_name} makes from its config, got {missing[:3]} missing "
+            f"and {unknown[:3]} unknown to it; merge or remove additions (for example an adapter) before saving"
         )
     for key, tensor in own.items():
         if tensor.shape != expected[key].shape:
             raise ValueError(
-                f"{where}: {key} must have the shape that config.json gives it, {tuple(expected[key].shape)}, got "
+                f"save: {key} must have the shape of config.json, {tuple(expected[key].shape)}, got "
                 f"{tuple(tensor.shape)}; change the config with the tensor"
             )
     dtype = next(model.parameters()).dtype
@@ -321,14 +351,13 @@ def _check_structure(model: nn.Module, skeleton: nn.Module, layers: Mapping[str,
     for name, parameter in model.named_parameters():
         if parameter.dtype != dtype and not any(part in name.split(".") for part in kept):
             raise ValueError(
-                f"{where}: all parameters must have one dtype, which config.json says once, got {dtype} and "
+                f"save: all parameters must have one dtype, which config.json has once, got {dtype} and "
                 f"{parameter.dtype} in {name}; cast them with rcp_kernels.checkpoint.cast_floats(model, {dtype})"
             )
     tables = dict(skeleton.named_buffers())
     for name, buffer in model.named_buffers():
         if name in tables and not name.startswith(packed) and buffer.dtype != tables[name].dtype:
             raise ValueError(
-                f"{where}: {name} must be {tables[name].dtype}, as a loaded model computes it, got {buffer.dtype}; "
-                f"load the float model with from_pretrained(..., dtype=...) instead of casting it, and quantize it "
-                f"again"
+                f"save: {name} must be {tables[name].dtype}, as in a loaded model, got {buffer.dtype}; load the float "
+                f"model with from_pretrained(..., dtype=...) instead of casting it, and quantize it again"
             )

@@ -229,19 +229,7 @@ class RcpLinearMethod(LinearMethodBase):
             # The bias is not the QuantLinear's own: vLLM leaves it out on all ranks but one, or adds it elsewhere.
             stop = start + linear.out_features
             part = None if bias is None else bias[start:stop]
-            outputs.append(
-                lut_linear(
-                    x,
-                    linear.packed,
-                    part,
-                    linear.out_features,
-                    linear.in_features,
-                    linear.bits,
-                    linear.group_size,
-                    linear.act_bits,
-                    linear.act_clip,
-                )
-            )
+            outputs.append(lut_linear(x, linear.packed, part, linear.geometry, linear.act_bits, linear.act_clip))
             start = stop
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
 

@@ -1,4 +1,4 @@
-"""Modules on packed weights, the rotation of what goes into them, and the quantized key-value cache."""
+"""Modules with packed weights, rotations of their inputs, and the quantized key-value cache."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +29,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """What needs transformers, which is optional and takes a second to import."""
+    """Import the names that need transformers, which is optional and takes a second to import."""
     if name in ("fuse_decoder", "is_fused", "unfuse_decoder"):
         from . import fused_decoder
 

@@ -1,6 +1,6 @@
 """A transformers Cache that holds keys and values in 4 bits, and attention that reads it packed (docs/kv_cache.md).
 
-Importing this module imports transformers, and registers the attention implementation ``"rcp_kv4"`` with it.
+Importing this module imports transformers and registers the attention implementation ``"rcp_kv4"``.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from .. import extras
-from ..models.hf import cache_keyword
-from ..ops.kv_cache import empty_kv_cache, kv_cache_append, kv_cache_attention, kv_cache_dequantize
+from ..models.hf import cache_argument
+from ..ops.checks import check_clip, check_int
+from ..ops.kv_cache import KVStorage, empty_kv_cache, kv_cache_append, kv_cache_attention, kv_cache_dequantize
 from .online_rotation import OnlineRotation
 
 extras.require("transformers")
@@ -35,18 +36,19 @@ __all__ = [
 
 ATTENTION = "rcp_kv4"
 
-# Storage grows by so many positions: copying then costs a 256th of the cache per token, and less than 256 lie idle.
+# Storage grows by this many positions. Growing then copies 1/256 of the cache per token, and wastes fewer than 256
+# positions.
 _GROWTH = 256
 
-# So many query tokens at most read the cache packed. For more, dequantizing it once is worth the memory: torch's
-# attention has tiles for many queries.
 MOST_QUERIES = 16
+"""The most query tokens that read the cache packed. For more, dequantizing the cache once is faster, as torch's
+attention has tiles for many queries."""
 
 _HANDLE = "_rcp_kv_layer"
 
 
 class UnsupportedAttention(ValueError):
-    """The model's attention has a part that ``"rcp_kv4"`` does not compute."""
+    """The model's attention has a part that ``"rcp_kv4"`` does not have."""
 
 
 class QuantizedKVLayer(CacheLayerMixin):
@@ -54,14 +56,11 @@ class QuantizedKVLayer(CacheLayerMixin):
 
     Attributes:
         length: positions held, for every sequence of the batch.
-        unread: whether keys were handed out under ``"rcp_kv4"`` and have not come to its function.
-        key_codes, key_scales, value_codes, value_scales: as ``ops.empty_kv_cache`` makes them, once there are any.
+        unread: whether keys were returned under ``"rcp_kv4"`` and have not reached its attention function.
+        storage: the packed tensors. There is none before the first tokens.
     """
 
-    key_codes: Tensor
-    key_scales: Tensor
-    value_codes: Tensor
-    value_scales: Tensor
+    storage: KVStorage
 
     is_croppable = True
     supports_early_init = False
@@ -70,7 +69,7 @@ class QuantizedKVLayer(CacheLayerMixin):
         self, packed: Callable[[], bool], clip: float, capacity: int, key_rotation: OnlineRotation | None
     ) -> None:
         super().__init__()
-        self.is_initialized = False  # transformers before 5 leaves it out
+        self.is_initialized = False
         self._packed = packed
         self._clip = clip
         self._capacity = capacity
@@ -86,19 +85,19 @@ class QuantizedKVLayer(CacheLayerMixin):
                 f"{tuple(value_states.shape)}; models with another head_dim for values need another cache"
             )
         self.device = key_states.device
-        self.key_codes, self.key_scales = empty_kv_cache(batch, heads, self._capacity, self.head_dim, self.device)
-        self.value_codes, self.value_scales = empty_kv_cache(batch, heads, self._capacity, self.head_dim, self.device)
+        shape = (batch, heads, self._capacity, self.head_dim, self.device)
+        self.storage = KVStorage(*empty_kv_cache(*shape), *empty_kv_cache(*shape))
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Append [batch, kv_heads, tokens, head_dim]; give back all keys and values, dequantized.
+        """Append keys and values [batch, kv_heads, tokens, head_dim]; return all keys and values, dequantized.
 
-        Under the attention implementation ``"rcp_kv4"`` nothing is dequantized: what comes back only leads that
-        function here.
+        Under the attention implementation ``"rcp_kv4"`` nothing is dequantized. The returned keys then only carry a
+        reference to this layer, for the attention function.
 
         Raises:
-            ValueError: gradients are wanted, the shape is not that of what was appended before, NaN or Inf, or what
-                came back last time never reached the function of ``"rcp_kv4"``.
+            ValueError: a gradient is wanted, the shape differs from that of earlier tokens, there is NaN or Inf, or the
+                keys of the last call never reached the function of ``"rcp_kv4"``.
         """
         if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
             raise ValueError(
@@ -108,16 +107,16 @@ class QuantizedKVLayer(CacheLayerMixin):
         packed = self._packed()
         if packed and self.unread:
             raise ValueError(
-                f"QuantizedKVCache: under {ATTENTION!r} a model must hand the keys of the cache to its attention "
+                f"QuantizedKVCache: under {ATTENTION!r} a model must pass the keys of the cache to its attention "
                 f'unchanged, got one that does not; use set_attn_implementation("sdpa")'
             )
-        if not self.is_initialized or (self.length == 0 and self.key_codes.shape[0] != key_states.shape[0]):
+        if not self.is_initialized or (self.length == 0 and self.storage.key_codes.shape[0] != key_states.shape[0]):
             self.lazy_initialization(key_states, value_states)
         tokens = key_states.shape[2]
         self._reserve(self.length + tokens)
         keys = key_states if self.key_rotation is None else self.key_rotation(key_states)
-        kv_cache_append(keys, self.key_codes, self.key_scales, self.length, self._clip)
-        kv_cache_append(value_states, self.value_codes, self.value_scales, self.length, self._clip)
+        kv_cache_append(keys, *self.storage[:2], self.length, self._clip)
+        kv_cache_append(value_states, *self.storage[2:], self.length, self._clip)
         self.length += tokens
         if packed:
             self.unread = True
@@ -128,21 +127,20 @@ class QuantizedKVLayer(CacheLayerMixin):
 
     def dequantize(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """All keys, with the rotation undone, and values: [batch, kv_heads, length, head_dim]."""
-        keys = kv_cache_dequantize(self.key_codes, self.key_scales, self.length, self.head_dim, dtype)
-        values = kv_cache_dequantize(self.value_codes, self.value_scales, self.length, self.head_dim, dtype)
+        keys = kv_cache_dequantize(*self.storage[:2], self.length, self.head_dim, dtype)
+        values = kv_cache_dequantize(*self.storage[2:], self.length, self.head_dim, dtype)
         return keys if self.key_rotation is None else self.key_rotation.inverse(keys), values
 
     def attention(self, query: Tensor, scale: float | None, causal: bool, window: int, mask: Tensor | None) -> Tensor:
         """``ops.kv_cache_attention`` of query [batch, heads, queries, head_dim] on all positions held."""
         if self.key_rotation is not None:
             query = self.key_rotation(query)
-        storage = (self.key_codes, self.key_scales, self.value_codes, self.value_scales)
-        return kv_cache_attention(query, *storage, self.length, scale, causal, window, mask)
+        return kv_cache_attention(query, self.storage, self.length, scale, causal, window, mask)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of storage, what is reserved for tokens to come included."""
-        return sum(tensor.nbytes for tensor in self._storage().values())
+        """Bytes of storage, the positions reserved for later tokens included."""
+        return sum(tensor.nbytes for tensor in self.storage) if self.is_initialized else 0
 
     def get_seq_length(self) -> int:
         return self.length
@@ -153,17 +151,17 @@ class QuantizedKVLayer(CacheLayerMixin):
     get_max_cache_shape = get_max_length
 
     def get_mask_sizes(self, query_length: int | Tensor) -> tuple[int, int]:
-        # transformers before 5 passes the positions of the queries.
+        # Some releases of transformers pass the positions of the queries.
         queries = query_length if isinstance(query_length, int) else query_length.shape[0]
         return self.length + queries, 0
 
     def reset(self) -> None:
-        """Forget all positions; the storage is kept for the next ones, unless these are of another batch size."""
+        """Forget all positions. Later tokens of the same batch size use the storage again."""
         self.length = 0
         self.unread = False
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last ``-tokens_to_remove`` positions; a positive number is what to keep (transformers 4)."""
+        """Forget the last ``-tokens_to_remove`` positions. A positive number is the number of positions to keep."""
         if tokens_to_remove < 0:
             self.length = max(0, self.length + tokens_to_remove)
         elif tokens_to_remove > 0:
@@ -184,35 +182,31 @@ class QuantizedKVLayer(CacheLayerMixin):
     def prefetch(self) -> None:
         self._map(lambda x: x.to(self.device, non_blocking=True))
 
-    def _storage(self) -> dict[str, Tensor]:
-        names = ("key_codes", "key_scales", "value_codes", "value_scales")
-        return {name: getattr(self, name) for name in names} if self.is_initialized else {}
-
     def _map(self, f: Callable[[Tensor], Tensor]) -> None:
-        for name, tensor in self._storage().items():
-            setattr(self, name, f(tensor).contiguous())
+        if self.is_initialized:
+            self.storage = KVStorage(*(f(tensor).contiguous() for tensor in self.storage))
 
     def _reserve(self, length: int) -> None:
-        have = self.key_codes.shape[2]
+        have = self.storage.key_codes.shape[2]
         if length > have:
             more = (length - have + _GROWTH - 1) // _GROWTH * _GROWTH
             self._map(lambda x: torch.cat([x, x.new_zeros(*x.shape[:2], more, x.shape[3])], dim=2))
 
 
 def _reads_packed(config: Any) -> bool:
-    """Whether a model's attention reads the cache packed; no lambda, so that a cache can be pickled."""
+    """Whether a model's attention reads the cache packed. It is no lambda because caches are pickled."""
     return config is not None and config._attn_implementation == ATTENTION
 
 
 class QuantizedKVCache(Cache):
     """A transformers Cache of 4-bit keys and values: 4.5 bits a number at head_dim 64 (RCP's KV4, arXiv 2502.15779).
 
-    Every key (after RoPE) and value of every head is quantized when it is appended, by itself, asymmetrically, as
-    ``ops.fake_quantize_kv`` says; nothing is ever requantized, and nothing is kept in float. All tokens attend to the
-    quantized keys and values, those of the prompt too.
+    When a token is appended, the key (after RoPE) and the value of each head are quantized asymmetrically, as
+    ``ops.fake_quantize_kv`` says. They are not requantized later, and the cache keeps no float copy. All tokens attend
+    to the quantized keys and values, also those of the prompt.
 
-    Works under any attention implementation; ``model.set_attn_implementation("rcp_kv4")`` reads the cache packed while
-    decoding. Layers with a sliding window keep all positions (the mask hides the old ones).
+    The cache works under any attention implementation. ``model.set_attn_implementation("rcp_kv4")`` reads it packed
+    while decoding. Layers with a sliding window keep all positions; the mask hides the old ones.
     """
 
     def __init__(
@@ -225,20 +219,18 @@ class QuantizedKVCache(Cache):
         """An empty cache.
 
         Args:
-            config: ``model.config``, looked at in each call to see whether the attention implementation is
-                ``"rcp_kv4"``. Without it, or under another one, keys and values are dequantized in each call.
-            clip: in (0, 1]; 0.95 as in QuaRot.
-            capacity: positions to reserve when the first tokens come; storage grows by 256 beyond it.
-            key_rotation: R3, of size head_dim: applied to keys before they are quantized and to queries, or undone
-                where keys are given back. Leave it out for a model that rotates queries and keys itself.
+            config: ``model.config``. Each call reads the attention implementation from it. Without a config, or if
+                the implementation is not ``"rcp_kv4"``, each call dequantizes keys and values.
+            clip: in (0, 1]. QuaRot uses 0.95.
+            capacity: positions to reserve with the first tokens. Beyond it storage grows by 256.
+            key_rotation: R3, of size head_dim. Queries and keys are rotated before the keys are quantized; returned
+                keys are rotated back. Leave it out for a model that rotates queries and keys itself.
 
         Raises:
-            ValueError: a clip or capacity that cannot be.
+            ValueError: a clip outside (0, 1], or a capacity below 1.
         """
-        if not 0.0 < clip <= 1.0:
-            raise ValueError(f"QuantizedKVCache: clip must be in (0, 1], got {clip}; 1.0 keeps the largest value")
-        if capacity < 1:
-            raise ValueError(f"QuantizedKVCache: capacity must be at least 1, got {capacity}; pass expected positions")
+        check_clip("QuantizedKVCache", clip)
+        check_int("QuantizedKVCache", "capacity", capacity, remedy="pass the expected number of positions")
         text_config = config.get_text_config(decoder=True) if config is not None else None
         make: Any = functools.partial(
             QuantizedKVLayer,
@@ -251,7 +243,7 @@ class QuantizedKVCache(Cache):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of storage of all layers, what is reserved for tokens to come included."""
+        """Bytes of storage of all layers, the positions reserved for later tokens included."""
         layers: list[Any] = self.layers
         return sum(layer.nbytes for layer in layers)
 
@@ -275,12 +267,13 @@ def _packed_attention(
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: out [batch, queries, heads, head_dim], and no weights.
 
-    A few queries read the packed cache; many, a mask of numbers, and keys from elsewhere are torch's business.
+    At most MOST_QUERIES queries read the packed cache. More queries, a mask of numbers, and keys that do not come from
+    the cache go to torch's attention.
     """
     for name in ("softcap", "s_aux", "position_bias"):
         if kwargs.get(name) is not None:
             raise UnsupportedAttention(
-                f"{ATTENTION}: attention with {name} is not something this kernel computes, got one; use "
+                f"{ATTENTION}: attention must have no {name}, which the kernel does not compute, got one; use "
                 f'set_attn_implementation("eager") with the same cache'
             )
     layer = getattr(key, _HANDLE, None)
@@ -291,7 +284,7 @@ def _packed_attention(
         if layer is not None:
             key, value = layer.dequantize(query.dtype)
             if attention_mask is None and layer.length > query.shape[2] > 1:
-                # torch's causal mask is for queries that start at the first position.
+                # torch's causal mask assumes that queries start at the first position.
                 own = torch.arange(layer.length - query.shape[2], layer.length, device=query.device)
                 attention_mask = torch.arange(layer.length, device=query.device) <= own[:, None]
                 attention_mask = attention_mask[None, None]
@@ -300,21 +293,21 @@ def _packed_attention(
         )
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     mask = None if attention_mask is None else attention_mask[..., : layer.length]
-    # A mask says all there is to say; the window again, so that what it hides need not be read.
+    # A mask includes the window. The kernel gets the window too, and does not read the positions outside of it.
     out = layer.attention(query, scaling, causal and attention_mask is None, sliding_window or 0, mask)
     return out.transpose(1, 2).contiguous(), None
 
 
 def use_packed_attention(model: Any) -> str | None:
-    """Give a model the attention implementation ``"rcp_kv4"``, if that computes the attention it has.
+    """Give a model the attention implementation ``"rcp_kv4"``, if that computes the model's attention.
 
-    One token goes through the model to find out. Where the answer is no, the model keeps the implementation it had.
+    One token goes through the model as a test. If the test fails, the model keeps its implementation.
 
     Args:
         model: a causal language model of transformers.
 
     Returns:
-        None, or why the model did not get it.
+        None, or the reason why the model kept its implementation.
     """
     before = model.config._attn_implementation
     model.set_attn_implementation(ATTENTION)
@@ -323,14 +316,14 @@ def use_packed_attention(model: Any) -> str | None:
     try:
         with torch.inference_mode():
             token = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
-            model(token, **{cache_keyword(model): cache}, use_cache=True)
+            model(token, **cache_argument(model, cache), use_cache=True)
     except UnsupportedAttention as error:
         reason = str(error).partition("; ")[0]
     layers: list[Any] = cache.layers
     if reason is None and (
         not _reads_packed(model.config.get_text_config(decoder=True)) or any(layer.unread for layer in layers)
     ):
-        reason = f"{ATTENTION}: {type(model).__name__} does not call the attention function that it is given"
+        reason = f"{ATTENTION}: {type(model).__name__} does not call the attention function of its config"
     if reason is not None:
         model.set_attn_implementation(before)
     return reason

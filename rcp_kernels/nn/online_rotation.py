@@ -1,4 +1,4 @@
-"""The orthogonal transform of activations that makes them, and the weights behind them, easier to quantize."""
+"""The orthogonal transform that makes activations, and the weights that take them, easier to quantize."""
 
 from __future__ import annotations
 
@@ -9,11 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..ops.checks import check_one_of
+from ..ops.lut_linear import NO_ROTATION, Rotation
 from ..ops.walsh_matrices import factor_size, hadamard_matrix, walsh_matrix
-from ..ops.walsh_transform import walsh_transform, walsh_transform_reference
+from ..ops.walsh_transform import transform_tables, walsh_transform, walsh_transform_reference
 
-__all__ = ["OnlineRotation", "rotate_inputs"]
+__all__ = ["OnlineRotation", "check_input_rotation", "rotate_inputs"]
 
+# The index is the number in `state`.
 _ORDERS = ("natural", "sequency")
 _VERSION = 1
 
@@ -21,21 +24,19 @@ _VERSION = 1
 class OnlineRotation(nn.Module):
     """``y = R x`` for each token x, with R an orthogonal matrix of +-1/sqrt(n), applied by a fast Walsh transform.
 
-    Such a rotation spreads the outliers of a token over all its entries, and those of a weight over its columns. It is
-    applied to activations while the model runs, where no weight is at hand to take it in (QuaRot, Ashkboos et al. 2024,
-    and RCP, arXiv 2502.15779: R3 on queries and keys after RoPE, R4 before down_proj, across heads before o_proj), and
-    :meth:`fuse_into` folds it into the weights on either side. Blocks of the weight's group in sequency order are GSR's
-    rotation (arXiv 2505.03810).
+    The rotation spreads the outliers of a token over all its entries, and those of a weight over its columns. It runs
+    in the model where no weight can absorb it: R3 on queries and keys after RoPE, R4 before down_proj, and across heads
+    before o_proj (QuaRot, Ashkboos et al. 2024, and RCP, arXiv 2502.15779). :meth:`fuse_into` folds it into the weight
+    before or after. Blocks of the weight's group_size in sequency order are GSR's rotation (arXiv 2505.03810).
 
-    In terms of a row of activations, ``forward(x) = x @ matrix().T``. The module has no parameters, and no state other
-    than the signs, if it has them. Differentiable.
+    For a row of activations, ``forward(x) = x @ matrix().T``. The module has no parameters. Its only state is the
+    signs, if it has them. Differentiable.
 
     Attributes:
         size: entries of a token.
-        group_size: entries that are mixed with each other, or heads, where heads is given: the effective number, never
-            None.
+        group_size: entries that are mixed with each other; with heads, heads that are mixed. Never None.
         order: ``"sequency"`` or ``"natural"``.
-        heads: None, or the number of heads that are mixed across.
+        heads: the number of heads across which entries are mixed, or None.
         signs: int8 [size] of +-1, a buffer, or None.
     """
 
@@ -49,26 +50,25 @@ class OnlineRotation(nn.Module):
         heads: int | None = None,
         signs: Tensor | Sequence[int] | None = None,
     ) -> None:
-        """Describe a rotation; nothing is computed yet.
+        """Describe a rotation. The constructor computes nothing.
 
         Args:
             size: entries of a token, the last dimension of the input.
-            group_size: mix only entries of the same run of so many (a block-diagonal R); with heads, only heads of the
-                same run. A divisor of size (of heads) of the form m * 2^k with m in
-                ``rcp_kernels.ops.walsh_matrices.BASE_ORDERS``; None mixes them all.
+            group_size: mix only entries of the same run of group_size entries (a block-diagonal R); with heads, only
+                heads of the same run. It divides size (or heads) and is m * 2^k with m in
+                ``rcp_kernels.ops.walsh_matrices.BASE_ORDERS``. None mixes all.
             order: of the rows of R inside a block: ``"sequency"`` or ``"natural"``.
-            heads: see the token as so many heads of size / heads entries each, and mix entry i of the heads with each
-                other, for each i: R is kron(T, I), where T transforms along the heads.
+            heads: the token is this many heads of size / heads entries. For each i, entry i of all heads is mixed: R is
+                kron(T, I), where T transforms along the heads.
             signs: +-1 [size], multiplied into the token before the transform: a randomised Hadamard matrix. Only with
-                natural order: signs scatter the sequency of R's columns, which is all that sequency order is for.
+                natural order: signs scatter the sequency of R's columns, which is the purpose of sequency order.
 
         Raises:
             ValueError: a number that does not divide another, a size without a matrix, an unknown order, or signs that
                 are not +-1, not one an entry, or given with sequency order.
         """
         super().__init__()
-        if order not in _ORDERS:
-            raise ValueError(f"OnlineRotation: order must be one of {_ORDERS}, got {order!r}; check the spelling")
+        check_one_of("OnlineRotation", "order", order, _ORDERS, "check the spelling")
         if size < 1:
             raise ValueError(f"OnlineRotation: size must be at least 1, got {size}; pass the features of a token")
         if heads is not None and (heads < 1 or size % heads):
@@ -92,7 +92,7 @@ class OnlineRotation(nn.Module):
             if order == "sequency":
                 raise ValueError(
                     'OnlineRotation: signs need order="natural", got "sequency"; signs scatter the sequency of the '
-                    "columns, so that the order would mean nothing: leave them out or choose natural order"
+                    "columns: leave them out or choose natural order"
                 )
             if tuple(signs.shape) != (size,) or not (signs.is_meta or bool((signs.abs() == 1).all())):
                 raise ValueError(
@@ -111,12 +111,21 @@ class OnlineRotation(nn.Module):
         """``R^T y``, which undoes :meth:`forward`: [..., size] -> the same shape and dtype."""
         return self._unrotate(y, walsh_transform)
 
+    def apply_or_defer(self, x: Tensor) -> tuple[Tensor, Rotation]:
+        """The arguments ``x`` and ``rotation`` of :func:`rcp_kernels.lut_linear` for the rotated x.
+
+        The operator can rotate x itself, which is bit-equal and keeps the rotated token in cache. It has no heads and
+        no signs: with these x is rotated here.
+        """
+        if self.heads is not None or self._buffers["signs"] is not None:
+            return self(x), NO_ROTATION
+        return x, Rotation(*transform_tables("OnlineRotation", x, self.group_size, self.order), self.group_size)
+
     def matrix(self) -> Tensor:
-        """R as float64 [size, size]: ``forward(x) = x @ matrix().T``. Made of the dense matrices, not the transform."""
+        """R as float64 [size, size], from dense matrices: ``forward(x) = x @ matrix().T``."""
         make = walsh_matrix if self.order == "sequency" else hadamard_matrix
-        block = make(self.group_size).to(torch.float64) / self.group_size**0.5
         mixed = self.size if self.heads is None else self.heads
-        matrix = torch.block_diag(*[block] * (mixed // self.group_size))
+        matrix = torch.block_diag(*[make(self.group_size, normalized=True)] * (mixed // self.group_size))
         if self.heads is not None:
             matrix = torch.kron(matrix, torch.eye(self.size // self.heads, dtype=torch.float64))
         if self.signs is not None:
@@ -128,8 +137,8 @@ class OnlineRotation(nn.Module):
 
         Args:
             weight: floating point [out_features, in_features].
-            side: ``"input"``: W R^T, of the layer that takes *rotated* input and gives what W gives without;
-                ``"output"``: R W, of the layer that takes plain input and gives *rotated* output.
+            side: ``"input"``: W R^T, for a layer that takes *rotated* input and has the output of W.
+                ``"output"``: R W, for a layer that takes plain input and has *rotated* output.
 
         Returns:
             float64, as weight in shape.
@@ -137,8 +146,7 @@ class OnlineRotation(nn.Module):
         Raises:
             ValueError: another side, or a weight whose features on that side are not ``size``.
         """
-        if side not in ("input", "output"):
-            raise ValueError(f'OnlineRotation: side must be "input" or "output", got {side!r}; check the spelling')
+        check_one_of("OnlineRotation", "side", side, ("input", "output"), "check the spelling")
         dimension = 1 if side == "input" else 0
         if weight.dim() != 2 or weight.shape[dimension] != self.size:
             raise ValueError(
@@ -153,22 +161,22 @@ class OnlineRotation(nn.Module):
     def fuse_into(self, linear: nn.Linear, side: str = "input") -> None:
         """Fold this rotation into a linear layer, in place, in float64.
 
-        ``side="input"`` folds the inverse in: ``linear(rotation(x))`` is then what ``linear(x)`` was.
-        ``side="output"`` folds the rotation in, into the bias too: ``linear(x)`` is then what ``rotation(linear(x))``
-        was. The two cancel: fused into the output of one layer and the input of the next, with nothing between them or
-        only what commutes with the rotation (a sum with another rotated output, a norm without gains), they leave the
-        model as it was.
+        ``side="input"`` folds in the inverse: the new ``linear(rotation(x))`` is the old ``linear(x)``.
+        ``side="output"`` folds in the rotation, also into the bias: the new ``linear(x)`` is the old
+        ``rotation(linear(x))``. The two cancel if the output of one layer and the input of the next are rotated.
+        Between these layers there may only be functions that commute with the rotation: a sum with another rotated
+        output, a norm without gains.
 
-        The Parameter keeps its identity, dtype and device: a weight that is tied to another module's changes there too.
-        To keep the layer, copy it first, or use :func:`rotate_inputs`.
+        The Parameter keeps its identity, dtype and device: a tied weight changes in both modules. To keep the layer,
+        copy it first, or use :func:`rotate_inputs`.
 
         Args:
             linear: floating point, with ``size`` features on that side.
             side: ``"input"`` or ``"output"``.
 
         Raises:
-            TypeError: not an ``nn.Linear``; a packed weight cannot be rotated, only quantized after rotation.
-            ValueError: as :meth:`rotate_weight`, or the layer rotates its input by itself and side is ``"input"``.
+            TypeError: linear is not an ``nn.Linear``. A packed weight cannot be rotated; rotate before quantizing.
+            ValueError: as :meth:`rotate_weight`, or side is ``"input"`` and the layer has an input_rotation.
         """
         if not isinstance(linear, nn.Linear):
             raise TypeError(
@@ -177,8 +185,8 @@ class OnlineRotation(nn.Module):
             )
         if side == "input" and getattr(linear, "input_rotation", None) is not None:
             raise ValueError(
-                f"OnlineRotation: a layer whose input is rotated before its weight cannot take a rotation of its "
-                f"input, got a {type(linear).__name__} with {linear.input_rotation}; start from the plain nn.Linear"
+                f"OnlineRotation: a layer with an input_rotation cannot take a rotation of its input, got a "
+                f"{type(linear).__name__} with {linear.input_rotation}; start from the plain nn.Linear"
             )
         weight = self.rotate_weight(linear.weight, side)
         with torch.no_grad():
@@ -187,9 +195,9 @@ class OnlineRotation(nn.Module):
                 linear.bias.copy_(self._rotate(linear.bias.to(torch.float64), walsh_transform_reference))
 
     def state(self) -> Tensor:
-        """What R is made of, but for the signs: int64 [version, size, group_size, order, heads], on the CPU.
+        """R without its signs: int64 [version, size, group_size, order, heads], on the CPU.
 
-        The version is 1, the order 0 for natural and 1 for sequency, and heads 0 for None.
+        The version is 1. The order is 0 for natural and 1 for sequency. heads is 0 for None.
         """
         entries = [_VERSION, self.size, self.group_size, _ORDERS.index(self.order), self.heads or 0]
         return torch.tensor(entries, dtype=torch.int64, device="cpu")
@@ -199,7 +207,7 @@ class OnlineRotation(nn.Module):
         """The rotation, without signs, that :meth:`state` describes.
 
         Raises:
-            ValueError: another dtype or shape, a version from the future, or a rotation that cannot be.
+            ValueError: another dtype or shape, a later version, or impossible numbers.
         """
         if state.dtype != torch.int64 or state.dim() != 1 or state.numel() < 1:
             raise ValueError(
@@ -207,10 +215,10 @@ class OnlineRotation(nn.Module):
                 f"of shape {tuple(state.shape)}; store it unconverted"
             )
         version, *fields = (int(entry) for entry in state.tolist())
-        if version > _VERSION:  # before its length: a later version may say more
+        if version > _VERSION:  # before the number of entries: a later version may have more
             raise ValueError(
-                f"OnlineRotation: version must be {_VERSION}, got {version}; the file was written by a newer "
-                f"rcp-kernels: upgrade it"
+                f"OnlineRotation: version must be {_VERSION}, got {version}; a newer rcp-kernels wrote the file: "
+                f"upgrade"
             )
         if len(fields) != 4 or fields[2] not in range(len(_ORDERS)):
             raise ValueError(
@@ -244,7 +252,7 @@ class OnlineRotation(nn.Module):
         return x if signs is None else x * signs
 
     def _split(self, x: Tensor) -> Tensor:
-        """[..., heads * d] -> [..., d, heads], so that the last dimension is the one to transform."""
+        """[..., heads * d] -> [..., d, heads]: the transform runs along the last dimension."""
         assert self.heads is not None
         return x.unflatten(-1, (self.heads, self.size // self.heads)).transpose(-1, -2)
 
@@ -274,15 +282,34 @@ class OnlineRotation(nn.Module):
         )
 
 
+def check_input_rotation(where: str, rotation: object, in_features: int) -> None:
+    """Raise unless ``rotation`` is an OnlineRotation of ``in_features`` entries.
+
+    Raises:
+        TypeError: another type.
+        ValueError: another size.
+    """
+    if not isinstance(rotation, OnlineRotation):
+        raise TypeError(
+            f"{where}: input_rotation must be an OnlineRotation, got {type(rotation).__name__}; put any other module "
+            f"before the layer"
+        )
+    if rotation.size != in_features:
+        raise ValueError(
+            f"{where}: input_rotation must have size {in_features} (in_features), got {rotation.size}; make the "
+            f"rotation for this layer"
+        )
+
+
 def rotate_inputs(linear: nn.Linear, rotation: OnlineRotation | None = None) -> nn.Sequential:
-    """The same function as a linear layer, computed on rotated inputs: ``nn.Sequential(rotation, linear')``.
+    """The function of a linear layer, computed on rotated inputs: ``nn.Sequential(rotation, linear')``.
 
     Args:
-        linear: left as it is; the second module is a copy with the rotation folded into its weight in float64.
+        linear: not changed. linear' is a copy with the rotation folded into its weight in float64.
         rotation: of ``in_features`` entries; None mixes all of them in sequency order.
 
     Returns:
-        The rotation, itself, and the copy.
+        The rotation (not a copy) and linear'.
 
     Raises:
         TypeError, ValueError: as :meth:`OnlineRotation.fuse_into`; ValueError also for in_features without a matrix.

@@ -1,4 +1,4 @@
-"""Swapping the linear layers of a model for packed ones, in place."""
+"""Replace the linear layers of a model by packed layers, in place."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ from .rotated_linear import RotatedLinear
 
 __all__ = ["LayerReport", "QuantizationReport", "quantize_model"]
 
-# The output head sets the quality of every token and, tied to the embedding, is stored in 16 bits anyway.
+# The output head decides the quality of every token. A head that is tied to the embedding is stored in 16 bits anyway.
 _DEFAULT_SKIP = ("lm_head",)
-# The fast path of the encoder's reads linear1.weight and linear2.weight in eval mode; the decoder's is treated alike.
+# In eval mode the fast path of the encoder layer reads linear1.weight and linear2.weight. The decoder layer is kept
+# too.
 _READERS_OF_WEIGHTS = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
 
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One swapped layer: its dotted name, its shape, and what its weight takes before and after, in bytes."""
+    """A replaced layer: its dotted name, its shape, and the bytes of its weight before and after."""
 
     name: str
     in_features: int
@@ -36,15 +37,16 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class QuantizationReport:
-    """What :func:`quantize_model` did; ``print(report)`` shows a table.
+    """The result of :func:`quantize_model`; ``print(report)`` shows a table.
 
-    Bytes are those of the swapped weights as stored; biases and the rest of the model do not change.
+    Bytes are those of the replaced weights as stored. Biases and the rest of the model do not change.
 
     Attributes:
-        layers: the swapped layers, in the order of the model; one that the model uses under several names is here once.
-        kept: dotted names of the linear layers left in floating point, by skip or for what would be lost or break.
-        storage: what the whole model stores now; names and counts every parameter in floating point, those too that
-            are no nn.Linear (the fused experts of a mixture).
+        layers: the replaced layers, in the order of the model. A layer with several names is listed once.
+        kept: dotted names of the linear layers that stay in floating point, because of skip or because a replacement
+            would break them.
+        storage: of the whole model. It names and counts every parameter in floating point, also those outside of
+            nn.Linear (the fused experts of a mixture).
     """
 
     layers: list[LayerReport]
@@ -61,12 +63,12 @@ class QuantizationReport:
 
     @property
     def weights(self) -> int:
-        """Number of weights in the swapped layers."""
+        """Number of weights in the replaced layers."""
         return sum(layer.in_features * layer.out_features for layer in self.layers)
 
     @property
     def bits_per_weight(self) -> float:
-        """Stored bits for each swapped weight: codes, tables, scales and padding."""
+        """Stored bits for each replaced weight: codes, tables, scales and padding."""
         return 8 * self.bytes_after / self.weights
 
     def __str__(self) -> str:
@@ -118,77 +120,38 @@ def quantize_model(
 ) -> QuantizationReport:
     """Replace every ``nn.Linear`` of a model by a :class:`QuantLinear`, in place.
 
-    A :class:`RotatedLinear` hands its ``input_rotation`` on: its weight has the rotation in it, and is quantized as it
-    is. Left alone, and listed in the report as kept, are the layers that a replacement would break or take something
-    from: other subclasses of ``nn.Linear`` (parametrizations make one); layers with forward or backward hooks, the
-    older ``weight_norm`` and pruning among them, or with a ``forward`` of their own; and those directly inside an
-    ``nn.TransformerEncoderLayer``, which reads their weights itself in eval mode, or an ``nn.TransformerDecoderLayer``.
-    Nothing is replaced until every layer has been quantized: an error leaves the model as it was.
+    The QuantLinear of a :class:`RotatedLinear` gets its ``input_rotation``; the weight has that rotation already.
+    Layers that a replacement would break are kept and listed in the report:
+
+    - other subclasses of ``nn.Linear`` (parametrizations make one);
+    - layers with forward or backward hooks, as the older ``weight_norm`` and pruning set, or with a ``forward`` in the
+      instance;
+    - layers directly inside an ``nn.TransformerEncoderLayer``, which reads their weights in eval mode, or an
+      ``nn.TransformerDecoderLayer``.
+
+    Layers are replaced after all of them have been quantized: after an error the model has not changed.
 
     Args:
-        model: any module that contains linear layers; a module used under several names is replaced once, everywhere.
+        model: any module that contains linear layers. A module with several names is replaced under all of them.
         bits, group_size, levels: as :func:`rcp_kernels.quantize_weight`, for every layer.
         act_bits: 4, 8 or 16.
-        skip: modules to leave in floating point, with all that is inside them: the last component of a name ("lm_head")
+        skip: modules to keep in floating point, with everything inside them: the last component of a name ("lm_head")
             or a full dotted name ("model.layers.0.mlp").
         act_clip: in (0, 1].
-        progress: called after each layer with the layers done, their total and the name of this one.
+        progress: called after each layer with the number of finished layers, their total, and the name of the layer.
 
     Returns:
-        What was replaced and what it takes.
+        The replaced layers and their sizes.
 
     Raises:
-        TypeError: model is not a module, or skip is a string or no collection.
+        TypeError: model is not a module, or skip is not a collection of names.
         ValueError: no layer to replace, a skip entry without a match (the default "lm_head" may be absent), or a layer
-            that cannot be quantized, named.
+            that cannot be quantized; the message names it.
     """
-    if isinstance(skip, str):
-        raise TypeError(
-            f"quantize_model: skip must be a collection of names, got the string {skip!r}; pass ({skip!r},)"
-        )
-    if not isinstance(skip, Iterable):
-        raise TypeError(
-            f"quantize_model: skip must be a collection of names, got {skip!r}; pass () to leave no layer out"
-        )
-    skip = tuple(skip)
-    if not isinstance(model, nn.Module):
-        raise TypeError(
-            f"quantize_model: model must be an nn.Module, got {type(model).__name__}; for a tensor use quantize_weight"
-        )
-    if type(model) is nn.Linear:
-        raise ValueError(
-            "quantize_model: model must contain linear layers, got an nn.Linear, which cannot be replaced in place; "
-            "use QuantLinear.from_linear(model)"
-        )
-    modules = dict(model.named_modules(remove_duplicate=False))
-    skipped = {name for name in modules if name and (name in skip or name.rpartition(".")[2] in skip)}
-    matched = skipped | {name.rpartition(".")[2] for name in skipped}
-    unmatched = [entry for entry in skip if entry not in matched and entry not in _DEFAULT_SKIP]
-    if unmatched:
-        raise ValueError(
-            f"quantize_model: every entry of skip must name a module, by its last component or in full, got "
-            f"{unmatched} without a match; look at model.named_modules()"
-        )
-    linears = [name for name, module in modules.items() if isinstance(module, nn.Linear)]
-    # A module that is skipped under one name is kept under all of them.
-    kept = {
-        id(modules[name])
-        for name in linears
-        if _inside(name, skipped)
-        or _is_more_than_linear(modules[name])
-        or isinstance(modules[name.rpartition(".")[0]], _READERS_OF_WEIGHTS)
-    }
-    targets: dict[int, list[str]] = {}
-    for name in linears:
-        if id(modules[name]) not in kept:
-            targets.setdefault(id(modules[name]), []).append(name)
-    if not targets:
-        raise ValueError(_nothing_to_replace(model, linears))
+    targets, kept = _targets(model, skip)
     replacements: list[QuantLinear] = []
     layers: list[LayerReport] = []
-    for done, names in enumerate(targets.values(), start=1):
-        linear = modules[names[0]]
-        assert isinstance(linear, nn.Linear)
+    for done, (linear, names) in enumerate(targets, start=1):
         try:
             weight = quantize_weight(linear.weight, bits, group_size, levels)
             rotation = linear.input_rotation if isinstance(linear, RotatedLinear) else None
@@ -198,28 +161,68 @@ def quantize_model(
         replacements.append(module)
         layers.append(
             LayerReport(
-                name=names[0],
-                in_features=weight.in_features,
-                out_features=weight.out_features,
-                bits=bits,
-                group_size=group_size,
-                bits_per_weight=weight.bits_per_weight,
-                bytes_before=linear.weight.nbytes,
-                bytes_after=weight.nbytes,
+                names[0],
+                weight.in_features,
+                weight.out_features,
+                bits,
+                group_size,
+                weight.bits_per_weight,
+                linear.weight.nbytes,
+                weight.nbytes,
             )
         )
         if progress is not None:
             progress(done, len(targets), names[0])
-    for names, module in zip(targets.values(), replacements, strict=True):
+    for (_, names), module in zip(targets, replacements, strict=True):
         for name in names:
-            parent, _, child = name.rpartition(".")
-            setattr(modules[parent], child, module)
-    kept_names = [name for name in linears if id(modules[name]) in kept]
-    return QuantizationReport(layers, kept_names, storage_report(model))
+            model.set_submodule(name, module)
+    return QuantizationReport(layers, kept, storage_report(model))
+
+
+def _targets(model: nn.Module, skip: Iterable[str]) -> tuple[list[tuple[nn.Linear, list[str]]], list[str]]:
+    """The layers to replace, each with all of its names, and the names of the linear layers to keep."""
+    if isinstance(skip, str) or not isinstance(skip, Iterable):
+        found, remedy = (f"the string {skip!r}", f"({skip!r},)") if isinstance(skip, str) else (repr(skip), "()")
+        raise TypeError(f"quantize_model: skip must be a collection of names, got {found}; pass {remedy}")
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"quantize_model: model must be an nn.Module, got {type(model).__name__}; for a tensor use quantize_weight"
+        )
+    if type(model) is nn.Linear:
+        raise ValueError(
+            "quantize_model: model must contain linear layers, got an nn.Linear, which cannot be replaced in place; "
+            "use QuantLinear.from_linear(model)"
+        )
+    skip = tuple(skip)
+    modules = dict(model.named_modules(remove_duplicate=False))
+    skipped = {name for name in modules if name and (name in skip or name.rpartition(".")[2] in skip)}
+    matched = skipped | {name.rpartition(".")[2] for name in skipped}
+    unmatched = [entry for entry in skip if entry not in matched and entry not in _DEFAULT_SKIP]
+    if unmatched:
+        raise ValueError(
+            f"quantize_model: every entry of skip must name a module, by its last component or in full, got "
+            f"{unmatched} without a match; look at model.named_modules()"
+        )
+    linears = {name: module for name, module in modules.items() if isinstance(module, nn.Linear)}
+    # A module that is skipped under one name is kept under all of its names.
+    kept = {
+        id(module)
+        for name, module in linears.items()
+        if _inside(name, skipped)
+        or _is_more_than_linear(module)
+        or isinstance(modules[name.rpartition(".")[0]], _READERS_OF_WEIGHTS)
+    }
+    targets: dict[int, tuple[nn.Linear, list[str]]] = {}
+    for name, module in linears.items():
+        if id(module) not in kept:
+            targets.setdefault(id(module), (module, []))[1].append(name)
+    if not targets:
+        raise ValueError(_nothing_to_replace(model, list(linears)))
+    return list(targets.values()), [name for name, module in linears.items() if id(module) in kept]
 
 
 def _is_more_than_linear(module: nn.Module) -> bool:
-    """Whether an nn.Linear does something that a QuantLinear made of its weight and bias would not."""
+    """Whether an nn.Linear does more than a QuantLinear of its weight and bias would do."""
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     return type(module) not in (nn.Linear, RotatedLinear) or any(hooks) or "forward" in vars(module)
 
@@ -233,9 +236,9 @@ def _nothing_to_replace(model: nn.Module, linears: list[str]) -> str:
     if linears:
         return (
             f"{rule} {len(linears)} linear layers, all of them to be kept ({linears[0]}, for one): named in skip, of a "
-            f"subclass, with hooks, or in a transformer layer of torch's; check skip and the model"
+            f"subclass, with hooks, or in torch's transformer layers; check skip and the model"
         )
-    return f"{rule} none; pass the module that holds the linear layers (others, such as convolutions, are not replaced)"
+    return f"{rule} none; pass the module with the linear layers (convolutions and other layers are not replaced)"
 
 
 def _inside(name: str, modules: set[str]) -> bool:

@@ -1,4 +1,4 @@
-"""What a model stores: its packed layers, and everything that stayed in floating point, named and counted."""
+"""A count of what a model stores: its packed layers, and every parameter in floating point by name."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .quant_linear import QuantLinear
 
 __all__ = ["FloatPart", "StorageReport", "storage_report", "stored_bytes"]
 
-# Parts below this share of all weights are added up in the text: norms and biases of every layer, say.
+# The text sums up parts below this share of all weights, such as the norms and biases of every layer.
 _SMALL = 0.001
 
 
@@ -23,8 +23,8 @@ class FloatPart(NamedTuple):
         name: full name of the parameter.
         kind: "linear layer", "embedding", "vector" (norms, biases), or "not an nn.Linear": a matrix that a packed
             layer cannot replace, such as the fused experts of a mixture.
-        weights: how many.
-        bytes: what they take.
+        weights: their number.
+        bytes: their size.
     """
 
     name: str
@@ -39,9 +39,9 @@ class StorageReport:
 
     Attributes:
         layers: number of packed layers.
-        packed_weights: their weights.
-        packed_bytes: what these take as stored, without biases.
-        parts: the parameters in floating point; one that the model uses under several names is here once.
+        packed_weights: number of weights in them.
+        packed_bytes: bytes of these weights as stored, without biases.
+        parts: the parameters in floating point. A parameter with several names is listed once.
     """
 
     layers: int
@@ -60,7 +60,7 @@ class StorageReport:
 
     @property
     def float_share(self) -> float:
-        """The share of all weights that stayed in floating point."""
+        """The share of all weights in floating point."""
         return self.float_weights / max(1, self.float_weights + self.packed_weights)
 
     @property
@@ -73,7 +73,7 @@ class StorageReport:
         large = [part for part in self.parts if part.weights >= _SMALL * total]
         rest = [part for part in self.parts if part.weights < _SMALL * total]
         named: dict[tuple[str, str], tuple[int, int]] = {}
-        for part in large:  # the layers of a decoder under one name
+        for part in large:  # one line for all layers of a decoder
             key = (".".join("*" if piece.isdigit() else piece for piece in part.name.split(".")), part.kind)
             weights, size = named.get(key, (0, 0))
             named[key] = (weights + part.weights, size + part.bytes)
@@ -97,11 +97,7 @@ def stored_bytes(layer: QuantLinear) -> int:
 
 
 def storage_report(model: nn.Module) -> StorageReport:
-    """Count what a model stores.
-
-    Args:
-        model: with packed layers or without.
-    """
+    """Count the packed weights and the float parameters of a model, with or without packed layers."""
     packed = {id(module): module for module in model.modules() if isinstance(module, QuantLinear)}.values()
     parts: dict[int, FloatPart] = {}  # the first name of a shared parameter
     for path, module in model.named_modules():

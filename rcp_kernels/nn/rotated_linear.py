@@ -1,4 +1,4 @@
-"""A float linear layer that rotates its own input, and the other places where a rotation runs inside a model."""
+"""A float linear layer that rotates its input, and hooks that rotate at other places of a model."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .online_rotation import OnlineRotation
+from .online_rotation import OnlineRotation, check_input_rotation
 
 __all__ = ["RotatedLinear", "rotate_around", "rotate_output", "rotate_queries_and_keys"]
 
@@ -18,8 +18,8 @@ __all__ = ["RotatedLinear", "rotate_around", "rotate_output", "rotate_queries_an
 class RotatedLinear(nn.Linear):
     """``y = W' R x + bias``: an ``nn.Linear`` on rotated input, the float counterpart of a rotated ``QuantLinear``.
 
-    ``weight`` is W', with the rotation folded in already. The rotation is no part of ``state_dict``: a checkpoint has
-    to say elsewhere that there is one (:class:`rcp_kernels.methods.rotate.Rotated`).
+    ``weight`` is W', with the rotation folded in. ``state_dict`` does not have the rotation: a checkpoint must record
+    it elsewhere (:class:`rcp_kernels.methods.rotate.Rotated`).
 
     Attributes:
         input_rotation: OnlineRotation of in_features entries.
@@ -43,26 +43,17 @@ class RotatedLinear(nn.Linear):
             TypeError: input_rotation is not an OnlineRotation.
             ValueError: its size is not in_features.
         """
-        if not isinstance(input_rotation, OnlineRotation):
-            raise TypeError(
-                f"RotatedLinear: input_rotation must be an OnlineRotation, got {type(input_rotation).__name__}; use "
-                f"nn.Linear where there is none"
-            )
-        if input_rotation.size != in_features:
-            raise ValueError(
-                f"RotatedLinear: input_rotation must have size {in_features} (in_features), got {input_rotation.size}; "
-                f"make the rotation for this layer"
-            )
+        check_input_rotation("RotatedLinear", input_rotation, in_features)
         super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
         self.input_rotation = input_rotation
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, input_rotation: OnlineRotation) -> RotatedLinear:
-        """Put a rotation before a layer whose weight has it folded in already; its Parameters are taken, not copied.
+        """Put a rotation before a layer whose weight has it folded in.
 
         Args:
-            linear: left without use; :meth:`OnlineRotation.fuse_into` folds a rotation into it.
-            input_rotation: of in_features entries; kept, not copied.
+            linear: its Parameters are used, not copied. :meth:`OnlineRotation.fuse_into` folds a rotation into it.
+            input_rotation: of in_features entries; not copied.
 
         Raises:
             TypeError, ValueError: as the constructor.
@@ -78,9 +69,9 @@ class RotatedLinear(nn.Linear):
 
 
 def rotate_output(module: nn.Module, rotation: OnlineRotation) -> None:
-    """Let a module give ``rotation(module(x))``; the rotation becomes its submodule ``output_rotation``.
+    """Make a module return ``rotation(module(x))``. The rotation becomes its submodule ``output_rotation``.
 
-    For a norm with gains right before the residual stream, whose output no weight can rotate.
+    This is for a norm with gains just before the residual stream, whose output no weight can rotate.
 
     Raises:
         ValueError: the module's output is rotated already.
@@ -97,13 +88,13 @@ def _rotate_output(module: nn.Module, args: Any, output: Tensor) -> Tensor:
 
 
 def rotate_around(module: nn.Module, rotation: OnlineRotation) -> None:
-    """Let a module take rotated input and give rotated output: ``rotation(module(rotation.inverse(x)))``.
+    """Make a module take rotated input and return rotated output: ``rotation(module(rotation.inverse(x)))``.
 
-    For the final norm, whose gain acts in the basis that it was trained in. The rotation becomes the submodule
+    This is for the final norm, whose gain acts in the basis of its training. The rotation becomes the submodule
     ``basis_rotation``.
 
     Raises:
-        ValueError: the module does so already.
+        ValueError: the module has a basis_rotation already.
     """
     _refuse_second(module, "basis_rotation")
     module.basis_rotation = rotation
@@ -124,7 +115,7 @@ def _return_to_basis(module: nn.Module, args: Any, output: Tensor) -> Tensor:
 
 
 class _RotatedSin(NamedTuple):
-    """The second of RoPE's two tables, and what is to follow RoPE."""
+    """The second of RoPE's two tables, and the rotation after RoPE."""
 
     sin: Tensor
     rotation: OnlineRotation
@@ -133,36 +124,37 @@ class _RotatedSin(NamedTuple):
 def rotate_queries_and_keys(attention: nn.Module, rotation: OnlineRotation) -> None:
     """Rotate the queries and keys of an attention module of ``transformers`` after RoPE, before the keys are cached.
 
-    The scores do not change, as both are rotated; what a key/value cache stores does. The rotation becomes the
-    submodule ``qk_rotation``. It applies with or without a cache, and with every attention implementation.
+    The scores do not change, as both are rotated. The keys in a cache do. The rotation becomes the submodule
+    ``qk_rotation``. It applies with or without a cache, and with every attention implementation.
 
-    How: nothing between RoPE and the cache can be hooked, but the function that RoPE is can be told. A hook on
-    ``attention`` hands the rotation on with the tables that it receives (``position_embeddings``), and the name
-    ``apply_rotary_pos_emb`` in the model's source module is bound to a function that understands it, and calls the
-    original one. Other models of that source are not affected. Should a version of transformers not pass the tables
-    that way, the forward pass fails: it never goes on without the rotation.
+    There is no hook between RoPE and the cache. A hook on ``attention`` therefore puts the rotation into the tables
+    that it receives (``position_embeddings``). The name ``apply_rotary_pos_emb`` in the model's source module is bound
+    to a function that takes such tables and calls the original function. Other models of that source are not affected.
+    If a version of transformers does not pass the tables in this way, the forward pass raises an error.
 
     Args:
-        attention: whose ``forward`` takes ``position_embeddings`` and calls ``apply_rotary_pos_emb``.
+        attention: a module whose ``forward`` takes ``position_embeddings`` and calls ``apply_rotary_pos_emb``.
         rotation: of head_dim entries.
 
     Raises:
         ValueError: the queries are rotated already, or forward does not call that function.
     """
     _refuse_second(attention, "qk_rotation")
-    rotary = _teach_rotary(type(attention))
+    rotary = _wrap_rotary(type(attention))
     for name, value in list(vars(attention).items()):
-        if value is rotary.__wrapped__:  # transformers 5.0 keeps the function in the module, which would not pickle
+        if (
+            value is rotary.__wrapped__
+        ):  # transformers 5.0 stores the function in the module, which then does not pickle
             setattr(attention, name, rotary)
     attention.qk_rotation = rotation
-    attention.register_forward_pre_hook(_pass_rotation_on, with_kwargs=True)
+    attention.register_forward_pre_hook(_add_rotation, with_kwargs=True)
 
 
-def _pass_rotation_on(
+def _add_rotation(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if not torch.compiler.is_compiling():
-        _teach_rotary(type(module))  # a pickled model may be the first one that its process sees
+        _wrap_rotary(type(module))  # in a new process a pickled model comes without the wrapped function
     if "position_embeddings" not in kwargs:
         raise RuntimeError(
             f"rotate_queries_and_keys: {type(module).__name__} must be called with position_embeddings=..., got "
@@ -172,11 +164,11 @@ def _pass_rotation_on(
     return args, {**kwargs, "position_embeddings": (cos, _RotatedSin(sin, module.qk_rotation))}  # type: ignore[arg-type]
 
 
-def _teach_rotary(attention: type[nn.Module]) -> Any:
-    """Bind ``apply_rotary_pos_emb``, as a class of attention modules calls it, to one that knows `_RotatedSin`.
+def _wrap_rotary(attention: type[nn.Module]) -> Any:
+    """Make the ``apply_rotary_pos_emb`` that a class of attention modules calls take a `_RotatedSin`.
 
     Returns:
-        That function; the original one is its ``__wrapped__``.
+        The new function. Its ``__wrapped__`` is the original function.
     """
     namespace = inspect.unwrap(attention.forward).__globals__
     original = namespace.get("apply_rotary_pos_emb")
@@ -185,7 +177,7 @@ def _teach_rotary(attention: type[nn.Module]) -> Any:
             f"rotate_queries_and_keys: forward of {attention.__name__} must call apply_rotary_pos_emb, which "
             f"{namespace['__name__']} does not have; rotate with r3=False"
         )
-    if getattr(original, "knows_rotated_sin", False):
+    if getattr(original, "takes_rotated_sin", False):
         return original
 
     @functools.wraps(original)
@@ -195,7 +187,7 @@ def _teach_rotary(attention: type[nn.Module]) -> Any:
         q, k = original(q, k, cos, sin.sin, *args, **kwargs)
         return sin.rotation(q), sin.rotation(k)
 
-    apply_rotary_pos_emb.knows_rotated_sin = True  # type: ignore[attr-defined]
+    apply_rotary_pos_emb.takes_rotated_sin = True  # type: ignore[attr-defined]
     namespace["apply_rotary_pos_emb"] = apply_rotary_pos_emb
     return apply_rotary_pos_emb
 
@@ -203,6 +195,6 @@ def _teach_rotary(attention: type[nn.Module]) -> Any:
 def _refuse_second(module: nn.Module, name: str) -> None:
     if hasattr(module, name):
         raise ValueError(
-            f"{type(module).__name__}: it must have no {name} yet, got one; it is rotated already: start from the "
-            f"model as it was loaded"
+            f"{type(module).__name__}: {name} must not be there yet, got {getattr(module, name)}; the model is rotated "
+            f"already: start from the float model"
         )

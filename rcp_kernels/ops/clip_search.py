@@ -5,32 +5,31 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .kmeans_levels import check_group_values, check_groups
+from .kmeans_levels import check_groups
 
 __all__ = ["CLIP_RATIOS", "clip_search", "clip_search_reference"]
 
 CLIP_RATIOS = tuple((99 - 3 * step) / 100 for step in range(24))
-"""Shares of a group's smallest and largest weight that are tried, widest first. 0.99 and not 1: as the sigmoid of a
-parameter, 1 would be at infinity."""
+"""Shares of a group's smallest and largest weight to try, widest first. The first is 0.99, because 1 as the sigmoid of
+a parameter would be at infinity."""
 
 
 def clip_search(groups: Tensor, count: int, importance: Tensor | None = None) -> Tensor:
     """Shares of the minimum and the maximum of each group between which evenly spaced levels fit it best.
 
-    Every ratio of :data:`CLIP_RATIOS` is tried for both ends together, then for the low end, then for the high end
-    (ours). Each group is multiplied by the power of two that brings its largest magnitude into [0.5, 1) first, so that
-    no magnitude is too small or too large, and groups that differ by a power of two get the same ratios. The errors are
-    float64 sums over the weights in order, so the result does not depend on the CPU or on the number of threads. On
-    other devices than the CPU the reference runs. Not differentiable.
+    Every ratio of :data:`CLIP_RATIOS` is tried for both ends together, then for the low end, then for the high end.
+    This search is ours. First each group is multiplied by the power of two that brings its largest magnitude into [0.5,
+    1). No magnitude is then too small or too large, and groups that differ by a power of two get the same ratios. The
+    errors are float64 sums over the weights in order. The result does not depend on the CPU or on the number of
+    threads. On devices other than the CPU the reference runs. Not differentiable.
 
     Args:
         groups: float32 [C, length], finite, length at least 1.
         count: number of levels, 2 to 256.
-        importance: float32 [C, length], finite and at least 0: the factor of each squared error. None where all count
-            alike.
+        importance: float32 [C, length], finite and at least 0: the factor of each squared error. None means 1.
 
     Returns:
-        float32 [C, 2]: the ratio of the low end and that of the high end; the widest ones that reach the least error.
+        float32 [C, 2]: the ratio of the low end and that of the high end; the widest ratios of the least error.
 
     Raises:
         ValueError: another dtype, shape or count, NaN or Inf, or a negative importance.
@@ -40,7 +39,6 @@ def clip_search(groups: Tensor, count: int, importance: Tensor | None = None) ->
 
 @torch.library.register_fake("rcp_kernels::clip_search")
 def _fake(groups: Tensor, count: int, importance: Tensor | None = None) -> Tensor:
-    check_groups("clip_search", groups, count, importance)
     return groups.new_empty((groups.shape[0], 2))
 
 
@@ -51,10 +49,9 @@ def clip_search_reference(groups: Tensor, count: int, importance: Tensor | None 
         ValueError: as the operator does.
     """
     check_groups("clip_search", groups, count, importance)
-    check_group_values("clip_search", groups, importance)
     wide = groups.detach().to(torch.float64)
     exponent = torch.frexp(wide.abs().amax(1, keepdim=True)).exponent
-    # In float64, which holds every power of two that this takes and every product.
+    # In float64, which holds every power of two and every product here.
     groups = torch.ldexp(wide, -exponent).to(torch.float32)
     low, high = groups.amin(1, keepdim=True), groups.amax(1, keepdim=True)
     scratch = torch.empty_like(groups)

@@ -1,4 +1,4 @@
-"""``rcp_kernels._C_cuda``, the CUDA kernels: loaded where torch is a CUDA build, and otherwise the reason why not."""
+"""Loads ``rcp_kernels._C_cuda``, the CUDA kernels, if torch is a CUDA build; otherwise holds the reason why not."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ _OPS = ("quantize_activation", "lut_linear", "pack_weight", "unpack_weight", "de
 
 
 def _load() -> str | None:
-    """None once the library is loaded, else what is missing and the remedy."""
+    """Load the library; return None, or a sentence that says what is missing and the remedy."""
     if torch.version.cuda is None:
-        # The library asks the loader for libtorch_cuda.so, which only a CUDA build of torch has.
+        # The library needs libtorch_cuda.so, which only a CUDA build of torch has.
         return f"torch {torch.__version__} is built without CUDA; install a CUDA build of torch"
     if find_spec("rcp_kernels._C_cuda") is None:
         return (
@@ -34,17 +34,17 @@ def _load() -> str | None:
 
 
 MISSING: str | None = _load()
-"""Why the CUDA kernels are not loaded, with the remedy; None where they are."""
+"""Why the CUDA kernels are not loaded, with the remedy. None if they are loaded."""
 
 
 def require(where: str) -> None:
     """Raise unless the CUDA kernels are loaded and torch sees a GPU.
 
     Args:
-        where: what needs them; begins the message.
+        where: the caller; begins the message.
 
     Raises:
-        RuntimeError: which of the two is missing, or both.
+        RuntimeError: the kernels or the GPU are missing, or both.
     """
     lacks = [MISSING] if MISSING else []
     if torch.version.cuda is not None and not torch.cuda.is_available():

@@ -1,9 +1,11 @@
-"""GPTQ's inner loop: the columns of a group are rounded one after the other, with error feedback."""
+"""GPTQ's inner loop: round the columns of a group one after the other, with error feedback."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from .checks import check_tensor
 
 __all__ = ["gptq_round", "gptq_round_reference"]
 
@@ -11,21 +13,21 @@ _MAX_LEVELS = 16
 
 
 def gptq_round(block: Tensor, upper: Tensor, table: Tensor, first: int, last: int) -> tuple[Tensor, Tensor]:
-    """Round columns ``first`` to ``last`` of a block of a weight; change the columns after each by its error.
+    """Round columns ``first`` to ``last - 1`` of a block of a weight, and correct later columns by the error of each.
 
     For j from first to last - 1, in each row, with every product and every sum rounded to float32::
 
         q_j = nearest level of w_j    e_j = (w_j - q_j) * (1 / U_jj)    w_k -= e_j * U_jk  for all k > j of the block
 
-    The result does not depend on the CPU or on the number of threads. On other devices than the CPU the reference runs.
+    The result does not depend on the CPU or on the number of threads. On devices other than the CPU the reference runs.
 
     Args:
-        block: float32 [N, B], changed in place; columns lie side by side in memory, rows may be apart. A column keeps
-            the value that was rounded.
-        upper: float32 [B, B], of which the upper triangle is read; columns lie side by side.
+        block: float32 [N, B] with stride 1 along columns, changed in place. A rounded column keeps its value from
+            before the rounding.
+        upper: float32 [B, B] with stride 1 along columns; only the upper triangle is read.
         table: float32 [N, levels], ascending: the values of 2 to 16 levels.
-        first: column of the block.
-        last: column of the block, not rounded any more.
+        first: the first column to round.
+        last: the column after the last to round.
 
     Returns:
         codes, uint8 [N, last - first]: the number of midpoints between neighbouring levels below each weight; and the
@@ -41,14 +43,10 @@ def _check_arguments(block: Tensor, upper: Tensor, table: Tensor, first: int, la
     if block.dim() != 2 or block.dtype != torch.float32:
         raise ValueError(
             f"gptq_round: block must be float32 [rows, columns], got {block.dtype} of shape {tuple(block.shape)}; pass "
-            f"some columns of a weight"
+            f"columns of a weight"
         )
     rows, columns = block.shape
-    if tuple(upper.shape) != (columns, columns) or upper.dtype != torch.float32:
-        raise ValueError(
-            f"gptq_round: upper must be float32 {(columns, columns)}, got {upper.dtype} of shape "
-            f"{tuple(upper.shape)}; pass the same columns of the factor"
-        )
+    check_tensor("gptq_round", "upper", upper, torch.float32, (columns, columns), "pass the same columns of the factor")
     if columns > 1 and (block.stride(1) != 1 or upper.stride(1) != 1):
         raise ValueError(
             f"gptq_round: neighbouring columns of block and upper must lie side by side, got strides "
@@ -73,7 +71,6 @@ def _check_arguments(block: Tensor, upper: Tensor, table: Tensor, first: int, la
 
 @torch.library.register_fake("rcp_kernels::gptq_round")
 def _fake(block: Tensor, upper: Tensor, table: Tensor, first: int, last: int) -> tuple[Tensor, Tensor]:
-    _check_arguments(block, upper, table, first, last)
     shape = (block.shape[0], last - first)
     return block.new_empty(shape, dtype=torch.uint8), block.new_empty(shape)
 
@@ -87,7 +84,7 @@ def gptq_round_reference(block: Tensor, upper: Tensor, table: Tensor, first: int
     _check_arguments(block, upper, table, first, last)
     codes = block.new_empty((block.shape[0], last - first), dtype=torch.uint8)
     errors = block.new_empty((block.shape[0], last - first))
-    # Halved before the sum, which could overflow.
+    # Halved before the sum, as the sum could overflow.
     bounds = table[:, 1:] * 0.5 + table[:, :-1] * 0.5
     inverse = upper.diagonal().reciprocal()
     for j in range(first, last):
@@ -96,7 +93,7 @@ def gptq_round_reference(block: Tensor, upper: Tensor, table: Tensor, first: int
         nearest = table.gather(1, code[:, None]).squeeze(1)
         error = (block[:, j] - nearest) * inverse[j]
         errors[:, j - first] = error
-        # A product, then a sum: addr might fuse them.
+        # A product, then a sum, each rounded: addr might fuse them.
         block[:, j + 1 :] -= error[:, None] * upper[j, j + 1 :]
     return codes, errors
 

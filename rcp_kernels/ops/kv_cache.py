@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
+from .checks import check_clip, check_float, check_tensor
+
 __all__ = [
+    "KVStorage",
     "empty_kv_cache",
     "fake_quantize_kv",
     "kv_cache_append",
@@ -16,13 +21,20 @@ __all__ = [
     "kv_cache_dequantize_reference",
 ]
 
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+class KVStorage(NamedTuple):
+    """The packed keys and values of one layer: codes and scales of :func:`empty_kv_cache` for each."""
+
+    key_codes: Tensor
+    key_scales: Tensor
+    value_codes: Tensor
+    value_scales: Tensor
 
 
 def empty_kv_cache(
     batch: int, kv_heads: int, capacity: int, head_dim: int, device: torch.device | str | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Storage for the keys, or the values, of one layer; zeros, so that every position reads as 0.
+    """Storage for the keys, or the values, of one layer. It is zero, and every position reads as 0.
 
     Returns:
         codes, uint8 [batch, kv_heads, capacity, ceil(head_dim / 2)], even entries in the low nibble; and scales,
@@ -33,23 +45,23 @@ def empty_kv_cache(
 
 
 def kv_cache_append(x: Tensor, codes: Tensor, scales: Tensor, position: int, clip: float = 1.0) -> None:
-    """Quantize keys or values to 4 bits and store them, in place, at ``position`` and after it.
+    """Quantize keys or values to 4 bits and write them into the storage, from ``position`` on.
 
-    Each vector of head_dim entries gets a scale and a zero-point of its own, as :func:`fake_quantize_kv` says. Not
+    Each vector of head_dim entries has its own scale and zero-point, as :func:`fake_quantize_kv` says. Not
     differentiable.
 
     Args:
         x: float32, float16 or bfloat16 [batch, kv_heads, tokens, head_dim], any strides.
-        codes, scales: contiguous, of :func:`empty_kv_cache`.
-        position: where the first token goes.
+        codes, scales: contiguous, of :func:`empty_kv_cache`; written in place.
+        position: of the first token.
         clip: in (0, 1].
 
     Raises:
-        ValueError: shapes that do not match, no room, another dtype or clip; on the CPU also NaN, Inf or more than
-            65504 in x, after which the positions written are undefined. (On CUDA such a vector reads as NaN.)
+        ValueError: shapes that do not match, no room, another dtype or clip. On the CPU also NaN, Inf or more than
+            65504 in x; the written positions are then undefined. On CUDA such a vector reads as NaN.
     """
     torch.ops.rcp_kernels.kv_cache_append.default(x, codes, scales, position, clip)
-    # The library's stable ABI has no way to tell autograd that they have changed.
+    # torch's stable ABI cannot tell autograd that they have changed.
     if not (torch.compiler.is_compiling() or codes.is_inference() or scales.is_inference()):
         torch.autograd.graph.increment_version((codes, scales))
 
@@ -72,60 +84,54 @@ def kv_cache_dequantize(
 
 def kv_cache_attention(
     query: Tensor,
-    key_codes: Tensor,
-    key_scales: Tensor,
-    value_codes: Tensor,
-    value_scales: Tensor,
+    storage: KVStorage,
     length: int,
     scale: float | None = None,
     causal: bool = True,
     window: int = 0,
     mask: Tensor | None = None,
 ) -> Tensor:
-    """Attention of one or a few query tokens on a packed cache, which is read once and never materialized.
+    """Attention of one or a few query tokens on a packed cache, which is read once and never dequantized to memory.
 
-    ``softmax(scale * query @ keys.T) @ values`` for the first ``length`` positions, with query heads in groups that
-    share a key-value head (GQA). Sums and softmax are float32 in a fixed order: two runs, any number of threads and any
-    instruction set give the same bits. A query that may look at nothing gives 0. Not differentiable.
+    ``softmax(scale * query @ keys.T) @ values`` for the first ``length`` positions. Groups of query heads may share a
+    key-value head (GQA). Sums and softmax are float32 in a fixed order: two runs, any number of threads and any
+    instruction set give the same bits. A query that sees no position gives 0. Not differentiable.
 
     Args:
         query: float32, float16 or bfloat16 [batch, heads, queries, head_dim], any strides; heads a multiple of
             kv_heads.
-        key_codes, key_scales, value_codes, value_scales: of :func:`empty_kv_cache`, contiguous.
-        length: positions appended so far. The last query is at the last of them, if causal.
+        storage: of the layer, contiguous.
+        length: positions appended so far. With causal or a window, the last query is at the last position.
         scale: of the scores; None is head_dim**-0.5.
         causal: each query sees its own position and those before it.
-        window: each query sees only so many positions up to its own; 0 for all.
-        mask: bool [batch or 1, heads or 1, queries, length], true where a query may look; it only takes away from what
-            causal and window allow.
+        window: each query sees only this many positions, its own the last; 0 for all.
+        mask: bool [batch or 1, heads or 1, queries, length], True for positions that a query sees. It hides more
+            positions; it does not show those that causal and window hide.
 
     Returns:
         As query in shape and dtype.
 
     Raises:
-        ValueError: shapes that do not match, a length beyond the capacity, more queries than positions, another dtype;
-            on the CPU also NaN or Inf in query.
+        ValueError: shapes that do not match, a length beyond the capacity, more queries than positions, or another
+            dtype. On the CPU also NaN or Inf in query.
     """
     if scale is None:
         scale = query.shape[-1] ** -0.5
-    return torch.ops.rcp_kernels.kv_cache_attention.default(
-        query, key_codes, key_scales, value_codes, value_scales, length, scale, causal, window, mask
-    )
+    return torch.ops.rcp_kernels.kv_cache_attention.default(query, *storage, length, scale, causal, window, mask)
 
 
 def fake_quantize_kv(x: Tensor, bits: int = 4, clip: float = 1.0) -> Tensor:
-    """What the cache gives back for x: each vector along the last dimension quantized asymmetrically, then dequantized.
+    """x as the cache returns it: each vector along the last dimension quantized asymmetrically, then dequantized.
 
-    The range [lo, hi] of a vector holds its entries times clip, and 0; scale and zero-point are rounded to float16
-    before they are used, as the cache stores them (docs/kv_cache.md has every step). The asymmetric quantizer is
-    QuaRot's (Ashkboos et al. 2024) for keys and values; its zero-point is an integer, ours the float16 value of lo.
-    For training and evaluation: plain torch, nothing is looked for (NaN spreads), and the gradient is straight
-    through, that of the identity.
+    The range [lo, hi] of a vector holds its entries times clip, and 0. Scale and zero-point are rounded to float16
+    before use, as the cache stores them (docs/kv_cache.md has every step). QuaRot (Ashkboos et al. 2024) uses the same
+    asymmetric quantizer for keys and values, but its zero-point is an integer; here it is the float16 value of lo. For
+    training and evaluation: plain torch, no check for NaN, and the gradient is that of the identity.
 
     Args:
         x: float32, float16 or bfloat16 [..., head_dim].
         bits: 2 to 8; the cache stores 4.
-        clip: in (0, 1]; 0.95 gives up the largest entries for finer steps.
+        clip: in (0, 1]; 0.95 clips the largest entries and makes the steps finer.
 
     Returns:
         As x in shape and dtype.
@@ -133,17 +139,11 @@ def fake_quantize_kv(x: Tensor, bits: int = 4, clip: float = 1.0) -> Tensor:
     Raises:
         ValueError: another dtype, bits or clip.
     """
-    if x.dtype not in _DTYPES:
-        raise ValueError(f"fake_quantize_kv: x must be float32, float16 or bfloat16, got {x.dtype}; convert it first")
+    check_float("fake_quantize_kv", "x", x)
     if not 2 <= bits <= 8:
-        raise ValueError(f"fake_quantize_kv: bits must be 2 to 8, got {bits}; leave the call out for more")
-    _check_clip("fake_quantize_kv", clip)
+        raise ValueError(f"fake_quantize_kv: bits must be 2 to 8, got {bits}; leave out the call for more")
+    check_clip("fake_quantize_kv", clip)
     return _FakeQuantizeKV.apply(x, bits, clip)
-
-
-def _check_clip(caller: str, clip: float) -> None:
-    if not 0.0 < clip <= 1.0:
-        raise ValueError(f"{caller}: clip must be in (0, 1], got {clip}; 1.0 keeps the largest value")
 
 
 class _FakeQuantizeKV(torch.autograd.Function):
@@ -158,7 +158,7 @@ class _FakeQuantizeKV(torch.autograd.Function):
 
 
 def _quantize(x: Tensor, bits: int, clip: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes [..., n], scale and zero-point [..., 1], all float32; the last two have passed through float16."""
+    """Codes [..., n], scale and zero-point [..., 1], all float32; the last two are rounded to float16."""
     values = x.detach().to(torch.float32)
     if x.shape[-1] == 0:
         empty = values.new_zeros((*x.shape[:-1], 1))
@@ -181,24 +181,20 @@ def _check_storage(op: str, prefix: str, codes: Tensor, scales: Tensor, head_dim
             f"{op}: {prefix}codes must be uint8 [batch, kv_heads, capacity, {width}] for head_dim {head_dim}, got "
             f"{codes.dtype} {tuple(codes.shape)}; allocate it with empty_kv_cache"
         )
-    if scales.dtype != torch.float16 or scales.shape != (*codes.shape[:3], 2):
-        raise ValueError(
-            f"{op}: {prefix}scales must be float16 {(*codes.shape[:3], 2)}, got {scales.dtype} {tuple(scales.shape)}; "
-            f"allocate it with empty_kv_cache"
-        )
+    shape = (*codes.shape[:3], 2)
+    check_tensor(op, f"{prefix}scales", scales, torch.float16, shape, "allocate it with empty_kv_cache")
 
 
-def _check_float(op: str, name: str, x: Tensor) -> None:
-    if x.dtype not in _DTYPES:
-        raise ValueError(f"{op}: {name} must be float32, float16 or bfloat16, got {x.dtype}; convert it first")
+def _check_four(op: str, name: str, x: Tensor) -> None:
+    check_float(op, name, x)
     if x.dim() != 4 or x.shape[3] < 1:
         raise ValueError(f"{op}: {name} must have four dimensions, got shape {tuple(x.shape)}; reshape it")
 
 
 def _check_append(x: Tensor, codes: Tensor, scales: Tensor, position: int, clip: float) -> None:
     op = "kv_cache_append"
-    _check_float(op, "x", x)
-    _check_clip(op, clip)
+    _check_four(op, "x", x)
+    check_clip(op, clip)
     _check_storage(op, "", codes, scales, x.shape[3])
     if x.shape[:2] != codes.shape[:2]:
         raise ValueError(
@@ -216,7 +212,7 @@ def _check_attention(
     query: Tensor, key_codes: Tensor, key_scales: Tensor, value_codes: Tensor, value_scales: Tensor, length: int
 ) -> None:
     op = "kv_cache_attention"
-    _check_float(op, "query", query)
+    _check_four(op, "query", query)
     _check_storage(op, "key_", key_codes, key_scales, query.shape[3])
     _check_storage(op, "value_", value_codes, value_scales, query.shape[3])
     if query.shape[0] != key_codes.shape[0] or query.shape[1] % key_codes.shape[1]:
@@ -233,13 +229,12 @@ def _check_attention(
 
 @torch.library.register_fake("rcp_kernels::kv_cache_append")
 def _fake_append(x: Tensor, codes: Tensor, scales: Tensor, position: int, clip: float = 1.0) -> None:
-    _check_append(x, codes, scales, position, clip)
+    pass
 
 
 @torch.library.register_fake("rcp_kernels::kv_cache_dequantize")
 def _fake_dequantize(codes: Tensor, scales: Tensor, out: Tensor) -> None:
-    _check_float("kv_cache_dequantize", "out", out)
-    _check_storage("kv_cache_dequantize", "", codes, scales, out.shape[3])
+    pass
 
 
 @torch.library.register_fake("rcp_kernels::kv_cache_attention")
@@ -255,12 +250,11 @@ def _fake_attention(
     window: int = 0,
     mask: Tensor | None = None,
 ) -> Tensor:
-    _check_attention(query, key_codes, key_scales, value_codes, value_scales, length)
     return query.new_empty(query.shape)
 
 
 def kv_cache_append_reference(x: Tensor, codes: Tensor, scales: Tensor, position: int, clip: float = 1.0) -> None:
-    """:func:`kv_cache_append` in plain torch: the same float32 steps, so that both store the same bits.
+    """:func:`kv_cache_append` in plain torch: the same float32 steps, and so the same bits.
 
     Raises:
         ValueError: as the operator does on the CPU, on every device.
@@ -295,22 +289,19 @@ def kv_cache_dequantize_reference(
 
 def kv_cache_attention_reference(
     query: Tensor,
-    key_codes: Tensor,
-    key_scales: Tensor,
-    value_codes: Tensor,
-    value_scales: Tensor,
+    storage: KVStorage,
     length: int,
     scale: float | None = None,
     causal: bool = True,
     window: int = 0,
     mask: Tensor | None = None,
 ) -> Tensor:
-    """:func:`kv_cache_attention` in float64, which it also returns: [batch, heads, queries, head_dim]."""
-    _check_attention(query, key_codes, key_scales, value_codes, value_scales, length)
-    head_dim, groups = query.shape[3], query.shape[1] // key_codes.shape[1]
+    """:func:`kv_cache_attention` in float64; returns float64 [batch, heads, queries, head_dim]."""
+    _check_attention(query, *storage, length)
+    head_dim, groups = query.shape[3], query.shape[1] // storage[0].shape[1]
     keys, values = (
         kv_cache_dequantize_reference(codes, scales, length, head_dim, torch.float64).repeat_interleave(groups, dim=1)
-        for codes, scales in ((key_codes, key_scales), (value_codes, value_scales))
+        for codes, scales in (storage[:2], storage[2:])
     )
     scores = query.double() @ keys.mT * (head_dim**-0.5 if scale is None else scale)
     at = torch.arange(length, device=query.device)

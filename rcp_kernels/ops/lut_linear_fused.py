@@ -1,31 +1,26 @@
-"""The linear layer on a packed weight with what a decoder does before and after it, in one operator."""
+"""The linear layer on a packed weight with the norm, activation and residual sum of a decoder, in one operator."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from .lut_linear import _check_act_bits, _check_input_order, lut_linear
+from ..formats import Geometry
+from .checks import check_devices, check_float, check_one_of, check_tensor
+from .lut_linear import NO_ROTATION, Rotation, lut_linear
 from .token_prologue import ACTIVATIONS, gated_activation_reference, rms_norm_reference
 
 __all__ = ["lut_linear_fused", "prologue_reference"]
-
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def lut_linear_fused(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    out_features: int,
-    in_features: int,
-    bits: int,
-    group_size: int,
+    geometry: Geometry,
     act_bits: int,
     clip: float = 1.0,
-    rotation_base: Tensor | None = None,
-    rotation_permutation: Tensor | None = None,
-    rotation_group: int = 0,
+    rotation: Rotation = NO_ROTATION,
     input_order: Tensor | None = None,
     norm_weight: Tensor | None = None,
     norm_eps: float = 0.0,
@@ -38,18 +33,19 @@ def lut_linear_fused(
     The prologue runs once for each token. The result has the bits of the separate steps
     (:func:`rcp_kernels.ops.reference.rms_norm`, :func:`~rcp_kernels.ops.reference.gated_activation`,
     :func:`rcp_kernels.ops.lut_linear`, and an addition), on every instruction set and with any number of threads
-    (docs/numerics.md). On CUDA, and where a gradient is wanted, those separate steps are what runs.
+    (docs/numerics.md). On CUDA, and where a gradient is wanted, the separate steps run.
 
     Args:
-        x: float32, float16 or bfloat16 [..., in_features], any strides; [..., 2 * in_features] with an activation:
+        x: float32, float16 or bfloat16 [..., in_features], any strides. With an activation [..., 2 * in_features]:
             gate, then up.
-        weight, bias, out_features, in_features, bits, group_size, act_bits, clip: as :func:`lut_linear`.
-        rotation_base, rotation_permutation, rotation_group, input_order: as :func:`lut_linear`, after the prologue.
+        weight, bias, geometry, act_bits, clip: as :func:`lut_linear`.
+        rotation, input_order: as :func:`lut_linear`, after the prologue.
         norm_weight: float32, float16 or bfloat16 [in_features], or None for no norm.
         norm_eps: of the norm: ``x / sqrt(mean(x**2) + norm_eps) * (norm_offset + norm_weight)``.
         norm_offset: 0, or 1 for Gemma's norms.
         activation: ``"silu"`` or ``"gelu_tanh"``: ``activation(gate) * up``. None for none. Not together with a norm.
-        residual: x.dtype [..., out_features], added to the output after this was rounded to x.dtype. None for none.
+        residual: x.dtype [..., out_features], or None. It is added to the output after the output is rounded to
+            x.dtype.
 
     Returns:
         x.dtype [..., out_features].
@@ -58,19 +54,15 @@ def lut_linear_fused(
         ValueError: as :func:`lut_linear`; a norm and an activation together, another activation, or a norm_weight or
             residual of another dtype or shape.
     """
-    number = ACTIVATIONS.get(activation, -1)
     tensors = (x, bias, norm_weight, residual)
     if x.is_cuda or (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)):
-        _check(x, out_features, in_features, norm_weight, number, residual)
-        y = lut_linear(
-            prologue_reference(x, norm_weight, norm_eps, norm_offset, activation),
-            weight, bias, out_features, in_features, bits, group_size, act_bits, clip,
-            rotation_base, rotation_permutation, rotation_group, input_order,
-        )  # fmt: skip
+        _check(x, geometry, norm_weight, activation, residual)
+        x = prologue_reference(x, norm_weight, norm_eps, norm_offset, activation)
+        y = lut_linear(x, weight, bias, geometry, act_bits, clip, rotation, input_order)
         return y if residual is None else residual + y
+    number = ACTIVATIONS.get(activation, -1)
     return torch.ops.rcp_kernels.lut_linear_fused.default(
-        x, weight, bias, out_features, in_features, bits, group_size, act_bits, clip,
-        rotation_base, rotation_permutation, rotation_group, input_order,
+        x, weight, bias, *geometry, act_bits, clip, *rotation, input_order,
         norm_weight, norm_eps, norm_offset, number, residual,
     )  # fmt: skip
 
@@ -82,7 +74,7 @@ def prologue_reference(
     norm_offset: float = 0.0,
     activation: str | None = None,
 ) -> Tensor:
-    """What :func:`lut_linear_fused` does to x before its rotation or order: the separate steps, bit for bit.
+    """The first step of :func:`lut_linear_fused`, before the rotation or the order, bit for bit.
 
     Args:
         x, norm_weight, norm_eps, norm_offset, activation: as :func:`lut_linear_fused`.
@@ -99,44 +91,25 @@ def prologue_reference(
 
 
 def _check(
-    x: Tensor,
-    out_features: int,
-    in_features: int,
-    norm_weight: Tensor | None,
-    activation: int,
-    residual: Tensor | None,
+    x: Tensor, geometry: Geometry, norm_weight: Tensor | None, activation: str | None, residual: Tensor | None
 ) -> None:
+    """Refuse arguments that the separate steps would take and the operator does not."""
     where = "lut_linear_fused"
-    if x.dtype not in _DTYPES:
-        raise ValueError(f"{where}: x must be float32, float16 or bfloat16, got {x.dtype}; convert it first")
-    if activation not in (0, 1, 2):
+    check_float(where, "x", x)
+    check_one_of(where, "activation", activation, ACTIVATIONS, "apply another activation before the call")
+    if activation is not None and norm_weight is not None:
         raise ValueError(
-            f"{where}: activation must be 0 (none), 1 (silu) or 2 (gelu_tanh), got {activation}; apply another one "
-            f"before the call"
-        )
-    if activation and norm_weight is not None:
-        raise ValueError(
-            f"{where}: activation must be 0 (none) beside a norm_weight, got {activation}; apply one of the two before "
+            f"{where}: activation must be None beside a norm_weight, got {activation!r}; apply one of the two before "
             f"the call"
         )
-    wanted = 2 * in_features if activation else in_features
+    wanted = geometry.in_features if activation is None else 2 * geometry.in_features
     if x.dim() < 1 or x.shape[-1] != wanted:
         raise ValueError(
-            f"{where}: x must have {wanted} features in its last dimension "
-            f"({'twice ' if activation else ''}in_features), got shape {tuple(x.shape)}; pass activations of the layer "
-            f"that this weight belongs to"
+            f"{where}: x must have {wanted} features in its last dimension ({'twice ' if activation else ''}"
+            f"in_features), got shape {tuple(x.shape)}; pass activations of the layer that this weight belongs to"
         )
-    if norm_weight is not None and (norm_weight.dtype not in _DTYPES or tuple(norm_weight.shape) != (in_features,)):
-        raise ValueError(
-            f"{where}: norm_weight must be float32, float16 or bfloat16 of shape ({in_features},) (in_features), got "
-            f"{norm_weight.dtype} of shape {tuple(norm_weight.shape)}; pass that of the norm before the layer"
-        )
-    shape = (*x.shape[:-1], out_features)
-    if residual is not None and (residual.dtype != x.dtype or tuple(residual.shape) != shape):
-        raise ValueError(
-            f"{where}: residual must be {x.dtype} of shape {shape}, got {residual.dtype} of shape "
-            f"{tuple(residual.shape)}; pass what the layer's output is added to"
-        )
+    if residual is not None:
+        check_tensor(where, "residual", residual, x.dtype, (*x.shape[:-1], geometry.out_features))
 
 
 @torch.library.register_fake("rcp_kernels::lut_linear_fused")
@@ -160,16 +133,6 @@ def _fake(
     activation: int = 0,
     residual: Tensor | None = None,
 ) -> Tensor:
-    _check(x, out_features, in_features, norm_weight, activation, residual)
-    _check_act_bits(act_bits)
-    if input_order is not None:
-        _check_input_order(x[..., :in_features], in_features, input_order, rotation_group)
     named = {"weight": weight, "bias": bias, "input_order": input_order, "norm_weight": norm_weight}
-    # A meta tensor among real ones would otherwise bring us here and back with memory nobody wrote.
-    for name, tensor in {**named, "residual": residual}.items():
-        if tensor is not None and tensor.device != x.device:
-            raise ValueError(
-                f"lut_linear_fused: {name} must be on the device of x ({x.device}), got {tensor.device}; move them "
-                f"together"
-            )
+    check_devices("lut_linear_fused", x, **named, residual=residual)
     return x.new_empty((*x.shape[:-1], out_features))

@@ -9,21 +9,21 @@ from ..formats import BITS, check_group_size, num_groups, pack_codes, row_bytes
 
 __all__ = ["nearest_codes", "nearest_codes_reference"]
 
-# A chunk and its temporaries stay in a core's cache while it is passed over several times.
+# A chunk and its temporaries stay in a core's cache over several passes.
 _CHUNK_WEIGHTS = 1 << 20
 
 
 def nearest_codes(weight: Tensor, table: Tensor, group_size: int, packed: bool = False) -> Tensor:
     """The number of midpoints between neighbouring levels that lie below each weight.
 
-    A weight midway between two levels gets the lower one. On other devices than the CPU the reference runs. Not
+    A weight midway between two levels gets the lower level. On devices other than the CPU the reference runs. Not
     differentiable.
 
     Args:
         weight: float32 [N, K]; NaN gets code 0.
         table: float32 [N, ceil(K / group_size), 2**bits], ascending, with 2, 3 or 4 bits: the values of the levels.
-        group_size: weights along K that share a table, of the packed format's sizes where ``packed``.
-        packed: codes as :func:`rcp_kernels.formats.pack_codes` would pack them.
+        group_size: weights along K that share a table; where ``packed``, a size of the packed format.
+        packed: return the bit stream of :func:`rcp_kernels.formats.pack_codes`.
 
     Returns:
         uint8 [N, K]; where packed, [N, ceil(ceil(K / group_size) * group_size * bits / 8)].
@@ -41,7 +41,7 @@ def _check_arguments(weight: Tensor, table: Tensor, group_size: int, packed: boo
             f"shape {tuple(weight.shape)}; flatten leading dimensions"
         )
     if group_size < 1:
-        raise ValueError(f"nearest_codes: group_size must be at least 1, got {group_size}; pass the one of the table")
+        raise ValueError(f"nearest_codes: group_size must be at least 1, got {group_size}; pass that of the table")
     if packed:
         try:
             check_group_size(group_size, weight.shape[1])
@@ -60,7 +60,7 @@ def _check_arguments(weight: Tensor, table: Tensor, group_size: int, packed: boo
 
 @torch.library.register_fake("rcp_kernels::nearest_codes")
 def _fake(weight: Tensor, table: Tensor, group_size: int, packed: bool = False) -> Tensor:
-    bits = _check_arguments(weight, table, group_size, packed)
+    bits = int(table.shape[2]).bit_length() - 1
     columns = row_bytes(weight.shape[1], bits, group_size) if packed else weight.shape[1]
     return weight.new_empty((weight.shape[0], columns), dtype=torch.uint8)
 
@@ -74,7 +74,7 @@ def nearest_codes_reference(weight: Tensor, table: Tensor, group_size: int, pack
     bits = _check_arguments(weight, table, group_size, packed)
     rows, columns = weight.shape
     codes = torch.empty((rows, columns), dtype=torch.uint8, device=weight.device)
-    # Halved before the sum, which could overflow.
+    # Halved before the sum, as the sum could overflow.
     midpoints = table[..., 1:] * 0.5 + table[..., :-1] * 0.5
     step = max(1, _CHUNK_WEIGHTS // columns)
     for start in range(0, rows, step):

@@ -1,25 +1,23 @@
-"""The packed weight in the order that the kernels read: a blob of bytes of the running backend, never stored."""
+"""The packed weight in the order in which a backend's kernels read it: a blob of bytes that is never stored."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from ..formats import PackedWeight, num_groups, row_bytes
+from ..formats import Geometry, PackedWeight, num_groups, row_bytes
+from .checks import check_float
 
 __all__ = ["dequantize", "pack_weight", "unpack_weight"]
-
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def pack_weight(weight: PackedWeight) -> Tensor:
     """Reorder a packed weight for :func:`rcp_kernels.ops.lut_linear`.
 
-    Uniform groups keep their first level only on the CPU, whose kernels make the table of a group in registers; CUDA's
-    layout holds tables of either kind. Results of a weight as uniform groups and as tables are equal bit for bit.
+    On the CPU a uniform group stays its first level, and the kernels make the table of a group in registers. CUDA's
+    layout holds tables only. A weight of kind "uniform" and the same weight of kind "table" give the same bits.
 
-    Shapes and dtypes are checked, values are not: descending levels or a NaN scale are packed as they are.
-    :meth:`PackedWeight.validate` looks at the values.
+    Shapes and dtypes are checked. Values are not, as :meth:`PackedWeight.validate` checks them.
 
     Args:
         weight: canonical format (docs/format.md).
@@ -49,59 +47,45 @@ def pack_weight(weight: PackedWeight) -> Tensor:
     )
 
 
-def unpack_weight(blob: Tensor, out_features: int, in_features: int, bits: int, group_size: int) -> PackedWeight:
-    """The exact inverse of :func:`pack_weight`, but of kind "table"; padding codes come back as 0.
+def unpack_weight(blob: Tensor, geometry: Geometry) -> PackedWeight:
+    """The exact inverse of :func:`pack_weight`, of kind "table". Padding codes are 0.
 
-    A blob does not say on every device of which kind its weight was: :meth:`PackedWeight.as_uniform` undoes it.
+    CUDA's blobs do not store the kind of a weight: :meth:`PackedWeight.as_uniform` restores it.
 
     Args:
-        blob: what :func:`pack_weight` returned.
-        out_features: N.
-        in_features: K.
-        bits: 2, 3 or 4.
-        group_size: 32, 64, 128 or K.
+        blob: the result of :func:`pack_weight`.
+        geometry: of the weight, ``PackedWeight.geometry``.
 
     Raises:
-        ValueError: the blob is damaged or was packed for other arguments.
+        ValueError: the blob is damaged or was packed for another geometry.
     """
-    codes, levels, scales, tensor_scale = torch.ops.rcp_kernels.unpack_weight.default(
-        blob, out_features, in_features, bits, group_size
-    )
+    out_features, in_features, bits, group_size = geometry
+    codes, levels, scales, tensor_scale = torch.ops.rcp_kernels.unpack_weight.default(blob, *geometry)
     return PackedWeight(codes, levels, scales, tensor_scale, bits, group_size, in_features, out_features)
 
 
-def dequantize(
-    blob: Tensor,
-    out_features: int,
-    in_features: int,
-    bits: int,
-    group_size: int,
-    dtype: torch.dtype = torch.float32,
-) -> Tensor:
+def dequantize(blob: Tensor, geometry: Geometry, dtype: torch.dtype = torch.float32) -> Tensor:
     """The weight of a blob as a matrix: ``level * scale * tensor_scale`` in float32, then rounded to ``dtype``.
 
     Args:
-        blob: what :func:`pack_weight` returned.
-        out_features: N.
-        in_features: K.
-        bits: 2, 3 or 4.
-        group_size: 32, 64, 128 or K.
+        blob: the result of :func:`pack_weight`.
+        geometry: of the weight, ``PackedWeight.geometry``.
         dtype: float32, which is exact (docs/format.md), float16 or bfloat16.
 
     Returns:
         dtype [out_features, in_features], on the device of blob.
 
     Raises:
-        ValueError: another dtype, or a blob that is damaged or was packed for other arguments.
+        ValueError: another dtype, or a blob that is damaged or was packed for another geometry.
     """
-    return torch.ops.rcp_kernels.dequantize.default(blob, out_features, in_features, bits, group_size, dtype)
+    return torch.ops.rcp_kernels.dequantize.default(blob, *geometry, dtype)
 
 
 @torch.library.register_fake("rcp_kernels::pack_weight")
 def _fake_pack(
     codes: Tensor, levels: Tensor, scales: Tensor, tensor_scale: Tensor, in_features: int, bits: int, group_size: int
 ) -> Tensor:
-    # The layout is the backend's own business, and so is its size.
+    # The size depends on the backend's layout.
     return codes.new_empty((torch.library.get_ctx().new_dynamic_size(),))
 
 
@@ -127,8 +111,5 @@ def _fake_dequantize(
     group_size: int,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    if dtype not in _DTYPES:
-        raise ValueError(
-            f"dequantize: dtype must be float32, float16 or bfloat16, got {dtype}; convert the result with .to()"
-        )
+    check_float("dequantize", "dtype", dtype, "convert the result with .to()")
     return weight.new_empty((out_features, in_features), dtype=dtype)

@@ -5,16 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["quantize_activation", "quantize_activation_reference"]
+from .checks import check_clip, check_float, check_one_of
 
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+__all__ = ["check_quantization", "empty_quantized", "quantize_activation", "quantize_activation_reference"]
 
-# Below this scale a token is all zeros: 1 / scale would leave float32's range for subnormal scales.
+# A smaller scale gives a token of zeros: 1 / scale would leave float32's range for subnormal scales.
 _SMALLEST_SCALE = 2.0**-120
 
 
 def quantize_activation(x: Tensor, bits: int = 4, clip: float = 1.0, packed: bool = False) -> tuple[Tensor, Tensor]:
-    """Quantize each token (a vector along the last dimension) to symmetric integers with a scale of its own.
+    """Quantize each token (a vector along the last dimension) to symmetric integers with a per-token scale.
 
     ``scale = max|x| * clip / qmax`` with qmax 7 or 127, ``q = clamp(rint(x / scale), -qmax - 1, qmax)``, half to even,
     in float32 (docs/numerics.md gives every step). A token that is zero, or whose scale is below 2**-120, gives q = 0
@@ -23,8 +23,8 @@ def quantize_activation(x: Tensor, bits: int = 4, clip: float = 1.0, packed: boo
     Args:
         x: float32, float16 or bfloat16 [..., K], any strides.
         bits: 4 or 8.
-        clip: in (0, 1]; below 1 the largest values saturate and the others get finer steps.
-        packed: for 4 bits, two values a byte: even k in the low nibble, two's complement, a missing last one is 0.
+        clip: in (0, 1]. Below 1 the largest values saturate and the others get finer steps.
+        packed: for 4 bits, two values a byte: even k in the low nibble, two's complement, a missing last value is 0.
 
     Returns:
         q, int8 [..., K] or, packed, uint8 [..., ceil(K / 2)]; and scale, float32 [...].
@@ -37,24 +37,20 @@ def quantize_activation(x: Tensor, bits: int = 4, clip: float = 1.0, packed: boo
     return torch.ops.rcp_kernels.quantize_activation.default(x, bits, clip, packed)
 
 
-def _check_arguments(x: Tensor, bits: int, clip: float, packed: bool) -> None:
-    if x.dtype not in _DTYPES:
-        raise ValueError(
-            f"quantize_activation: x must be float32, float16 or bfloat16, got {x.dtype}; convert it first"
-        )
+def check_quantization(x: Tensor, bits: int, clip: float, packed: bool) -> None:
+    """Raise ValueError unless :func:`quantize_activation` takes these arguments."""
+    where = "quantize_activation"
+    check_float(where, "x", x)
     if x.dim() < 1:
-        raise ValueError("quantize_activation: x must have at least one dimension, got a scalar; use x[None]")
-    if bits not in (4, 8):
-        raise ValueError(f"quantize_activation: bits must be 4 or 8, got {bits}; choose one of them")
-    if not 0.0 < clip <= 1.0:
-        raise ValueError(f"quantize_activation: clip must be in (0, 1], got {clip}; 1.0 keeps the largest value")
+        raise ValueError(f"{where}: x must have at least one dimension, got a scalar; use x[None]")
+    check_one_of(where, "bits", bits, (4, 8))
+    check_clip(where, clip)
     if packed and bits != 4:
-        raise ValueError(f"quantize_activation: packed storage is for 4 bits, got bits={bits}; pass packed=False")
+        raise ValueError(f"{where}: packed storage is for 4 bits, got bits={bits}; pass packed=False")
 
 
-@torch.library.register_fake("rcp_kernels::quantize_activation")
-def _fake(x: Tensor, bits: int, clip: float = 1.0, packed: bool = False) -> tuple[Tensor, Tensor]:
-    _check_arguments(x, bits, clip, packed)
+def empty_quantized(x: Tensor, packed: bool) -> tuple[Tensor, Tensor]:
+    """Uninitialised tensors of the shapes and dtypes that quantizing x gives."""
     leading, last = x.shape[:-1], x.shape[-1]
     if packed:
         q = x.new_empty((*leading, (last + 1) // 2), dtype=torch.uint8)
@@ -63,15 +59,21 @@ def _fake(x: Tensor, bits: int, clip: float = 1.0, packed: bool = False) -> tupl
     return q, x.new_empty(leading, dtype=torch.float32)
 
 
+@torch.library.register_fake("rcp_kernels::quantize_activation")
+def _fake(x: Tensor, bits: int, clip: float = 1.0, packed: bool = False) -> tuple[Tensor, Tensor]:
+    check_quantization(x, bits, clip, packed)
+    return empty_quantized(x, packed)
+
+
 def quantize_activation_reference(
     x: Tensor, bits: int = 4, clip: float = 1.0, packed: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """:func:`quantize_activation` in plain torch: the same float32 steps, so both results are equal bit for bit.
+    """:func:`quantize_activation` in plain torch: the same float32 steps, and so the same bits.
 
     Raises:
-        ValueError: as the operator does, NaN and Inf included, on every device.
+        ValueError: as the operator does on the CPU, on every device.
     """
-    _check_arguments(x, bits, clip, packed)
+    check_quantization(x, bits, clip, packed)
     values = x.detach().to(torch.float32)
     if not bool(torch.isfinite(values).all()):
         raise ValueError("quantize_activation: x must be finite, got NaN or Inf; check the layer that produced it")

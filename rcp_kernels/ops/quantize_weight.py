@@ -13,7 +13,7 @@ from .nearest_codes import nearest_codes
 
 __all__ = ["quantize_weight", "uniform_levels", "whole_and_tail"]
 
-# Small enough for a chunk and its temporaries to stay in a core's cache while it is passed over several times.
+# A chunk and its temporaries stay in a core's cache over several passes.
 _CHUNK_WEIGHTS = 1 << 20
 
 

@@ -1,6 +1,6 @@
-"""The operators in plain torch, for tests and for users who want to check a result (docs/numerics.md).
+"""The operators in plain torch, for tests and for users who check a result (docs/numerics.md).
 
-Integers are exact and the outer sum is float64; slow, and clear.
+They are slow. Integers are exact, and the outer sum is float64.
 """
 
 from .clip_search import clip_search_reference as clip_search

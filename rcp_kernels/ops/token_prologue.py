@@ -1,13 +1,15 @@
-"""What may happen to a token inside :func:`lut_linear_fused` before it is quantized, in plain torch operators.
+"""The prologues of :func:`lut_linear_fused`, RMS norm and gated activation, in plain torch operators.
 
-The compiled operator does the same float32 steps in the same order (docs/numerics.md), so the two are equal bit for
-bit, but for subnormal numbers, which the operator flushes.
+The compiled operator does the same float32 steps in the same order (docs/numerics.md). Both are equal bit for bit,
+except for subnormal numbers, which the operator flushes.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from .checks import check_float, check_one_of
 
 __all__ = ["ACTIVATIONS", "gated_activation_reference", "rms_norm_reference"]
 
@@ -16,8 +18,7 @@ ACTIVATIONS = {None: 0, "silu": 1, "gelu_tanh": 2}
 
 
 def _check_x(caller: str, x: Tensor) -> None:
-    if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        raise ValueError(f"{caller}: x must be float32, float16 or bfloat16, got {x.dtype}; convert it first")
+    check_float(caller, "x", x)
     if x.dim() < 1 or x.shape[-1] < 1:
         raise ValueError(
             f"{caller}: x must have features in its last dimension, got shape {tuple(x.shape)}; pass tokens"
@@ -28,7 +29,7 @@ def rms_norm_reference(x: Tensor, weight: Tensor, eps: float, offset: float = 0.
     """``x / sqrt(mean(x**2) + eps) * (offset + weight)`` of each token, in float32.
 
     With offset 0 the normalized token is rounded to x.dtype before the product with the weight, as LLaMA's norm does.
-    With another one it is not, as Gemma's norm does. Differentiable.
+    With another offset it is not rounded, as in Gemma's norm. Differentiable.
 
     Args:
         x: float32, float16 or bfloat16 [..., K].
@@ -46,7 +47,7 @@ def rms_norm_reference(x: Tensor, weight: Tensor, eps: float, offset: float = 0.
     size = x.shape[-1]
     if tuple(weight.shape) != (size,):
         raise ValueError(
-            f"rms_norm: weight must have shape ({size},), got {tuple(weight.shape)}; pass that of the norm"
+            f"rms_norm: weight must have shape ({size},), got {tuple(weight.shape)}; pass the weight of the norm"
         )
     values = x.to(torch.float32)
     half = 16
@@ -56,10 +57,10 @@ def rms_norm_reference(x: Tensor, weight: Tensor, eps: float, offset: float = 0.
     while half:
         total = total[..., :half] + total[..., half:]
         half //= 2
-    # As float32 tensors, so that every step rounds as in the compiled operator.
+    # As float32 tensors: every step then rounds as in the compiled operator.
     mean = total * torch.tensor(1.0 / size, dtype=torch.float32, device=x.device)
     mean = mean + torch.tensor(eps, dtype=torch.float32, device=x.device)
-    # torch's float32 square root is not always the nearest number; float64 and then float32 is.
+    # torch's float32 square root is not always rounded to nearest; float64 rounded to float32 is.
     inverse = torch.reciprocal(torch.sqrt(mean.to(torch.float64)).to(torch.float32))
     values = values * inverse
     if offset == 0.0:
@@ -91,7 +92,7 @@ def _power_of_two(n: Tensor) -> Tensor:
 def gated_activation_reference(x: Tensor, activation: str) -> Tensor:
     """``activation(gate) * up`` of tokens that hold gate and up side by side, in float32.
 
-    The activation is rounded to x.dtype before the product, as separate operators do. Differentiable.
+    As in separate operators, the activation is rounded to x.dtype before the product. Differentiable.
 
     Args:
         x: float32, float16 or bfloat16 [..., 2 K]: gate, then up.
@@ -104,8 +105,7 @@ def gated_activation_reference(x: Tensor, activation: str) -> Tensor:
         ValueError: another dtype or activation, or an odd number of features.
     """
     _check_x("gated_activation", x)
-    if activation not in ("silu", "gelu_tanh"):
-        raise ValueError(f'gated_activation: activation must be "silu" or "gelu_tanh", got {activation!r}; check it')
+    check_one_of("gated_activation", "activation", activation, ("silu", "gelu_tanh"))
     if x.shape[-1] % 2:
         raise ValueError(f"gated_activation: x must hold gate and up, got {x.shape[-1]} features; pass both")
     gate, up = (part.to(torch.float32) for part in x.chunk(2, -1))

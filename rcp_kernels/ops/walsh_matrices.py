@@ -1,9 +1,9 @@
-"""Walsh and Hadamard matrices: +-1 entries, orthogonal rows, built from number theory rather than read from tables.
+"""Walsh and Hadamard matrices: +-1 entries and orthogonal rows, from constructions of number theory.
 
-A size that works is m * 2^k, where m is one of `BASE_ORDERS`; the matrix is the Kronecker product of a Hadamard matrix
-of order m with Sylvester's of order 2^k. *Natural order* is what that product gives. *Sequency order* sorts the rows by
-their number of sign changes, their sequency, the square wave's counterpart of a frequency (docs/walsh.md). Matrices
-belong to checkpoints that were rotated with them, so they never change between versions.
+A size must be m * 2^k, where m is one of `BASE_ORDERS`. The matrix is the Kronecker product of a Hadamard matrix of
+order m with Sylvester's of order 2^k, whose rows are in *natural order*. *Sequency order* sorts the rows by their
+number of sign changes (their sequency, a square wave's counterpart of a frequency; docs/walsh.md). Checkpoints are
+rotated with these matrices, which therefore never change between versions.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ import operator
 import numpy as np
 import torch
 from torch import Tensor
+
+from .checks import check_one_of
 
 __all__ = [
     "BASE_ORDERS",
@@ -28,7 +30,7 @@ __all__ = [
 ]
 
 BASE_ORDERS = (1, 12, 20, 28, 36, 40, 52, 60, 108, 140, 156, 172)
-"""Orders m with a matrix of their own; with m * 2^k they reach the hidden sizes that language models have."""
+"""Orders m that have a construction. m * 2^k covers the hidden sizes of language models."""
 
 
 def factor_size(size: int, caller: str = "factor_size") -> tuple[int, int]:
@@ -36,17 +38,17 @@ def factor_size(size: int, caller: str = "factor_size") -> tuple[int, int]:
 
     Args:
         size: at least 1.
-        caller: what an error message starts with.
+        caller: begins an error message.
 
     Returns:
         m and 2^k.
 
     Raises:
-        ValueError: there is no such split; the message names the largest size that divides this one and has one.
+        ValueError: there is no such split. The message names the largest divisor of size that has a split.
     """
     size = operator.index(size)
     if size < 1:
-        raise ValueError(f"{caller}: size must be at least 1, got {size}; pass the number of entries to mix")
+        raise ValueError(f"{caller}: size must be at least 1, got {size}; pass the number of entries to transform")
     for order in BASE_ORDERS:
         power = size // order
         if size % order == 0 and power & (power - 1) == 0:
@@ -66,7 +68,7 @@ def factor_size(size: int, caller: str = "factor_size") -> tuple[int, int]:
 
 
 def _largest_group(size: int) -> int:
-    """The largest size with a matrix that divides ``size``; 1 where there is only that."""
+    """The largest divisor of ``size`` that has a matrix; 1 if no other has."""
     largest = 1
     for order in BASE_ORDERS:
         quotient, rest = divmod(size, order)
@@ -78,9 +80,13 @@ def _largest_group(size: int) -> int:
 def base_matrix(order: int) -> Tensor:
     """A Hadamard matrix of one of `BASE_ORDERS`; its first row and its first column are +1.
 
-    12, 20, 60, 108 and 140 are Paley's first construction (q = order - 1), 28 and 36 his second (q = order / 2 - 1),
-    52, 156 and 172 four circulants in the array of Goethals and Seidel (the last with symmetric ones: Williamson's
-    construction), 40 a Kronecker product. Every one is checked when it is built: H H^T = order * I in integers.
+    - 12, 20, 60, 108 and 140: Paley's first construction, q = order - 1.
+    - 28 and 36: Paley's second construction, q = order / 2 - 1.
+    - 52, 156 and 172: four circulants in the array of Goethals and Seidel. Those of 172 are symmetric, which is
+      Williamson's construction.
+    - 40: a Kronecker product.
+
+    Each matrix is checked when it is built: H H^T = order * I in integers.
 
     Args:
         order: a member of `BASE_ORDERS`.
@@ -91,11 +97,7 @@ def base_matrix(order: int) -> Tensor:
     Raises:
         ValueError: another order.
     """
-    if order not in BASE_ORDERS:
-        raise ValueError(
-            f"base_matrix: order must be one of {BASE_ORDERS}, got {order}; hadamard_matrix makes their multiples by "
-            f"powers of two"
-        )
+    check_one_of("base_matrix", "order", order, BASE_ORDERS, "hadamard_matrix multiplies them by powers of two")
     return torch.tensor(_base(order))
 
 
@@ -146,8 +148,8 @@ def _paley_2(q: int) -> np.ndarray:
     return np.kron(conference, [[1, 1], [1, -1]]) + np.kron(identity, [[1, -1], [-1, -1]])
 
 
-# order: a number g such that four sequences of length order / 4 that do not change under i -> g * i exist. It leaves a
-# few hundred sequences to look through, where all of them would be 2^39.
+# By order, a number g: there are four sequences of length order / 4 that do not change under i -> g * i. With g a few
+# hundred sequences remain to be searched, instead of 2^39.
 _CIRCULANT_MULTIPLIERS = {52: 12, 156: 29, 172: 7}
 
 
@@ -155,7 +157,7 @@ def _four_sequences(length: int, multiplier: int) -> list[np.ndarray]:
     """Four +-1 sequences whose periodic autocorrelations sum to 0 at every shift, the first four in a fixed order.
 
     Only sequences with a[i] = a[multiplier * i mod length] and a[0] = 1 are tried. The multiplier does not change their
-    autocorrelation either, so that it is compared at one shift of each orbit.
+    autocorrelation either, which is therefore compared at one shift of each orbit.
     """
     orbits: list[list[int]] = []
     for start in range(1, length):
@@ -195,16 +197,17 @@ def _goethals_seidel(*rows: np.ndarray) -> np.ndarray:
     return np.block([[a, br, cr, dr], [-br, a, dt, -ct], [-cr, -dt, a, bt], [-dr, ct, -bt, a]])
 
 
-def hadamard_matrix(size: int) -> Tensor:
-    """The Hadamard matrix in natural order, ``base_matrix(m)`` kron Sylvester's matrix of order 2^k; H H^T = size * I.
+def hadamard_matrix(size: int, normalized: bool = False) -> Tensor:
+    """The Hadamard matrix in natural order, ``base_matrix(m)`` kron Sylvester's matrix of order 2^k.
 
     For a power of two this is Sylvester's matrix, which is symmetric: H[i, j] = (-1)^popcount(i & j).
 
     Args:
         size: m * 2^k with m in `BASE_ORDERS`.
+        normalized: divide by sqrt(size), which makes the matrix orthogonal. Without it H H^T = size * I.
 
     Returns:
-        int8 [size, size], entries +-1.
+        int8 [size, size], entries +-1; normalized, float64.
 
     Raises:
         ValueError: a size without a matrix.
@@ -214,7 +217,8 @@ def hadamard_matrix(size: int) -> Tensor:
     while power > 1:
         matrix = np.kron(matrix, np.array([[1, 1], [1, -1]], np.int8))
         power //= 2
-    return torch.tensor(matrix)
+    result = torch.tensor(matrix)
+    return result.to(torch.float64) / size**0.5 if normalized else result
 
 
 def sequency(matrix: Tensor) -> Tensor:
@@ -234,8 +238,8 @@ def sequency_permutation(size: int) -> Tensor:
     """The natural index of each row in sequency order: ``walsh_matrix(n) = hadamard_matrix(n)[permutation]``.
 
     For a power of two, entry s is the bit reversal of the Gray code s ^ (s >> 1), and row s has exactly s sign changes.
-    For other sizes rows of natural order may tie in sign changes (and some numbers may be missing): they are sorted by
-    sign changes, ties by their natural index. Takes O(size) steps; no matrix is made.
+    For other sizes several rows may have the same number of sign changes, and ties are sorted by their natural index.
+    Takes O(size) steps; no matrix is made.
 
     Args:
         size: m * 2^k with m in `BASE_ORDERS`.
@@ -259,8 +263,8 @@ def _sequency_permutation(size: int, caller: str) -> np.ndarray:
     if order == 1:
         return reversed_gray
     # Row i * power + a of the product is m copies of Sylvester's row a, each times an entry of base row i. Inside the
-    # copies it has m times the changes of row a. A row with an even number of changes ends as it began, so where two
-    # copies meet there is a change wherever base row i has one; with an odd number, wherever it has none.
+    # copies it has m times the changes of row a. A row with an even number of changes ends with the sign of its start:
+    # where two copies meet there is a change if base row i has one. With an odd number there is one if it has none.
     within = np.empty(power, np.int64)
     within[reversed_gray] = np.arange(power)
     base = _base(order)
@@ -269,34 +273,36 @@ def _sequency_permutation(size: int, caller: str) -> np.ndarray:
     return np.argsort(changes.ravel(), kind="stable")
 
 
-def walsh_matrix(size: int) -> Tensor:
+def walsh_matrix(size: int, normalized: bool = False) -> Tensor:
     """The Walsh matrix: the rows of :func:`hadamard_matrix` in sequency order.
 
-    For a power of two it is symmetric and row s has s sign changes (Walsh 1923). For others see
-    :func:`sequency_permutation` for the order of ties, and it is not symmetric: its inverse is its transpose / size.
+    For a power of two the matrix is symmetric and row s has s sign changes (Walsh 1923). For other sizes it is not
+    symmetric; :func:`sequency_permutation` says how ties are sorted. Its inverse is its transpose / size.
 
     Args:
         size: m * 2^k with m in `BASE_ORDERS`.
+        normalized: divide by sqrt(size), which makes the matrix orthogonal.
 
     Returns:
-        int8 [size, size], entries +-1.
+        int8 [size, size], entries +-1; normalized, float64.
 
     Raises:
         ValueError: a size without a matrix.
     """
-    return hadamard_matrix(size)[sequency_permutation(size)]
+    return hadamard_matrix(size, normalized)[sequency_permutation(size)]
 
 
-def gsr_matrix(size: int, group_size: int = 128, dtype: torch.dtype = torch.float64) -> Tensor:
-    """The grouped sequency-arranged rotation: a block diagonal of ``walsh_matrix(group_size) / sqrt(group_size)``.
+def gsr_matrix(size: int, group_size: int = 128, dtype: torch.dtype = torch.float64, normalized: bool = True) -> Tensor:
+    """The grouped sequency-arranged rotation: a block diagonal of ``walsh_matrix(group_size)``.
 
-    Orthogonal. With the group of the weight's quantization as block, the rows that share a group are of adjacent
-    sequency and the rotation stays inside the group (GSR, arXiv 2505.03810).
+    With the group of the weight's quantization as block, the rotation stays inside the group, and the rows of a group
+    have neighbouring sequencies (GSR, arXiv 2505.03810).
 
     Args:
         size: a multiple of group_size.
         group_size: m * 2^k with m in `BASE_ORDERS`.
-        dtype: floating point, of the result.
+        dtype: of the result.
+        normalized: divide by sqrt(group_size), which makes the matrix orthogonal. False gives entries 0 and +-1.
 
     Returns:
         dtype [size, size].
@@ -308,5 +314,4 @@ def gsr_matrix(size: int, group_size: int = 128, dtype: torch.dtype = torch.floa
         raise ValueError(
             f"gsr_matrix: group_size must divide size, got size {size} and group_size {group_size}; choose a divisor"
         )
-    block = walsh_matrix(group_size).to(torch.float64) / group_size**0.5
-    return torch.block_diag(*[block.to(dtype)] * (size // group_size))
+    return torch.block_diag(*[walsh_matrix(group_size, normalized).to(dtype)] * (size // group_size))

@@ -8,16 +8,24 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from .quantize_activation import _check_arguments as _check_quantize
-from .quantize_activation import quantize_activation_reference
+from .checks import check_float, check_one_of
+from .quantize_activation import check_quantization, empty_quantized, quantize_activation_reference
 from .walsh_matrices import _base, _sequency_permutation, factor_size, hadamard_matrix
 
-__all__ = ["walsh_quantize", "walsh_quantize_reference", "walsh_transform", "walsh_transform_reference"]
+__all__ = [
+    "ORDERS",
+    "transform_blocks",
+    "transform_tables",
+    "walsh_quantize",
+    "walsh_quantize_reference",
+    "walsh_transform",
+    "walsh_transform_reference",
+]
 
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-_ORDERS = ("sequency", "natural")
+ORDERS = ("sequency", "natural")
+"""Orders of the rows of a Walsh matrix."""
 
-# (size, order, device): the float32 base matrix and the int32 permutation that the operators take, None for none.
+# The float32 base matrix and the int32 permutation of the operators, or None, by size, order and device.
 _Tables = tuple[Tensor | None, Tensor | None]
 _tables_cache: dict[tuple[int, str, torch.device], _Tables] = {}
 
@@ -30,20 +38,20 @@ def walsh_transform(
     inverse: bool = False,
     inplace: bool = False,
 ) -> Tensor:
-    """``x @ walsh_matrix(n).T * scale`` along the last dimension, n log n additions instead of n^2.
+    """``x @ walsh_matrix(n).T * scale`` along the last dimension, with n log n additions instead of n^2.
 
-    With ``order="natural"`` the matrix is ``hadamard_matrix(n)``, and with group_size the block diagonal of its kind.
-    Computed in float32 and rounded once to x.dtype (docs/walsh.md gives every step), so two runs, and any two
-    instruction sets, agree bit for bit. Differentiable: the gradient is the transform in the other direction.
+    With ``order="natural"`` the matrix is ``hadamard_matrix(n)``; with group_size it is the block diagonal of that
+    kind. The computation is float32, rounded once to x.dtype (docs/walsh.md gives every step). Two runs agree bit for
+    bit, and so do any two instruction sets. Differentiable: the gradient is the transform in the other direction.
 
     Args:
         x: float32, float16 or bfloat16 [..., n], any strides; n = m * 2^k with m in
             ``rcp_kernels.ops.walsh_matrices.BASE_ORDERS`` unless group_size is given.
         order: of the rows of the matrix: ``"sequency"`` (number of sign changes) or ``"natural"``.
-        group_size: transform each run of so many entries by itself: a divisor of n that is itself m * 2^k. None: n.
-        scale: factor of the result; None is 1/sqrt(group_size or n), with which the transform is orthogonal.
-        inverse: apply the transpose of the matrix instead: with the default scale, undo the transform. For powers of
-            two both matrices are symmetric, so that this changes nothing.
+        group_size: transform each run of this many entries by itself. It divides n and is m * 2^k. None: n.
+        scale: factor of the result. None is 1/sqrt(group_size or n), which makes the transform orthogonal.
+        inverse: apply the transpose of the matrix. With the default scale this undoes the transform. For powers of two
+            both matrices are symmetric, and this changes nothing.
         inplace: overwrite x, which must be contiguous, and return it. Not differentiable.
 
     Returns:
@@ -62,7 +70,7 @@ def walsh_transform(
             "work under torch.no_grad()"
         )
     torch.ops.rcp_kernels.walsh_transform_.default(x, base, permutation, size, scale, inverse)
-    # The library's stable ABI has no way to tell autograd that x has changed; a compiled graph knows from the schema.
+    # torch's stable ABI cannot tell autograd that x has changed. A compiled graph knows from the schema.
     if not (torch.compiler.is_compiling() or x.is_inference()):
         torch.autograd.graph.increment_version(x)
     return x
@@ -80,11 +88,11 @@ def walsh_quantize(
 ) -> tuple[Tensor, Tensor]:
     """``quantize_activation(walsh_transform(x, ...), bits, clip, packed)`` in one pass, equal bit for bit.
 
-    So the transformed x is rounded to x.dtype before it is quantized. Not differentiable.
+    The transformed x is rounded to x.dtype before it is quantized. Not differentiable.
 
     Args:
         x: float32, float16 or bfloat16 [..., n], any strides.
-        bits, clip, packed: as :func:`rcp_kernels.quantize_activation`; a token is all n entries, whatever group_size.
+        bits, clip, packed: as :func:`rcp_kernels.quantize_activation`; a token is all n entries with any group_size.
         order, group_size, scale, inverse: as :func:`walsh_transform`.
 
     Returns:
@@ -109,30 +117,33 @@ def _prepare(
 
 
 def transform_tables(caller: str, x: Tensor, size: int, order: str) -> _Tables:
-    """The base matrix and the permutation that the operators want for blocks of ``size``, on the device of x."""
-    # A fake tensor takes fake tables, which must not outlive its mode; the compiler never shows one here.
+    """The base matrix and the permutation of the operators for blocks of ``size``, on the device of x.
+
+    Returns:
+        float32 [m, m] or None for powers of two; int32 [size] or None for natural order.
+    """
+    # A fake tensor needs fake tables, which must not outlive its mode. Under torch.compile x is not a FakeTensor here.
     make = _make_tables if isinstance(x, FakeTensor) else _tables
     return make(caller, size, order, x.device)
 
 
 def _tables(caller: str, size: int, order: str, device: torch.device) -> _Tables:
-    """What the operators need to know of a size and an order, made once for each device."""
+    """The tables of a size and an order, made once for each device."""
     tables = _tables_cache.get((size, order, device))
     if tables is None:
         tables = _tables_cache[size, order, device] = _make_tables(caller, size, order, device)
     return tables
 
 
-# torch.compiler.assume_constant_result does this and no more, but it imports torch._dynamo, which takes a second.
+# torch.compiler.assume_constant_result does the same, but imports torch._dynamo, which takes a second.
 _tables._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _make_tables(caller: str, size: int, order: str, device: torch.device) -> _Tables:
-    if order not in _ORDERS:
-        raise ValueError(f"{caller}: order must be one of {_ORDERS}, got {order!r}; check the spelling")
+    check_one_of(caller, "order", order, ORDERS, "check the spelling")
     m, _ = factor_size(size, caller)
     base = permutation = None
-    with torch.inference_mode(False):  # a tensor born in inference mode could never be saved for a backward
+    with torch.inference_mode(False):  # autograd cannot save an inference tensor
         if m > 1:
             base = torch.tensor(_base(m), dtype=torch.float32, device=device)
         if order == "sequency":
@@ -143,14 +154,14 @@ def _make_tables(caller: str, size: int, order: str, device: torch.device) -> _T
 def transform_blocks(
     x: Tensor, base: Tensor | None, permutation: Tensor | None, size: int, scale: float, inverse: bool
 ) -> Tensor:
-    """The operator, differentiable in x: every run of ``size`` along the last dimension, with ready-made tables."""
+    """Transform every run of ``size`` entries along the last dimension, with given tables. Differentiable in x."""
     if torch.is_grad_enabled() and x.requires_grad:
         return _WalshTransform.apply(x, base, permutation, size, scale, inverse)
     return torch.ops.rcp_kernels.walsh_transform.default(x, base, permutation, size, scale, inverse)
 
 
 class _WalshTransform(torch.autograd.Function):
-    """The gradient of a linear map is its transpose. Here, not in register_autograd, which every call would pay for."""
+    """The gradient of a linear map is its transpose. register_autograd would make every call slower."""
 
     @staticmethod
     def forward(
@@ -171,8 +182,11 @@ class _WalshTransform(torch.autograd.Function):
 
 
 def _check_x(caller: str, x: Tensor, group_size: int) -> None:
-    if x.dtype not in _DTYPES:
-        raise ValueError(f"{caller}: x must be float32, float16 or bfloat16, got {x.dtype}; convert it first")
+    check_float(caller, "x", x)
+    _check_groups(caller, x, group_size)
+
+
+def _check_groups(caller: str, x: Tensor, group_size: int) -> None:
     if x.dim() < 1 or x.shape[-1] % group_size:
         raise ValueError(
             f"{caller}: group_size must divide the last dimension of x, got group_size {group_size} and shape "
@@ -212,13 +226,8 @@ def _fake_quantize(
     packed: bool = False,
 ) -> tuple[Tensor, Tensor]:
     _check_x("walsh_quantize", x, group_size)
-    _check_quantize(x, bits, clip, packed)
-    leading, last = x.shape[:-1], x.shape[-1]
-    if packed:
-        q = x.new_empty((*leading, (last + 1) // 2), dtype=torch.uint8)
-    else:
-        q = x.new_empty(x.shape, dtype=torch.int8)
-    return q, x.new_empty(leading, dtype=torch.float32)
+    check_quantization(x, bits, clip, packed)
+    return empty_quantized(x, packed)
 
 
 def walsh_transform_reference(
@@ -231,9 +240,8 @@ def walsh_transform_reference(
 ) -> Tensor:
     """:func:`walsh_transform` in plain torch, every step rounded to ``dtype``: the same steps in the same order.
 
-    With float64 it is the exact result for all purposes of a test. With float32, cast to x.dtype, it is the operator's
-    result bit for bit (but for subnormal numbers, which the operator flushes). With x.dtype it is what a butterfly
-    written in torch would give.
+    float64 gives the exact result for the purposes of a test. float32, cast to x.dtype, gives the operator's result bit
+    for bit, except for subnormal numbers, which the operator flushes. x.dtype gives the result of a butterfly in torch.
 
     Args:
         x: floating point [..., n].
@@ -247,45 +255,46 @@ def walsh_transform_reference(
         ValueError: as the operator does, but for the dtype of x.
     """
     size, scale, base, permutation = _prepare("walsh_transform", x, order, group_size, scale)
-    if x.dim() < 1 or x.shape[-1] % size:
-        raise ValueError(
-            f"walsh_transform: group_size must divide the last dimension of x, got group_size {size} and shape "
-            f"{tuple(x.shape)}; choose a divisor"
-        )
+    _check_groups("walsh_transform", x, size)
     m = 1 if base is None else base.shape[0]
-    inverse = inverse and m > 1  # without a base the matrix is symmetric, and so the inverse is the same computation
+    inverse = inverse and m > 1  # without a base the matrix is symmetric
     values = x.detach().to(dtype).unflatten(-1, (x.shape[-1] // size, size))
     if inverse and permutation is not None:
         values = values[..., torch.argsort(permutation)]
-    if dtype == torch.float64:
-        # No order of the sum to keep: products with the dense factors are 2 to 6 times faster than butterflies.
-        inner = min(size // m, 256)
-        values = values.unflatten(-1, (m, size // m // inner, inner)) @ hadamard_matrix(inner).to(values)
-        if inner < size // m:
-            values = hadamard_matrix(size // m // inner).to(values) @ values
-        values = values.flatten(-2)
-        if base is not None:
-            values = (base.T if inverse else base).to(values) @ values
-        values = values.flatten(-2)
-        if not inverse and permutation is not None:
-            values = values[..., permutation]
-        return values.flatten(-2) * values.new_tensor(scale)
     values = values.unflatten(-1, (m, size // m))
-    stride = 1
-    while stride < size // m:
-        first, second = values.unflatten(-1, (-1, 2, stride)).unbind(-2)
-        values = torch.stack((first + second, first - second), dim=-2).flatten(-3)
-        stride *= 2
     if base is not None:
-        columns = (base.T if inverse else base).to(dtype).unbind(1)
-        total = values[..., :1, :] * columns[0][:, None]
-        for j in range(1, m):
-            total = total + values[..., j : j + 1, :] * columns[j][:, None]
-        values = total
-    values = values.flatten(-2)
+        base = (base.T if inverse else base).to(values)
+    values = (_products if dtype == torch.float64 else _butterflies)(values, base).flatten(-2)
     if not inverse and permutation is not None:
         values = values[..., permutation]
     return values.flatten(-2) * values.new_tensor(scale)
+
+
+def _products(values: Tensor, base: Tensor | None) -> Tensor:
+    """[..., m, 2^k] by dense factors, which are 2 to 6 times faster than butterflies. Float64 needs no fixed order."""
+    power = values.shape[-1]
+    inner = min(power, 256)
+    values = values.unflatten(-1, (power // inner, inner)) @ hadamard_matrix(inner).to(values)
+    if inner < power:
+        values = hadamard_matrix(power // inner).to(values) @ values
+    values = values.flatten(-2)
+    return values if base is None else base @ values
+
+
+def _butterflies(values: Tensor, base: Tensor | None) -> Tensor:
+    """[..., m, 2^k] by the operator's steps: butterflies, then the product with the base column by column."""
+    stride = 1
+    while stride < values.shape[-1]:
+        first, second = values.unflatten(-1, (-1, 2, stride)).unbind(-2)
+        values = torch.stack((first + second, first - second), dim=-2).flatten(-3)
+        stride *= 2
+    if base is None:
+        return values
+    columns = base.unbind(1)
+    total = values[..., :1, :] * columns[0][:, None]
+    for j in range(1, len(columns)):
+        total = total + values[..., j : j + 1, :] * columns[j][:, None]
+    return total
 
 
 def walsh_quantize_reference(
@@ -298,7 +307,7 @@ def walsh_quantize_reference(
     scale: float | None = None,
     inverse: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """:func:`walsh_quantize` in plain torch, its two steps one after the other: equal bit for bit.
+    """:func:`walsh_quantize` in plain torch, as two separate steps: equal bit for bit.
 
     Raises:
         ValueError: as the operator does.

@@ -7,7 +7,6 @@ import pytest
 import torch
 
 pytest.importorskip("transformers")
-pytest.importorskip("typer")
 pytest.importorskip("matplotlib")
 
 import yaml

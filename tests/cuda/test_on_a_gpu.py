@@ -1,4 +1,4 @@
-"""The CUDA kernels on a GPU, through torch, against the references. Without a GPU tests/ptx executes them instead."""
+"""The CUDA kernels on a GPU, through torch, against the references. Without a GPU test_ptx_*.py executes them."""
 
 import copy
 import dataclasses
@@ -32,14 +32,10 @@ def noise(*shape, dtype=torch.float32, seed=1):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-def geometry(weight):
-    return weight.out_features, weight.in_features, weight.bits, weight.group_size
-
-
 def run(x, weight, bias=None, act_bits=4, clip=1.0, **rotation):
     blob = ops.pack_weight(weight.to(DEVICE))
     bias = None if bias is None else bias.to(DEVICE)
-    return ops.lut_linear(x.to(DEVICE), blob, bias, *geometry(weight), act_bits, clip, **rotation)
+    return ops.lut_linear(x.to(DEVICE), blob, bias, weight.geometry, act_bits, clip, **rotation)
 
 
 def allowed(x, weight, bias, act_bits, clip):
@@ -100,11 +96,11 @@ def test_pack_unpack_and_dequantize(bits, group_size):
         weight = random_weight(rows, columns, bits, group_size or columns)
         blob = ops.pack_weight(weight.to(DEVICE))
         assert blob.numel() != ops.pack_weight(weight).numel()
-        back = ops.unpack_weight(blob, *geometry(weight))
+        back = ops.unpack_weight(blob, weight.geometry)
         for name in PackedWeight.TENSORS:
             assert torch.equal(getattr(back, name).cpu(), getattr(weight, name)), name
         for dtype in DTYPES:
-            dense = ops.dequantize(blob, *geometry(weight), dtype)
+            dense = ops.dequantize(blob, weight.geometry, dtype)
             assert torch.equal(dense.cpu(), weight.dequantize().to(dtype))
 
 
@@ -208,11 +204,11 @@ def test_a_wrong_weight_is_refused_or_nan_but_never_misread():
     x = noise(2, 512).to(DEVICE)
     blob = ops.pack_weight(weight.to(DEVICE))
     with pytest.raises(ValueError, match=r"lut_linear: weight must have \d+ bytes, .* which is packed for the CPU"):
-        ops.lut_linear(x, ops.pack_weight(weight).to(DEVICE), None, 64, 512, 2, 128, 4)
+        ops.lut_linear(x, ops.pack_weight(weight).to(DEVICE), None, weight.geometry, 4)
     with pytest.raises(ValueError, match="not packed for the CPU"):
-        ops.lut_linear(x.cpu(), blob.cpu(), None, 64, 512, 2, 128, 4)
+        ops.lut_linear(x.cpu(), blob.cpu(), None, weight.geometry, 4)
     wrong = []
-    for byte in (0, 8, 40):  # magic, stamp, version
+    for byte in (0, 8, 40):  # magic, shape hash, version
         wrong.append(blob.clone())
         wrong[-1][byte] += 1
     for rows, columns, group in ((63, 512, 128), (64, 500, 128), (32, 1024, 128), (64, 512, 512)):
@@ -221,14 +217,14 @@ def test_a_wrong_weight_is_refused_or_nan_but_never_misread():
         assert other.numel() == blob.numel()
         for act_bits in (4, 8, 16):
             for tokens in (1, 2, 20):
-                y = ops.lut_linear(noise(tokens, 512).to(DEVICE), other, None, 64, 512, 2, 128, act_bits)
-                # The kernels look at the stamp, which holds the version, and unpack_weight at the version itself.
+                y = ops.lut_linear(noise(tokens, 512).to(DEVICE), other, None, weight.geometry, act_bits)
+                # The kernels compare the shape hash, which includes the version. unpack_weight compares both.
                 assert bool(y.isnan().all()) or case == 2, (case, act_bits, tokens)
-        assert bool(ops.dequantize(other, 64, 512, 2, 128).isnan().all()) or case == 2
-        with pytest.raises(ValueError, match=r"unpack_weight: .*(magic|stamp|version|packed with)"):
-            ops.unpack_weight(other, 64, 512, 2, 128)
+        assert bool(ops.dequantize(other, weight.geometry).isnan().all()) or case == 2
+        with pytest.raises(ValueError, match=r"unpack_weight: .*(magic|hash|version|packed with)"):
+            ops.unpack_weight(other, weight.geometry)
     with pytest.raises(ValueError, match="weight must have"):
-        ops.lut_linear(x, blob[:-1], None, 64, 512, 2, 128, 4)
+        ops.lut_linear(x, blob[:-1], None, weight.geometry, 4)
 
 
 def test_bad_arguments_read_as_on_the_cpu():
@@ -241,16 +237,16 @@ def test_bad_arguments_read_as_on_the_cpu():
         return str(caught.value)
 
     for x, *arguments in (
-        (noise(1, 511), 64, 512, 2, 128, 4),
-        (noise(1, 512), 64, 512, 5, 128, 4),
-        (noise(1, 512), 64, 512, 2, 48, 4),
-        (noise(1, 512), 64, 512, 2, 128, 6),
-        (noise(1, 512), 64, 512, 2, 128, 4, 1.5),
-        (noise(1, 512).to(torch.int8), 64, 512, 2, 128, 4),
+        (noise(1, 511), (64, 512, 2, 128), 4),
+        (noise(1, 512), (64, 512, 5, 128), 4),
+        (noise(1, 512), (64, 512, 2, 48), 4),
+        (noise(1, 512), (64, 512, 2, 128), 6),
+        (noise(1, 512), (64, 512, 2, 128), 4, 1.5),
+        (noise(1, 512).to(torch.int8), (64, 512, 2, 128), 4),
     ):
         assert message(DEVICE, x, *arguments) == message("cpu", x, *arguments)
     short = noise(63)
-    arguments = (noise(1, 512), 64, 512, 2, 128, 4)
+    arguments = (noise(1, 512), (64, 512, 2, 128), 4)
     assert message(DEVICE, *arguments, bias=short) == message("cpu", *arguments, bias=short)
     x, blob = noise(1, 512), blobs[DEVICE]
     with pytest.raises(ValueError, match=r"lut_linear: x must be on the GPU .* got the CPU"):
@@ -319,7 +315,7 @@ def test_cuda_graphs_and_streams(act_bits):
     blobs = [ops.pack_weight(weight.to(DEVICE)) for weight in weights]
 
     def forward(x):
-        return [ops.lut_linear(x, blob, None, 256, 2048, 2, 128, act_bits) for blob in blobs]
+        return [ops.lut_linear(x, blob, None, weights[0].geometry, act_bits) for blob in blobs]
 
     for tokens in (1, 8):
         x = noise(tokens, 2048, dtype=torch.float16).to(DEVICE)

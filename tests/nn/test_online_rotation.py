@@ -216,7 +216,7 @@ def test_bad_input() -> None:
         rotation.fuse_into(make_linear(64))
     with pytest.raises(ValueError, match=r"96 output features \(size\) is needed, got shape \(24, 96\)"):
         rotation.fuse_into(make_linear(), side="output")
-    with pytest.raises(ValueError, match=r"side must be \"input\" or \"output\", got 'left'; check"):
+    with pytest.raises(ValueError, match=r"side must be one of \('input', 'output'\), got 'left'; check"):
         rotation.fuse_into(make_linear(), side="left")
     with pytest.raises(TypeError, match=r"only an nn.Linear .* got QuantLinear; fuse before quantizing"):
         rotation.fuse_into(QuantLinear(96, 24))
@@ -336,8 +336,16 @@ def test_loading_another_rotation_fails(strict: bool) -> None:
 
     signed = OnlineRotation(96, 32, "natural", signs=signs(96))
     unsigned = OnlineRotation(96, 32, "natural")
-    fails(r"must have signs .* got signs; construct the layer with them", make_layer(signed).state_dict(), unsigned)
-    fails(r"must have signs .* got none; construct the layer without them", make_layer(unsigned).state_dict(), signed)
+    fails(
+        r"must be the layer's, .*order='natural'\), got .*, signs=True\); construct",
+        make_layer(signed).state_dict(),
+        unsigned,
+    )
+    fails(
+        r"must be the layer's, .*, signs=True\), got .*order='natural'\); construct",
+        make_layer(unsigned).state_dict(),
+        signed,
+    )
 
     own = OnlineRotation(96, 32)
     future = {**stored, "rotation": torch.tensor([2, 96, 32, 1, 0, 5])}
@@ -418,7 +426,9 @@ def test_a_layer_that_rotates_its_input_takes_no_second_rotation_there() -> None
     layer = RotatedLinear.from_linear(make_linear(), rotation)
     expected = layer(x)
     for fold in (lambda: OnlineRotation(96).fuse_into(layer), lambda: rotate_inputs(layer)):
-        with pytest.raises(ValueError, match=r"cannot take a rotation of its input, got a RotatedLinear"):
+        with pytest.raises(
+            ValueError, match=r"with an input_rotation cannot take a rotation of its input, got a RotatedLinear"
+        ):
             fold()
     assert torch.equal(layer(x), expected)
     output = OnlineRotation(24)
@@ -431,5 +441,5 @@ def test_layer_refuses_what_is_no_rotation_of_its_input() -> None:
         QuantLinear(96, 24, input_rotation=OnlineRotation(64))
     with pytest.raises(ValueError, match=r"a weight with 64 input features \(size\) is needed, got shape \(24, 96\)"):
         QuantLinear.from_linear(make_linear(), input_rotation=OnlineRotation(64))
-    with pytest.raises(TypeError, match=r"input_rotation must be an OnlineRotation or None, got Identity; put"):
+    with pytest.raises(TypeError, match=r"input_rotation must be an OnlineRotation, got Identity; put"):
         QuantLinear(96, 24, input_rotation=nn.Identity())

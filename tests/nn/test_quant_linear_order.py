@@ -227,9 +227,7 @@ def test_loading_names_what_is_wrong() -> None:
         QuantLinear.from_packed(layer.packed_weight(), input_rotation=rotation, input_order=permutation())
     with pytest.raises(ValueError, match=r"QuantLinear: input_order must be int64 \[200\].*got torch.int64 of shape"):
         QuantLinear.from_packed(layer.packed_weight(), input_order=permutation(100))
-    with pytest.raises(
-        ValueError, match="must have no input_order, which a PackedWeight does not hold, got one of 200"
-    ):
+    with pytest.raises(ValueError, match="must have no input_order, got one of 200"):
         PackedWeight.from_state_dict(state)
 
 

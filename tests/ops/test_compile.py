@@ -137,7 +137,7 @@ def test_fake_kernels_check_their_input() -> None:
     with pytest.raises(ValueError, match=r"float32, float16 or bfloat16, got torch.float64; convert"):
         layer(x.double())
     for arguments, message in (
-        ((x, 5), r"bits must be 4 or 8, got 5"),
+        ((x, 5), r"bits must be one of \(4, 8\), got 5"),
         ((x, 4, 0.0), r"clip must be in \(0, 1\], got 0.0"),
         ((x, 8, 1.0, True), r"packed storage is for 4 bits, got bits=8"),
         ((torch.empty((), device="meta"),), r"at least one dimension"),

@@ -13,7 +13,7 @@ from rcp_kernels import OnlineRotation, ops
 
 transformers = pytest.importorskip("transformers", reason="QuantizedKVCache is a transformers Cache")
 
-from rcp_kernels.models.hf import cache_keyword  # noqa: E402
+from rcp_kernels.models.hf import cache_argument  # noqa: E402
 from rcp_kernels.nn.kv_cache import ATTENTION, QuantizedKVCache  # noqa: E402
 
 # No call of ours uses a name that transformers is about to drop.
@@ -27,7 +27,7 @@ def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> to
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-def filled(keys: torch.Tensor, values: torch.Tensor, capacity: int, clip: float = 1.0) -> list[torch.Tensor]:
+def filled(keys: torch.Tensor, values: torch.Tensor, capacity: int, clip: float = 1.0) -> ops.KVStorage:
     """Caches of keys and values; what is beyond them would read as NaN."""
     storage = []
     for x in (keys, values):
@@ -37,7 +37,7 @@ def filled(keys: torch.Tensor, values: torch.Tensor, capacity: int, clip: float 
         scales.fill_(float("nan"))
         ops.kv_cache_append(x, codes, scales, 0, clip)
         storage += [codes, scales]
-    return storage
+    return ops.KVStorage(*storage)
 
 
 # --- the operators
@@ -112,7 +112,7 @@ def test_attention_is_the_reference(data):
     if data.draw(st.booleans()):
         mask = random(data.draw(st.sampled_from([1, batch])), 1, queries, length, seed=seed + 3) < 0.5
         mask[0, :, 0] = False
-    arguments = (*storage, length, head_dim**-0.5, causal, window, mask)
+    arguments = (storage, length, head_dim**-0.5, causal, window, mask)
     out = ops.kv_cache_attention(query, *arguments)
     assert out.dtype == dtype
     error = (out.double() - ops.reference.kv_cache_attention(query, *arguments)).abs().max()
@@ -130,7 +130,7 @@ def test_attention_is_within_the_bound_of_the_float_cache(head_dim):
     """Keys and values are off by half a step each; what that makes of softmax and of the mean, to the full."""
     keys, values = random(1, 2, 1500, head_dim), random(1, 2, 1500, head_dim, seed=1)
     query = random(1, 4, 1, head_dim, seed=2)
-    found = ops.kv_cache_attention(query, *(storage := filled(keys, values, 1500)), 1500)
+    found = ops.kv_cache_attention(query, (storage := filled(keys, values, 1500)), 1500)
     exact = F.scaled_dot_product_attention(*(x.double() for x in (query, keys, values)), enable_gqa=True)
     key_step, value_step = (storage[i][..., 0].double().amax() * 0.51 for i in (1, 3))
     score = head_dim**-0.5 * key_step * query.abs().sum(-1, keepdim=True).double()
@@ -149,20 +149,20 @@ def test_attention_of_a_long_context_is_deterministic_on_every_isa():
     for isa in ISAS:
         before = torch.ops.rcp_kernels.set_cpu_isa(isa)
         try:
-            results += [ops.kv_cache_attention(query, *storage, 20000) for _ in range(2)]
+            results += [ops.kv_cache_attention(query, storage, 20000) for _ in range(2)]
         finally:
             torch.ops.rcp_kernels.set_cpu_isa(before)
     assert all(torch.equal(result, results[0]) for result in results)
-    assert (results[0] - ops.reference.kv_cache_attention(query, *storage, 20000)).abs().max() < 1e-6
+    assert (results[0] - ops.reference.kv_cache_attention(query, storage, 20000)).abs().max() < 1e-6
 
 
 def test_empty():
     storage = filled(random(2, 1, 0, 8), random(2, 1, 0, 8), 3)
-    assert (ops.kv_cache_attention(random(2, 2, 1, 8), *storage, 0, causal=False) == 0).all()
-    assert ops.kv_cache_attention(random(2, 2, 0, 8), *storage, 0).shape == (2, 2, 0, 8)
+    assert (ops.kv_cache_attention(random(2, 2, 1, 8), storage, 0, causal=False) == 0).all()
+    assert ops.kv_cache_attention(random(2, 2, 0, 8), storage, 0).shape == (2, 2, 0, 8)
     assert ops.kv_cache_dequantize(*storage[:2], 0, 8).shape == (2, 1, 0, 8)
     nobody = filled(random(0, 1, 2, 8), random(0, 1, 2, 8), 3)
-    assert ops.kv_cache_attention(random(0, 2, 1, 8), *nobody, 2).shape == (0, 2, 1, 8)
+    assert ops.kv_cache_attention(random(0, 2, 1, 8), nobody, 2).shape == (0, 2, 1, 8)
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -176,10 +176,10 @@ def test_opcheck(dtype):
 
 
 def test_compiled_decoding_step_is_bit_equal():
-    def step(x, query, key_codes, key_scales, value_codes, value_scales):
-        ops.kv_cache_append(x, key_codes, key_scales, 9)
-        ops.kv_cache_append(-x, value_codes, value_scales, 9)
-        return ops.kv_cache_attention(query * 2, key_codes, key_scales, value_codes, value_scales, 10) + 1
+    def step(x, query, *storage):
+        ops.kv_cache_append(x, *storage[:2], 9)
+        ops.kv_cache_append(-x, *storage[2:], 9)
+        return ops.kv_cache_attention(query * 2, ops.KVStorage(*storage), 10) + 1
 
     eager = filled(random(1, 2, 9, 32), random(1, 2, 9, 32, seed=1), 12)
     traced = [x.clone() for x in eager]
@@ -222,7 +222,7 @@ def test_bad_appends(change, message):
         ({"query": torch.ones(1, 2, 5, 8)}, "the number of queries must be 0 to 4, got 5; causal.*append first"),
         ({"query": torch.full((1, 2, 1, 8), torch.inf)}, "query must be finite, but holds NaN or Inf"),
         ({"length": 5}, "length must be 0 to 4, got 5; pass the number of positions appended"),
-        ({"window": -1}, "window must not be negative, got -1; 0 looks at all"),
+        ({"window": -1}, "window must not be negative, got -1"),
         ({"mask": torch.ones(1, 1, 1, 3, dtype=torch.bool)}, r"mask must be bool .*1, 4\].*got Bool \[1, 1, 1, 3\]"),
         ({"mask": torch.ones(1, 1, 1, 4)}, r"mask must be bool .* got Float \[1, 1, 1, 4\]; slice or convert"),
     ],
@@ -231,7 +231,7 @@ def test_bad_attention(change, message):
     call = {"query": torch.ones(1, 2, 1, 8), "length": 4} | change
     storage = filled(torch.ones(1, 2, 4, 8), torch.ones(1, 2, 4, 8), 4)
     with pytest.raises(ValueError, match=message):
-        ops.kv_cache_attention(call.pop("query"), *storage, **call)
+        ops.kv_cache_attention(call.pop("query"), storage, **call)
 
 
 def test_bad_storage():
@@ -241,7 +241,7 @@ def test_bad_storage():
         ((codes.int(), scales), "codes must be Byte, got Int"),
         ((codes, scales.float()), "scales must be Half, got Float"),
         ((codes, scales[:, :, :3]), r"scales must have shape \[1, 2, 4, 2\], got \[1, 2, 3, 2\]"),
-        ((codes[:, :, ::2], scales[:, :, ::2]), "must be contiguous, got other strides; pass the cache whole"),
+        ((codes[:, :, ::2], scales[:, :, ::2]), "codes and scales must be contiguous, got other strides"),
     ):
         with pytest.raises(ValueError, match=message):
             ops.kv_cache_append(x, *bad, 0)
@@ -292,7 +292,7 @@ def prompts(batch: int = 2, length: int = 20, padded: int = 7) -> dict[str, torc
 def generated(model, cache, implementation: str = "sdpa", prompt=None, **arguments):
     model.set_attn_implementation(implementation)
     options = {"max_new_tokens": 24, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
-    options |= {cache_keyword(model): cache, **arguments}
+    options |= {**cache_argument(model, cache), **arguments}
     out = model.generate(**(prompt or prompts()), **options)
     return out.sequences, torch.stack(out.logits)
 
@@ -300,7 +300,7 @@ def generated(model, cache, implementation: str = "sdpa", prompt=None, **argumen
 @pytest.mark.parametrize("queries", [1, 40])
 def test_attention_with_a_cap_is_refused_for_prompts_too(queries):
     x = torch.zeros(1, 2, queries, 32)
-    with pytest.raises(ValueError, match="attention with softcap is not something this kernel computes"):
+    with pytest.raises(ValueError, match="attention must have no softcap"):
         transformers.AttentionInterface()[ATTENTION](torch.nn.Identity(), x, x, x, None, softcap=50.0)
 
 
@@ -349,10 +349,10 @@ def test_a_prompt_in_pieces(chunk):
     ids = prompts(1, 60)["input_ids"]
     model.set_attn_implementation("sdpa")
     with torch.no_grad():
-        expected = model(ids, **{cache_keyword(model): FakeQuantizedCache()}).logits
+        expected = model(ids, **cache_argument(model, FakeQuantizedCache())).logits
         model.set_attn_implementation(ATTENTION)
         cache = QuantizedKVCache(model.config)
-        found = [model(piece, **{cache_keyword(model): cache}).logits for piece in ids.split(chunk, dim=1)]
+        found = [model(piece, **cache_argument(model, cache)).logits for piece in ids.split(chunk, dim=1)]
     torch.testing.assert_close(torch.cat(found, dim=1), expected, rtol=1e-4, atol=1e-4)
 
 
@@ -386,7 +386,9 @@ def test_byte_count():
         cache.update(x, x, layer)
     numbers = 2 * 2 * x.numel()
     assert cache.nbytes == numbers * 4.5 / 8
-    held = sum(t.nbytes for layer in cache.layers for t in vars(layer).values() if isinstance(t, torch.Tensor))
+    attributes = [value for layer in cache.layers for value in vars(layer).values()]
+    tensors = [t for value in attributes for t in (value if isinstance(value, tuple) else (value,))]
+    held = sum(t.nbytes for t in tensors if isinstance(t, torch.Tensor))
     assert held == cache.nbytes
     cache.update(x[:, :, :1], x[:, :, :1], 0)
     assert cache.nbytes == numbers * 4.5 / 8 * (1024 + (1024 + 256)) / 2048
@@ -424,10 +426,10 @@ def test_grow_crop_reset_reorder_select():
     assert cache.get_seq_length() == 0
     keys, _ = cache.update(x[:2, :, :5], x[:2, :, :5], 0)
     assert torch.equal(keys, expected[:2, :, :5])
-    storage = cache.layers[0].key_codes.data_ptr()
+    storage = cache.layers[0].storage.key_codes.data_ptr()
     cache.reset()
     cache.update(x[:2], x[:2], 0)
-    assert cache.layers[0].key_codes.data_ptr() == storage
+    assert cache.layers[0].storage.key_codes.data_ptr() == storage
     cache.reset()
     keys, values = cache.update(x, -x, 0)  # another batch size
     assert torch.equal(keys, expected)
@@ -448,7 +450,7 @@ def test_bad_caches():
     x = random(1, 2, 3, 8)
     with pytest.raises(ValueError, match=r"clip must be in \(0, 1\], got 1.5; 1.0 keeps"):
         QuantizedKVCache(clip=1.5)
-    with pytest.raises(ValueError, match="capacity must be at least 1, got 0; pass expected"):
+    with pytest.raises(ValueError, match="capacity must be an int of at least 1, got 0; pass the expected"):
         QuantizedKVCache(capacity=0)
     with pytest.raises(ValueError, match="must not require grad, got some that do; call the model under"):
         QuantizedKVCache().update(x.requires_grad_(), x, 0)

@@ -11,12 +11,8 @@ from rcp_kernels import ops
 from rcp_kernels.ops.walsh_transform import transform_tables
 
 
-def geometry(weight):
-    return weight.out_features, weight.in_features, weight.bits, weight.group_size
-
-
 def separate(x, blob, bias, shape, act_bits, residual, prologue, **rest):
-    y = ops.lut_linear(ops.reference.prologue(x, **prologue), blob, bias, *shape, act_bits, 0.9, **rest)
+    y = ops.lut_linear(ops.reference.prologue(x, **prologue), blob, bias, shape, act_bits, 0.9, **rest)
     return y if residual is None else residual + y
 
 
@@ -51,8 +47,8 @@ def test_bits_of_separate_steps(
     rest = {"input_order": torch.randperm(columns, generator=generator)} if with_order else {}
     for isa in range(len(SUPPORTED)):
         torch.ops.rcp_kernels.set_cpu_isa(isa)
-        expected = separate(x, blob, bias, geometry(weight), act_bits, residual, prologue, **rest)
-        y = ops.lut_linear_fused(x, blob, bias, *geometry(weight), act_bits, 0.9, residual=residual, **prologue, **rest)
+        expected = separate(x, blob, bias, weight.geometry, act_bits, residual, prologue, **rest)
+        y = ops.lut_linear_fused(x, blob, bias, weight.geometry, act_bits, 0.9, residual=residual, **prologue, **rest)
         assert y.dtype == dtype
         assert torch.equal(y, expected), SUPPORTED[isa]
 
@@ -69,9 +65,9 @@ def test_a_rotation_comes_after_the_prologue(isa, dtype, order, group, kind):
     x = torch.randn(3, 192 * (1 + (kind == "silu"))).to(dtype)
     prologue = {"activation": "silu"} if kind == "silu" else {"norm_weight": torch.randn(192), "norm_eps": 1e-6}
     base, permutation = transform_tables("test", x, group, order)
-    rotation = {"rotation_base": base, "rotation_permutation": permutation, "rotation_group": group}
-    expected = separate(x, blob, None, geometry(weight), 4, None, prologue, **rotation)
-    assert torch.equal(ops.lut_linear_fused(x, blob, None, *geometry(weight), 4, 0.9, **prologue, **rotation), expected)
+    rotation = {"rotation": ops.Rotation(base, permutation, group)}
+    expected = separate(x, blob, None, weight.geometry, 4, None, prologue, **rotation)
+    assert torch.equal(ops.lut_linear_fused(x, blob, None, weight.geometry, 4, 0.9, **prologue, **rotation), expected)
 
 
 @pytest.mark.usefixtures("restore_isa", "restore_threads")
@@ -86,7 +82,7 @@ def test_threads_do_not_change_a_bit(isa, tokens):
     results = []
     for threads in (1, 2):
         torch.set_num_threads(threads)
-        results.append(ops.lut_linear_fused(x, blob, None, *geometry(weight), 4, activation="silu", residual=residual))
+        results.append(ops.lut_linear_fused(x, blob, None, weight.geometry, 4, activation="silu", residual=residual))
     assert torch.equal(*results)
 
 
@@ -113,28 +109,28 @@ def test_strided_and_deep_inputs():
     gain = torch.randn(192)[::2]
     for x in (torch.randn(96, 7).t(), torch.randn(2, 3, 4, 96), torch.randn(96), torch.randn(3, 0, 96)):
         residual = torch.randn(*x.shape[:-1], 96)[..., ::2]
-        y = ops.lut_linear_fused(x, blob, None, *geometry(weight), 4, norm_weight=gain, residual=residual)
+        y = ops.lut_linear_fused(x, blob, None, weight.geometry, 4, norm_weight=gain, residual=residual)
         copies = {"norm_weight": gain.clone(), "residual": residual.clone()}
-        assert torch.equal(y, ops.lut_linear_fused(x.clone(), blob, None, *geometry(weight), 4, **copies))
+        assert torch.equal(y, ops.lut_linear_fused(x.clone(), blob, None, weight.geometry, 4, **copies))
 
 
 @pytest.mark.parametrize("kind", ["norm", "silu", "gelu_tanh"])
 def test_gradients_are_those_of_separate_steps(kind):
     weight = random_weight(24, 64, 3, 32)
-    blob, shape = ops.pack_weight(weight), geometry(weight)
+    blob, shape = ops.pack_weight(weight), weight.geometry
     x = torch.randn(3, 64 if kind == "norm" else 128, requires_grad=True)
     residual = torch.randn(3, 24, requires_grad=True)
     gain = torch.randn(64, requires_grad=True)
     prologue = {"norm_weight": gain, "norm_eps": 1e-5} if kind == "norm" else {"activation": kind}
-    y = ops.lut_linear_fused(x, blob, None, *shape, 16, residual=residual, **prologue)
+    y = ops.lut_linear_fused(x, blob, None, shape, 16, residual=residual, **prologue)
     with torch.no_grad():
-        assert torch.equal(y, ops.lut_linear_fused(x, blob, None, *shape, 16, residual=residual, **prologue))
+        assert torch.equal(y, ops.lut_linear_fused(x, blob, None, shape, 16, residual=residual, **prologue))
     if kind == "norm":
         before = functional.rms_norm(x, (64,), gain, 1e-5)
     else:
         gate, up = x.chunk(2, -1)
         before = (functional.silu(gate) if kind == "silu" else functional.gelu(gate, approximate="tanh")) * up
-    wanted = before @ ops.dequantize(blob, *shape).T + residual
+    wanted = before @ ops.dequantize(blob, shape).T + residual
     inputs = (x, residual, gain) if kind == "norm" else (x, residual)
     for got, exact in zip(
         torch.autograd.grad(y.square().sum(), inputs), torch.autograd.grad(wanted.square().sum(), inputs), strict=True
@@ -185,13 +181,13 @@ def test_bad_arguments(change, message):
 def test_what_the_function_refuses(grad):
     """With and without a gradient, which are two implementations."""
     blob = ops.pack_weight(random_weight(16, 64, 2, 64))
-    shape = (16, 64, 2, 64, 4)
+    shape = (ops.Geometry(16, 64, 2, 64), 4)
     x = torch.ones((2, 64), requires_grad=grad)
     with pytest.raises(ValueError, match="activation"):
         ops.lut_linear_fused(x, blob, None, *shape, activation="relu")
     with pytest.raises(ValueError, match="twice"):
         ops.lut_linear_fused(x, blob, None, *shape, activation="silu")
-    with pytest.raises(ValueError, match="norm_weight"):
+    with pytest.raises(ValueError, match=r"weight must have shape .*3"):
         ops.lut_linear_fused(x, blob, None, *shape, norm_weight=torch.ones(3))
     with pytest.raises(ValueError, match="residual"):
         ops.lut_linear_fused(x, blob, None, *shape, residual=torch.ones(2, 3))

@@ -34,14 +34,10 @@ def random_weight(rows, columns, bits, group_size, seed=0, tensor_scale=0.25):
     )
 
 
-def geometry(weight):
-    return weight.out_features, weight.in_features, weight.bits, weight.group_size
-
-
 @given(**ANY_WEIGHT)
 def test_dequantize_is_that_of_the_format(rows, columns, bits, group_size, dtype, seed):
     weight = random_weight(rows, columns, bits, group_size or columns, seed)
-    dense = ops.dequantize(ops.pack_weight(weight), *geometry(weight), dtype)
+    dense = ops.dequantize(ops.pack_weight(weight), weight.geometry, dtype)
     assert dense.dtype == dtype
     assert torch.equal(dense, weight.dequantize().to(dtype))
 
@@ -49,29 +45,29 @@ def test_dequantize_is_that_of_the_format(rows, columns, bits, group_size, dtype
 @pytest.mark.parametrize("tensor_scale", [2.0**-60, 2.0**60])
 def test_dequantize_at_the_ends_of_the_range(tensor_scale):
     weight = random_weight(33, 129, 3, 32, tensor_scale=tensor_scale)
-    assert torch.equal(ops.dequantize(ops.pack_weight(weight), *geometry(weight)), weight.dequantize())
+    assert torch.equal(ops.dequantize(ops.pack_weight(weight), weight.geometry), weight.dequantize())
 
 
 def test_dequantize_refuses():
     weight = random_weight(16, 64, 2, 32)
     blob = ops.pack_weight(weight)
     with pytest.raises(ValueError, match=r"dequantize: dtype must be float32, float16 or bfloat16, got .*; convert"):
-        ops.dequantize(blob, *geometry(weight), torch.int8)
+        ops.dequantize(blob, weight.geometry, torch.int8)
     with pytest.raises(ValueError, match=r"dequantize: the arguments say .* but the weight was packed with"):
-        ops.dequantize(blob, 16, 64, 2, 64)
+        ops.dequantize(blob, ops.Geometry(16, 64, 2, 64))
     with pytest.raises(ValueError, match=r"dequantize: weight must be the contiguous 1-D uint8 tensor"):
-        ops.dequantize(blob[::2], *geometry(weight))
+        ops.dequantize(blob[::2], weight.geometry)
     damaged = blob.clone()
     damaged[0] += 1
     with pytest.raises(ValueError, match="not packed for the CPU"):
-        ops.dequantize(damaged, *geometry(weight))
+        ops.dequantize(damaged, weight.geometry)
 
 
 def test_opcheck_dequantize():
     weight = random_weight(16, 100, 3, 64)
     for dtype in DTYPES:
         torch.library.opcheck(
-            torch.ops.rcp_kernels.dequantize.default, (ops.pack_weight(weight), *geometry(weight), dtype)
+            torch.ops.rcp_kernels.dequantize.default, (ops.pack_weight(weight), *weight.geometry, dtype)
         )
 
 
@@ -97,13 +93,13 @@ def test_uniform_groups_keep_no_table(rows, columns, bits, group_size, dtype, se
     blob, tables = ops.pack_weight(weight), ops.pack_weight(weight.as_table())
     groups = weight.scales.shape[1]
     assert len(tables) - len(blob) == -(-rows // 16) * groups * 16 * (2**bits - 1)
-    assert torch.equal(ops.dequantize(blob, *geometry(weight), dtype), weight.dequantize().to(dtype))
+    assert torch.equal(ops.dequantize(blob, weight.geometry, dtype), weight.dequantize().to(dtype))
     for packed in (blob, tables):
-        back = ops.unpack_weight(packed, *geometry(weight))
+        back = ops.unpack_weight(packed, weight.geometry)
         assert back.kind == "table"
         for name in PackedWeight.TENSORS:
             assert torch.equal(getattr(back, name), getattr(weight.as_table(), name)), name
-    back = ops.unpack_weight(blob, *geometry(weight)).as_uniform()
+    back = ops.unpack_weight(blob, weight.geometry).as_uniform()
     assert all(torch.equal(getattr(back, name), getattr(weight, name)) for name in PackedWeight.TENSORS)
 
 
@@ -112,10 +108,10 @@ def test_opcheck_uniform():
     tensors = [getattr(weight, name) for name in PackedWeight.TENSORS]
     blob = ops.pack_weight(weight)
     torch.library.opcheck(torch.ops.rcp_kernels.pack_weight.default, (*tensors, 200, 3, 64))
-    torch.library.opcheck(torch.ops.rcp_kernels.unpack_weight.default, (blob, *geometry(weight)))
-    torch.library.opcheck(torch.ops.rcp_kernels.dequantize.default, (blob, *geometry(weight)))
+    torch.library.opcheck(torch.ops.rcp_kernels.unpack_weight.default, (blob, *weight.geometry))
+    torch.library.opcheck(torch.ops.rcp_kernels.dequantize.default, (blob, *weight.geometry))
     torch.library.opcheck(
-        torch.ops.rcp_kernels.lut_linear.default, (torch.randn(3, 200), blob, None, *geometry(weight), 8)
+        torch.ops.rcp_kernels.lut_linear.default, (torch.randn(3, 200), blob, None, *weight.geometry, 8)
     )
 
 
@@ -125,9 +121,9 @@ def test_a_damaged_kind_is_refused():
     assert (int(blob[44]), int(tables[44])) == (1, 0)
     blob[44], tables[44] = 2, 1
     with pytest.raises(ValueError, match=r"groups of kind 0 \(table\) or 1 \(uniform\), got 2; .* pack it again"):
-        ops.dequantize(blob, *geometry(weight))
+        ops.dequantize(blob, weight.geometry)
     with pytest.raises(ValueError, match="truncated or padded"):
-        ops.dequantize(tables, *geometry(weight))
+        ops.dequantize(tables, weight.geometry)
     for levels in (weight.levels[:, :1], weight.levels.expand(-1, -1, 2), weight.levels[..., 0]):
         with pytest.raises(ValueError, match="levels must have shape"):
             ops.pack_weight(dataclasses.replace(weight, levels=levels))

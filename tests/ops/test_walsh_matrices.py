@@ -159,6 +159,9 @@ def test_gsr_matrix() -> None:
     assert torch.equal(matrix[32:64, 32:64], walsh_matrix(32).double() / 32**0.5)
     assert int((matrix != 0).sum()) == 3 * 32 * 32
     assert gsr_matrix(256).shape == (256, 256)
+    assert torch.equal(gsr_matrix(96, 32, torch.int8, normalized=False)[:32, :32], walsh_matrix(32))
+    for make in (hadamard_matrix, walsh_matrix):
+        assert torch.equal(make(24, normalized=True), make(24).double() / 24**0.5)
     assert gsr_matrix(24, 12, torch.float32).dtype == torch.float32
     for size, group in ((100, 32), (0, 32), (64, 0)):
         with pytest.raises(ValueError, match=rf"group_size must divide size, got size {size} and group_size {group}"):

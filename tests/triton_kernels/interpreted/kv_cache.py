@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rcp_kernels.ops import empty_kv_cache, fake_quantize_kv, reference
+from rcp_kernels.ops import KVStorage, empty_kv_cache, fake_quantize_kv, reference
 from rcp_kernels.triton import kv_cache as kernels
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
@@ -90,7 +90,7 @@ def test_attention_is_the_reference(data):
     arguments = (length, head_dim**-0.5, causal, window, mask)
     out = kernels.kv_cache_attention(query, *storage, *arguments)
     assert out.dtype == dtype
-    expected = reference.kv_cache_attention(query, *storage, *arguments)
+    expected = reference.kv_cache_attention(query, KVStorage(*storage), *arguments)
     assert (out.double() - expected).abs().max() <= BOUND[dtype] * max(4.0, expected.abs().max())
     assert torch.equal(out, kernels.kv_cache_attention(query, *storage, *arguments))
 
@@ -103,7 +103,7 @@ def test_splits():
     mask = torch.ones(1, 1, 2, 399, dtype=torch.bool, device=DEVICE)
     mask[..., 1, :] = False
     out = kernels.kv_cache_attention(query, *storage, 399, 0.125, True, 0, mask)
-    expected = reference.kv_cache_attention(query, *storage, 399, 0.125, True, 0, mask)
+    expected = reference.kv_cache_attention(query, KVStorage(*storage), 399, 0.125, True, 0, mask)
     assert (out - expected).abs().max() < 3e-6
     assert (out[:, :, 1] == 0).all()
 
