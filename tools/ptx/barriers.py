@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from .groups import Group
+from .module import Instruction, PtxError
 from .operands import source, target
-from .parser import Instruction, PtxError
 
 __all__ = ["Barriers"]
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from .parser import Instruction, Kernel
+from .module import Instruction, Kernel
 
 __all__ = ["Accesses", "BufferTraffic", "Counters"]
 

@@ -17,7 +17,8 @@ from .build import FLAGS, ROOT, cache_folder, compile_ptx, header_digest, nvcc
 from .counters import Counters
 from .launching import launch
 from .memory import GLOBAL_BASE, WRITTEN, Memory
-from .parser import PtxError, parse
+from .module import PtxError
+from .parser import parse
 
 __all__ = ["HostProgram"]
 

@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import numpy as np
 
+from .module import Instruction, PtxError
 from .operands import DTYPES, binds, elementwise, require, source, target
-from .parser import Instruction, PtxError
 from .rounding import bfloat_value, flush
 
 _ORDERED = {

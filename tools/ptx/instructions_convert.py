@@ -7,8 +7,8 @@ from collections.abc import Callable
 import numpy as np
 
 from .memory import LOCAL_WINDOW, SHARED_WINDOW
+from .module import Instruction, PtxError
 from .operands import DTYPES, binds, elementwise, require, source, target
-from .parser import Instruction, PtxError
 from .rounding import bfloat_bits, bfloat_value, flush, to_float32, toward
 
 _INTEGER_ROUNDING = {"rni": np.rint, "rzi": np.trunc, "rmi": np.floor, "rpi": np.ceil}

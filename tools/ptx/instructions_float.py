@@ -7,8 +7,8 @@ from collections.abc import Callable
 import numpy as np
 
 from . import instructions_integer as integer
+from .module import Instruction, PtxError
 from .operands import binds, elementwise, require
-from .parser import Instruction, PtxError
 from .rounding import bfloat_bits, bfloat_value, flush, fma32, fma64, odd_sum, to_float32
 
 FLOATS = {"f32", "f64", "f16", "bf16", "f16x2", "bf16x2"}

@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import numpy as np
 
+from .module import Immediate, Instruction, PtxError
 from .operands import DTYPES, binds, elementwise, require, source, target
-from .parser import Immediate, Instruction, PtxError
 
 INTEGERS = {f"{kind}{bits}" for kind in "us" for bits in (16, 32, 64)}
 BITS = {"b16", "b32", "b64"}

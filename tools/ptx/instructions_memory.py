@@ -8,8 +8,8 @@ import numpy as np
 
 from .groups import Group
 from .memory import LOCAL_WINDOW, SHARED_WINDOW
+from .module import Address, Instruction, PtxError, Symbol
 from .operands import DTYPES, address, binds, source, target
-from .parser import Address, Instruction, PtxError, Symbol
 
 SPACES = ("global", "shared", "local", "const", "param")
 # Caching, eviction and ordering: lanes see all that was stored before, so these have no further meaning here.

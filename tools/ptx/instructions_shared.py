@@ -9,8 +9,8 @@ import numpy as np
 
 from .groups import Group
 from .memory import GLOBAL_BASE, IN_FLIGHT, SHARED_WINDOW, WRITTEN
+from .module import Instruction, PtxError
 from .operands import address, binds, require, source, target
-from .parser import Instruction, PtxError
 
 
 @dataclass

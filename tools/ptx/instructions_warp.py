@@ -7,8 +7,8 @@ from collections.abc import Callable
 import numpy as np
 
 from .groups import Group
+from .module import Instruction, PtxError
 from .operands import DTYPES, binds, source, target
-from .parser import Instruction, PtxError
 
 U32 = np.uint32
 

@@ -8,7 +8,7 @@ from .counters import Accesses, Counters, count_banks, count_sectors
 from .groups import Group
 from .layout import Layout
 from .memory import GLOBAL_BASE, Memory, Space
-from .parser import PtxError
+from .module import PtxError
 from .races import Races
 from .visibility import Visibility
 

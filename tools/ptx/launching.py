@@ -9,7 +9,7 @@ import numpy as np
 from .counters import Counters
 from .machine import Launch, Machine
 from .memory import Buffer, Memory
-from .parser import Kernel, Module, PtxError
+from .module import Kernel, Module, PtxError
 
 __all__ = ["launch", "pack_arguments"]
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from .memory import Memory
-from .parser import TYPE_BYTES, Address, Instruction, Kernel, Module, PtxError, Symbol, Variable
+from .module import Address, Instruction, Kernel, Module, PtxError, Symbol, Variable
+from .parser import TYPE_BYTES
 
 __all__ = ["Layout", "narrowest_shared"]
 

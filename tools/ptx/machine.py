@@ -29,8 +29,9 @@ from .groups import Group
 from .lane_memory import LaneMemory
 from .layout import Layout, narrowest_shared
 from .memory import EXISTS, WRITABLE, Memory, Space
+from .module import Instruction, Kernel, Module, PtxError
 from .operands import BINDERS
-from .parser import TYPE_BYTES, Instruction, Kernel, Module, PtxError
+from .parser import TYPE_BYTES
 from .races import Races
 from .specials import special_bytes, special_value
 from .visibility import Visibility
@@ -101,7 +102,7 @@ class Machine(LaneMemory):
         except (PtxError, KeyError, ValueError, IndexError, TypeError) as error:
             raise PtxError(
                 f"{self.kernel.name}: the executor must know every instruction, got {instruction} ({error!r}); "
-                "add it to tests/ptx"
+                "add it to tools/ptx"
             ) from error
         return None, self._guarded(function, instruction, place)
 

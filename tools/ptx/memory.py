@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from .parser import PtxError
+from .module import PtxError
 
 __all__ = ["GLOBAL_BASE", "LOCAL_WINDOW", "SHARED_WINDOW", "Buffer", "Memory", "Space"]
 

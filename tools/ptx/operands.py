@@ -13,7 +13,7 @@ import numpy as np
 
 from .groups import Group
 from .memory import LOCAL_WINDOW, SHARED_WINDOW
-from .parser import Address, Immediate, Instruction, PtxError, Symbol
+from .module import Address, Immediate, Instruction, PtxError, Symbol
 
 __all__ = ["BINDERS", "DTYPES", "address", "binds", "elementwise", "require", "source", "target"]
 
