@@ -31,7 +31,7 @@ def _number(text: str) -> int:
 
 
 def _split(text: str, separator: str = ",") -> list[str]:
-    """At separators outside of braces, brackets and parentheses."""
+    """Splits at separators outside of braces, brackets and parentheses."""
     parts, depth, start = [], 0, 0
     for place, letter in enumerate(text):
         if letter in "{[(":
@@ -47,7 +47,7 @@ def _split(text: str, separator: str = ",") -> list[str]:
 
 class _Reader:
     def __init__(self, text: str) -> None:
-        # Comments become blanks, so that line numbers stay.
+        # Comments become blanks, which keeps the line numbers.
         self.text = _COMMENT.sub(lambda match: re.sub(r"[^\n]", " ", match[0]), text)
         self.place = 0
         self.newlines = [match.start() for match in re.finditer("\n", self.text)]
@@ -261,7 +261,7 @@ class _Body:
                 name = name.name if isinstance(name, Symbol) else name
                 found = [label for label in self.kernel.labels if label.split("@")[0] == name.split("@")[0]]
                 if len(found) > 1:
-                    # A label of an inline assembly that is there several times: the nearest one is that of its scope.
+                    # A label of inline assembly may occur several times: the nearest one belongs to this scope.
                     place = self.kernel.instructions.index(instruction)
                     found.sort(key=lambda label: abs(self.kernel.labels[label] - place))
                 if not found:
