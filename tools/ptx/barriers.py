@@ -112,7 +112,7 @@ class Barriers:
         self._seen(blocks)
 
     def _seen(self, blocks: np.ndarray) -> None:
-        """A barrier passes on the stores and acquisitions of its threads. A barrier of some threads counts as a full one."""
+        """A barrier passes on the stores and acquisitions of its threads. One of some threads counts as a full one."""
         if self.machine.visibility:
             self.machine.visibility.barrier(np.asarray(self.machine.block_numbers)[blocks])
 
