@@ -82,14 +82,14 @@ rcp::LutLinearPlan soft_amx_plan(rcp::Isa isa, int bits, int64_t tokens, int act
 }
 #endif
 
-// The usual plan, but walking four row blocks at once as on Intel, whatever this CPU is.
+// The usual plan, but with the four streams of Intel on every CPU.
 rcp::LutLinearPlan four_stream_plan(rcp::Isa isa, int bits, int64_t tokens, int act_bits, rcp::FloatType type) {
   rcp::LutLinearPlan plan = rcp::lut_linear_plan(isa, bits, tokens, act_bits, type);
   plan.streams = 4;
   return plan;
 }
 
-// The usual plan of float32 activations: bfloat16 ones are widened, as on a CPU without AVX512-BF16.
+// The usual plan for float32 x: bfloat16 x is widened, as on a CPU without AVX512-BF16.
 rcp::LutLinearPlan widened_plan(rcp::Isa isa, int bits, int64_t tokens, int act_bits, rcp::FloatType) {
   return rcp::lut_linear_plan(isa, bits, tokens, act_bits, rcp::FloatType::float32);
 }
