@@ -94,6 +94,16 @@ rcp::LutLinearPlan widened_plan(rcp::Isa isa, int bits, int64_t tokens, int act_
   return rcp::lut_linear_plan(isa, bits, tokens, act_bits, rcp::FloatType::float32);
 }
 
+decltype(rcp::lut_linear_plan)* plan_of(const std::string& variant) {
+  if (variant == "four streams") return four_stream_plan;
+  if (variant == "widened") return widened_plan;
+#if RCP_X86
+  if (variant == "soft amx") return soft_amx_plan;
+#endif
+  require(variant.empty(), "variant must be 'four streams', 'widened', 'soft amx' (x86-64) or empty");
+  return rcp::lut_linear_plan;
+}
+
 // Returns raw bytes [tokens, rows] of the type; they start as 0xff, which is NaN in all three types.
 Array<uint8_t> lut_linear(const Array<uint8_t>& x, const std::string& type_name, const Array<uint8_t>& packed,
                           const py::object& bias, int64_t tokens, int64_t rows, int64_t columns, int bits,
@@ -146,22 +156,7 @@ Array<uint8_t> lut_linear(const Array<uint8_t>& x, const std::string& type_name,
   const rcp::Isa chosen = isa_of(isa);
   const rcp::ThreadPool pool = thread_pool(threads);
   py::gil_scoped_release release;
-  if (variant == "four streams") {
-    rcp::lut_linear(a, chosen, pool, four_stream_plan);
-    return y;
-  }
-  if (variant == "widened") {
-    rcp::lut_linear(a, chosen, pool, widened_plan);
-    return y;
-  }
-#if RCP_X86
-  if (variant == "soft amx") {
-    rcp::lut_linear(a, chosen, pool, soft_amx_plan);
-    return y;
-  }
-#endif
-  require(variant.empty(), "variant must be 'four streams', 'widened', 'soft amx' (x86-64) or empty");
-  rcp::lut_linear(a, chosen, pool);
+  rcp::lut_linear(a, chosen, pool, plan_of(variant));
   return y;
 }
 
