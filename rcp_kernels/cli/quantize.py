@@ -20,7 +20,7 @@ rcp-kernels quantize demo -o out
 
 rcp-kernels quantize google/gemma-3-270m -o out --method rtn
 
-rcp-kernels quantize demo -o out --method rcp --a-bits 4 --kv-bits 4 --steps 100"""
+rcp-kernels quantize demo -o out --method rcp --steps 100"""
 
 # Options that a method does not use.
 _UNUSED = {
@@ -68,10 +68,10 @@ def quantize(
         int | None,
         _field("w_bits", "Bits of a weight; the default is 4 for rtn and gptq, 3 for laquant, 2 for rcp."),
     ] = None,
-    a_bits: Annotated[int | None, _field("a_bits", "Bits of an activation; the default is 16.")] = None,
+    a_bits: Annotated[int | None, _field("a_bits", "Bits of an activation; the default is 4 for rcp, else 16.")] = None,
     kv_bits: Annotated[
         int | None,
-        _field("kv_bits", "Bits of the keys and values in the cache; the default is 16."),
+        _field("kv_bits", "Bits of the keys and values in the cache; the default is 4 for rcp, else 16."),
     ] = None,
     group_size: Annotated[
         int | None,
@@ -84,7 +84,7 @@ def quantize(
         str | None,
         _field(
             "levels",
-            "How rtn and gptq choose levels; the default is clip for gptq at 4 bits, else kmeans.",
+            "How rtn and gptq choose levels; the default is kmeans.",
         ),
     ] = None,
     preset: Annotated[str | None, _field("preset", "The budget of rcp; the default is quick.")] = None,

@@ -8,7 +8,6 @@ appendix C).
 from __future__ import annotations
 
 import ast
-import contextlib
 import gc
 import hashlib
 import importlib.util
@@ -120,21 +119,6 @@ def _docstrings(path: Path) -> Iterator[str]:
             yield docstring.strip()
 
 
-@contextlib.contextmanager
-def _no_garbage_collection() -> Iterator[None]:
-    """Switch off the cycle collector, which would traverse every syntax tree several times while it is built.
-
-    Syntax trees have no cycles. Parsing 3000 files takes 6 instead of 15 CPU seconds.
-    """
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
-
-
 def _ngrams(text: str) -> set[int]:
     words = _WORDS.findall(text.lower())
     return {hash(tuple(words[i : i + _NGRAM])) for i in range(len(words) - _NGRAM + 1)}
@@ -218,8 +202,15 @@ def docstring_corpus(packages: Sequence[str] = PACKAGES, exclude: str | None = N
         ValueError: a package is not installed.
     """
     files = (path for package in packages for path in _sources(package))
-    with _no_garbage_collection():
+    # The garbage collector would traverse every syntax tree several times while it is built. Trees have no cycles.
+    # Without it, parsing 3000 files takes 6 instead of 15 CPU seconds.
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
         return without_overlap((text for path in files for text in _docstrings(path)), exclude)
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def comment_corpus(packages: Sequence[str] = PACKAGES, exclude: str | None = None) -> Corpus:
@@ -300,15 +291,7 @@ def dataset_text(name: str, split: str, characters: int) -> str:
 
 
 def split_windows(ids: Tensor, length: int, seed: int = 0) -> Tensor:
-    """Cut a token stream into windows and shuffle them.
-
-    Args:
-        ids: int64 [tokens]. Tokens after the last full window are dropped.
-        length: tokens per window.
-        seed: of the shuffle.
-
-    Returns:
-        int64 [windows, length].
+    """Cut int64 [tokens] into shuffled windows, int64 [windows, length]. Tokens after the last full one are dropped.
 
     Raises:
         ValueError: ids is not 1-D, or too short for one window.

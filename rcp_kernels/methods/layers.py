@@ -23,17 +23,8 @@ class _Stop(Exception):
     """Raised by a hook to end a forward pass early."""
 
 
-def check_calibration_ids(ids: Tensor, where: str) -> Tensor:
-    """Return ``ids`` if they are sequences of token ids, else raise.
-
-    Args:
-        ids: int64 [sequences, tokens].
-        where: name of the caller, for errors.
-
-    Raises:
-        TypeError: ids are not an integer tensor.
-        ValueError: ids are not 2-D, or have no sequence, or sequences of fewer than 2 tokens.
-    """
+def check_calibration_ids(ids: Tensor, where: str) -> None:
+    """Raise TypeError or ValueError unless ``ids`` are integers [sequences, tokens] with at least 2 tokens."""
     if not isinstance(ids, Tensor) or ids.is_floating_point() or ids.dtype == torch.bool:
         found = ids.dtype if isinstance(ids, Tensor) else type(ids).__name__
         raise TypeError(
@@ -45,17 +36,10 @@ def check_calibration_ids(ids: Tensor, where: str) -> Tensor:
             f"got shape {tuple(ids.shape)}; the calibration text is shorter than one sequence: pass more text or "
             f"shorter sequences"
         )
-    return ids
 
 
 def check_vocabulary(model: nn.Module, ids: Tensor, where: str) -> None:
-    """Raise ValueError if a token id is outside [0, rows of the model's embedding).
-
-    Args:
-        model: of ``transformers``.
-        ids: integers of any shape.
-        where: name of the caller, for errors.
-    """
+    """Raise ValueError if a token id is outside [0, rows of the model's embedding)."""
     size: int = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
     outside = ids[(ids < 0) | (ids >= size)]
     if outside.numel():
@@ -67,11 +51,6 @@ def check_vocabulary(model: nn.Module, ids: Tensor, where: str) -> None:
 
 def float_linears(model: nn.Module, architecture: Architecture, where: str) -> dict[str, nn.Linear]:
     """The linear layers of the decoder by full name.
-
-    Args:
-        model: the model that architecture describes.
-        architecture: of the model.
-        where: name of the caller, for errors.
 
     Raises:
         ValueError: a layer is no ``nn.Linear``, for example because it is packed already, or a parameter of the model

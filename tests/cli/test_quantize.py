@@ -368,7 +368,7 @@ def test_what_cannot_work_is_refused_before_the_model_is_loaded(run, model, tmp_
         ({"model": 5}, "model must be of type str, got 5"),
         ({"seed": "a"}, "seed must be of type int, got 'a'"),
         ({"w_bits": 2.0}, r"w_bits must be of type int .*got 2\.0"),
-        ({"a_bits": True}, "a_bits must be of type int, got True"),
+        ({"a_bits": True}, "a_bits must be of type int .*got True"),
         ({"training": None}, r"training must be of type dict\[str, Any\], got None"),
         ({"method": "rtn", "training": {"steps": 1}}, "training must be empty with method rtn"),
         ({"training": {"seed": 1}}, "seed must be said by the recipe's own field"),

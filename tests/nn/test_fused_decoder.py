@@ -14,7 +14,7 @@ from rcp_kernels.methods.rotate import rotate_model
 from rcp_kernels.models.architecture import describe
 from rcp_kernels.models.hf import cache_keyword
 from rcp_kernels.nn import fuse_decoder, is_fused, storage_report, unfuse_decoder
-from rcp_kernels.nn.fused_decoder import _activation, _epsilon
+from rcp_kernels.nn.fused_plan import _activation, _epsilon
 from rcp_kernels.nn.kv_cache import QuantizedKVCache
 from rcp_kernels.nn.merged_linear import MergedPart, merge_linears, split_linears
 from rcp_kernels.ops.quantize_weight import quantize_weight

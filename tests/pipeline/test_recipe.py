@@ -22,12 +22,12 @@ def linear():
 @pytest.mark.parametrize(
     ("fields", "expected"),
     [
-        ({}, {"w_bits": 4, "rotation": "none", "levels": "clip", "group_size": 64, "sequence": 512}),
+        ({}, {"w_bits": 4, "rotation": "none", "levels": "kmeans", "group_size": 64, "sequence": 512}),
         ({"method": "rtn"}, {"w_bits": 4, "rotation": "none", "levels": "kmeans"}),
         ({"w_bits": 3}, {"rotation": "none", "levels": "kmeans"}),
-        ({"a_bits": 4}, {"w_bits": 4, "rotation": "gsr", "levels": "clip"}),
+        ({"a_bits": 4}, {"w_bits": 4, "rotation": "gsr", "levels": "kmeans"}),
         ({"a_bits": 4, "rotation": "none"}, {"rotation": "none"}),
-        ({"method": "rcp"}, {"w_bits": 2, "rotation": "gsr", "text": "mixed", "levels": "kmeans"}),
+        ({"method": "rcp"}, {"w_bits": 2, "a_bits": 4, "kv_bits": 4, "rotation": "gsr", "text": "mixed"}),
         ({"method": "laquant"}, {"w_bits": 3, "rotation": "none", "text": None}),
     ],
 )

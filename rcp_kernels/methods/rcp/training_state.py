@@ -5,9 +5,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import json
-import os
 import pickle
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,38 +13,27 @@ from typing import Any
 
 import torch
 
+from ...atomic import atomic_file
+
 __all__ = ["Clock", "LogFile", "load_state", "save_state", "write_curve"]
 
 VERSION = 1
 
 
 def save_state(path: Path, state: dict[str, Any]) -> None:
-    """Write a training state. After a kill or on a full disk, ``path`` is either the old file or the new one.
+    """Write tensors, numbers, strings, and lists and dictionaries of them, as :func:`rcp_kernels.atomic.atomic_file`.
 
-    The state goes to a temporary file in the same folder, which is flushed to the disk and renamed. Memory does not
-    hold a second copy.
-
-    Args:
-        path: in a directory that exists.
-        state: tensors, numbers, strings, and lists and dictionaries of them.
+    The state is streamed: memory does not hold a second copy.
 
     Raises:
         OSError: the file cannot be written; the old file is unchanged.
     """
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            try:
-                torch.save({"version": VERSION, **state}, file)
-            except RuntimeError as error:
-                # torch's zip writer turns a failed write into a RuntimeError.
-                raise OSError(f"cannot write {path}: {error}; free space on the disk and resume") from error
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    with atomic_file(path) as file:
+        try:
+            torch.save({"version": VERSION, **state}, file)
+        except RuntimeError as error:
+            # torch's zip writer turns a failed write into a RuntimeError.
+            raise OSError(f"cannot write {path}: {error}; free space on the disk and resume") from error
 
 
 def load_state(path: Path) -> dict[str, Any]:
