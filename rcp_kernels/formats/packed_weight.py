@@ -333,19 +333,10 @@ class PackedWeight:
                 f"PackedWeight: a stored weight is the five tensors {', '.join(cls.KEYS)}, missing "
                 f"{', '.join(missing)}; the checkpoint is incomplete or was not written in this format"
             )
-        version, kind, shape = read_header(state_dict[prefix + "format"])
+        version, kind, geometry = read_header(state_dict[prefix + "format"])
         codes, levels, scales, tensor_scale = (state_dict[prefix + name] for name in cls.TENSORS)
-        weight = cls(
-            codes,
-            levels,
-            scales,
-            tensor_scale,
-            shape.bits,
-            shape.group_size,
-            shape.in_features,
-            shape.out_features,
-            kind,
-        ).validate()
+        rows, columns, bits, group_size = geometry
+        weight = cls(codes, levels, scales, tensor_scale, bits, group_size, columns, rows, kind).validate()
         order = state_dict.get(prefix + "input_order")
         if (order is None) != (version < INPUT_ORDER_VERSION):
             raise ValueError(
@@ -354,7 +345,7 @@ class PackedWeight:
                 f"of two layers"
             )
         try:
-            return weight, None if order is None else check_input_order(order, shape.in_features)
+            return weight, None if order is None else check_input_order(order, columns)
         except ValueError as error:
             raise ValueError(f"PackedWeight: {error}") from None
 

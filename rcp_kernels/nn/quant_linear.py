@@ -47,6 +47,34 @@ def autocast_input(x: Tensor) -> Tensor:
     return x.to(torch.get_autocast_dtype(device))
 
 
+def _zero_weight(geometry: Geometry, device: torch.device | str | None) -> PackedWeight:
+    rows, columns, bits, group_size = geometry
+    groups = num_groups(columns, group_size)
+    codes = torch.zeros((rows, row_bytes(columns, bits, group_size)), dtype=torch.uint8, device=device)
+    levels = torch.zeros((rows, groups, 2**bits), dtype=torch.int8, device=device)
+    scales = torch.zeros((rows, groups), dtype=torch.float16, device=device)
+    one = torch.ones((), dtype=torch.float32, device=device)
+    return PackedWeight(codes, levels, scales, one, bits, group_size, columns, rows)
+
+
+def _copy_bias(bias: Tensor, weight: PackedWeight) -> nn.Parameter:
+    """A copy of the bias on the device of the weight, checked. float64 becomes float32."""
+    if not isinstance(bias, Tensor) or not bias.is_floating_point():
+        found = bias.dtype if isinstance(bias, Tensor) else type(bias).__name__
+        raise TypeError(f"QuantLinear: bias must be a floating point tensor or None, got {found}; convert it")
+    if tuple(bias.shape) != (weight.out_features,):
+        raise ValueError(
+            f"QuantLinear: bias must have shape ({weight.out_features},) (out_features), got {tuple(bias.shape)}; pass "
+            f"the bias of the same layer"
+        )
+    if bias.is_meta and not weight.codes.is_meta:
+        raise ValueError("QuantLinear: bias is on the meta device and has no values; load the checkpoint first")
+    copy = bias.detach().clone().to(weight.codes.device)
+    if copy.dtype == torch.float64:
+        copy = copy.to(torch.float32)
+    return nn.Parameter(copy, requires_grad=bias.requires_grad)
+
+
 class QuantLinear(PackedLayer):
     """``y = x W^T + bias`` with W packed in 2, 3 or 4 bits and x quantized per token on the way in.
 
@@ -143,12 +171,7 @@ class QuantLinear(PackedLayer):
         check_float("QuantLinear", "dtype", dtype, "dtype is that of the bias, bits that of the weight")
         zeros = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
         self.register_parameter("bias", zeros)
-        groups = num_groups(in_features, group_size)
-        codes = torch.zeros((out_features, row_bytes(in_features, bits, group_size)), dtype=torch.uint8, device=device)
-        levels = torch.zeros((out_features, groups, 2**bits), dtype=torch.int8, device=device)
-        scales = torch.zeros((out_features, groups), dtype=torch.float16, device=device)
-        one = torch.ones((), dtype=torch.float32, device=device)
-        self._hold(PackedWeight(codes, levels, scales, one, bits, group_size, in_features, out_features))
+        self._hold(_zero_weight(self.geometry, device))
 
     @classmethod
     def from_packed(
@@ -183,11 +206,6 @@ class QuantLinear(PackedLayer):
                 f"QuantLinear: weight must be a PackedWeight, got {type(weight).__name__}; make one with "
                 f"quantize_weight"
             )
-        if bias is not None and not isinstance(bias, Tensor):
-            raise TypeError(
-                f"QuantLinear: bias must be a floating point tensor or None, got {type(bias).__name__}; convert with "
-                f"torch.as_tensor"
-            )
         weight.validate()
         module = cls(
             weight.in_features,
@@ -207,20 +225,7 @@ class QuantLinear(PackedLayer):
                 raise ValueError(f"QuantLinear: {error}") from None
             module._check_order_alone(input_order)
         module._hold(weight, input_order)
-        if bias is not None:
-            if tuple(bias.shape) != (weight.out_features,):
-                raise ValueError(
-                    f"QuantLinear: bias must have shape ({weight.out_features},) (out_features), got "
-                    f"{tuple(bias.shape)}; pass the bias of the same layer"
-                )
-            if not bias.is_floating_point():
-                raise TypeError(f"QuantLinear: bias must be floating point, got {bias.dtype}; convert with .float()")
-            if bias.is_meta and not weight.codes.is_meta:
-                raise ValueError("QuantLinear: bias is on the meta device and has no values; load the checkpoint first")
-            copy = bias.detach().clone().to(weight.codes.device)
-            if copy.dtype == torch.float64:
-                copy = copy.to(torch.float32)
-            module.bias = nn.Parameter(copy, requires_grad=bias.requires_grad)
+        module.bias = None if bias is None else _copy_bias(bias, weight)
         return module
 
     @classmethod

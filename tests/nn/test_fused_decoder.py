@@ -14,7 +14,7 @@ from rcp_kernels.methods.rotate import rotate_model
 from rcp_kernels.models.architecture import describe
 from rcp_kernels.models.hf import cache_keyword
 from rcp_kernels.nn import fuse_decoder, is_fused, storage_report, unfuse_decoder
-from rcp_kernels.nn.fused_decoder import _activation, _epsilon
+from rcp_kernels.nn.fused_plan import _activation, _epsilon
 from rcp_kernels.nn.kv_cache import QuantizedKVCache
 from rcp_kernels.nn.merged_linear import MergedPart, merge_linears, split_linears
 from rcp_kernels.ops.quantize_weight import quantize_weight
@@ -408,7 +408,7 @@ def test_refusals_name_what_stands_against_it():
     refused(r"model.layers.1.self_attn.v_proj must be a QuantLinear, got Linear")
     layer.self_attn.v_proj = packed
     handle = layer.mlp.up_proj.register_forward_hook(lambda *_: None)
-    refused(r"model.layers.1.mlp.up_proj must have no forward hooks")
+    refused(r"model.layers.1.mlp.up_proj must have no hooks")
     handle.remove()
     layer.self_attn.forward = layer.self_attn.forward
     refused(r"model.layers.1.self_attn must have the forward of its class")

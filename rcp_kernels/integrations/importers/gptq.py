@@ -87,12 +87,12 @@ def import_gptq(
         g_idx = take(where, tensors, prefix + "g_idx", (torch.int32, torch.int64), 1)
         if -(-len(g_idx) * bits // 32) == qweight.shape[0]:  # the last word may hold padding
             in_features = len(g_idx)
-    rules = {
-        "qweight": (tuple(qweight.shape), (-(-in_features * bits // 32), out_features)),
-        "qzeros": (tuple(qzeros.shape), (groups, -(-out_features * bits // 32))),
-        "g_idx": ((in_features,) if g_idx is None else tuple(g_idx.shape), (in_features,)),
-    }
-    for name, (shape, wanted) in rules.items():
+    for name, tensor, wanted in (
+        ("qweight", qweight, (-(-in_features * bits // 32), out_features)),
+        ("qzeros", qzeros, (groups, -(-out_features * bits // 32))),
+        ("g_idx", g_idx, (in_features,)),
+    ):
+        shape = wanted if tensor is None else tuple(tensor.shape)
         if shape != wanted:
             raise ValueError(
                 f"{where}: {name} must have shape {wanted} for {bits} bits and scales of shape {tuple(scales.shape)}, "
@@ -104,17 +104,8 @@ def import_gptq(
     levels = torch.arange(2**bits, dtype=torch.int16, device=zeros.device) - zeros[..., None]
     order = None if g_idx is None else column_order(where, g_idx, group_size)
     bias = check_bias(where, tensors.get(prefix + "bias"), out_features)
-    return pack_levels(
-        where,
-        codes,
-        levels,
-        scales.t(),
-        bits=bits,
-        group_size=group_size,
-        exact=exact,
-        permutation=order,
-        bias=bias,
-    )
+    sizes = {"bits": bits, "group_size": group_size}
+    return pack_levels(where, codes, levels, scales.t(), **sizes, exact=exact, permutation=order, bias=bias)
 
 
 def _zeros(
