@@ -29,10 +29,10 @@ from rcp_kernels import extras, hardware
 from rcp_kernels.atomic import write_atomic
 from rcp_kernels.data.by_name import held_out_text
 from rcp_kernels.evaluation.perplexity import perplexity
-from rcp_kernels.methods.rotate.rotate_model import ROTATIONS, rotate_model
-from rcp_kernels.models.load import encode, group_size_of, load_float
+from rcp_kernels.methods.rotate.rotate_model import ROTATIONS
+from rcp_kernels.models.load import encode, load_float
 from rcp_kernels.pipeline.evaluate import with_quantized_cache
-from rcp_kernels.pipeline.quantize import quantize_layers, windows_of
+from rcp_kernels.pipeline.quantize import quantize_layers, rotate, windows_of
 from rcp_kernels.pipeline.recipe import Recipe
 
 __all__ = ["CLAIMS", "Cell", "Source", "cells", "checks", "measure", "read", "run", "table", "write"]
@@ -228,14 +228,12 @@ def measure(cell: Cell, source: Source, tokens: int) -> dict[str, Any]:
     facts: dict[str, Any] = {}
     kv_bits = 16
     if cell.recipe is not None:
-        recipe = dataclasses.replace(cell.recipe, group_size=group_size_of(model, cell.recipe.group_size))
-        assert recipe.group_size is not None
+        recipe = cell.recipe.resolve(model)
         kv_bits = recipe.kv_bits
-        if recipe.rotation != "none":
-            rotate_model(model, recipe.rotation, group_size=recipe.group_size, r3=kv_bits != 16, seed=recipe.seed)
-        result = quantize_layers(model, recipe, calibration, None)
+        rotate(model, recipe)
+        result = quantize_layers(model, recipe, calibration)
         facts = {
-            "recipe": dataclasses.asdict(recipe),
+            "recipe": dataclasses.asdict(dataclasses.replace(cell.recipe, group_size=recipe.group_size)),
             "text_trained_on": trained_on,
             "training": result.get("training"),
         }

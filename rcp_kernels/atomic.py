@@ -1,30 +1,28 @@
-"""Files that are there whole or not at all."""
+"""Files that always have either their old or their new content."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
-__all__ = ["write_atomic"]
+__all__ = ["atomic_file", "write_atomic"]
 
 
-def write_atomic(path: Path, data: bytes) -> None:
-    """Write a file so that a reader, or a machine that went down, finds the old content or the new one, never a part.
+@contextlib.contextmanager
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """Open a file for writing, in a directory that exists, and replace ``path`` by it at the end of the ``with`` block.
 
-    The bytes go to a temporary file beside it, are flushed to the disk, and take its name.
-
-    Args:
-        path: in a directory that exists.
-        data: the whole content.
-
-    Raises:
-        OSError: as writing does, a full disk say; what was there before is untouched.
+    The bytes go to a temporary file in the same directory, which is flushed to the disk and renamed. After an error, a
+    kill or a power failure ``path`` has its old content.
     """
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
         with os.fdopen(handle, "wb") as file:
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)
@@ -32,3 +30,9 @@ def write_atomic(path: Path, data: bytes) -> None:
     except BaseException:
         os.unlink(temporary)
         raise
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write the whole content of a file as :func:`atomic_file` does."""
+    with atomic_file(path) as file:
+        file.write(data)

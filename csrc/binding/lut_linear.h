@@ -5,8 +5,8 @@
 
 namespace rcp::binding {
 
-// Checked, but for the blob's contents, the entries of the input order, and the rotation. Each device checks these as
-// far as it can. x has `inputs_per_column` times in_features entries a token.
+// The arguments, checked. Each device itself checks, as far as it can, the contents of the blob and of input_order, and
+// the rotation. A token of x has inputs_per_column * in_features entries.
 struct LutLinearInputs {
   WeightShape shape;
   FloatType type;
@@ -25,8 +25,7 @@ struct LutLinearInputs {
     if (act_bits_in != 4 && act_bits_in != 8 && act_bits_in != 16) {
       fail(where + "act_bits must be 4, 8 or 16, got " + std::to_string(act_bits_in) + "; 16 leaves x unquantized");
     }
-    if (!(clip > 0.0 && clip <= 1.0))
-      fail(where + "clip must be in (0, 1], got " + std::to_string(clip) + "; 1.0 keeps the largest value");
+    check_clip(op, clip);
     type = float_type(x, where + "x");
     if (x.dim() < 1 || x.size(x.dim() - 1) != inputs_per_column * in_features) {
       fail(where + "the last dimension of x must be " + (inputs_per_column == 2 ? "twice " : "") + "in_features (" +
@@ -38,7 +37,7 @@ struct LutLinearInputs {
     if (bias_in.has_value()) {
       bias_type = float_type(*bias_in, where + "bias");
       check_tensor(*bias_in, where + "bias", bias_in->scalar_type(), {out_features}, device);
-      bias = torch::stable::contiguous(*bias_in);
+      bias = as_contiguous(*bias_in);
     }
     if (input_order_in.has_value()) {
       if (rotation_group != 0) {
@@ -46,7 +45,7 @@ struct LutLinearInputs {
              std::to_string(rotation_group) + "; reorder x before the call");
       }
       check_tensor(*input_order_in, where + "input_order", ScalarType::Long, {in_features}, device);
-      input_order = torch::stable::contiguous(*input_order_in);
+      input_order = as_contiguous(*input_order_in);
     }
   }
 };

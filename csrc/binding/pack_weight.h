@@ -1,4 +1,5 @@
-// The arguments of pack_weight, unpack_weight and dequantize, checked for every device; what a weight is to all ops.
+// The arguments of pack_weight, unpack_weight and dequantize, and the weight of every operator, checked for every
+// device.
 #pragma once
 
 #include <cmath>
@@ -8,23 +9,10 @@
 
 namespace rcp::binding {
 
-inline WeightShape checked_shape(const char* op, int64_t rows, int64_t columns, int64_t bits, int64_t group_size) {
-  // 2^40 bounds every product of sizes below; anything else outside int is outside the format's bits too.
-  constexpr int64_t largest = int64_t{1} << 40;
-  if (rows > largest || columns > largest || rows * (columns / 4096 + 1) > largest / 64) {
-    fail(std::string(op) + ": out_features * in_features must stay below 2^46, got " + std::to_string(rows) + " and " +
-         std::to_string(columns) + "; these cannot be a layer's sizes");
-  }
-  const WeightShape shape{rows, columns, group_size, bits < 0 || bits > 4 ? 0 : static_cast<int>(bits)};
-  if (shape.bits != bits)
-    fail(std::string(op) + ": bits must be 2, 3 or 4, got " + std::to_string(bits) +
-         "; quantize the weight to one of them");
-  shape.check(op);
-  return shape;
-}
+using rcp::checked_shape;
 
-// The canonical tensors of a weight, checked and contiguous, and the value of tensor_scale (for which a weight on
-// another device waits). One level a group makes the shape's kind uniform, which only the CPU's layout has.
+// The canonical tensors of a weight, checked and contiguous, and the value of tensor_scale. Reading that value waits
+// for the weight's device. One level a group makes the shape uniform, which only the CPU's layout can be.
 struct CanonicalWeight {
   WeightShape shape;
   Tensor codes, levels, scales;
@@ -44,20 +32,19 @@ struct CanonicalWeight {
                  {shape.rows, shape.groups(), shape.stored_levels()}, device);
     check_tensor(scales_in, "pack_weight: scales", ScalarType::Half, {shape.rows, shape.groups()}, device);
     check_tensor(tensor_scale_in, "pack_weight: tensor_scale", ScalarType::Float, {}, device);
-    const Tensor whole = torch::stable::to(tensor_scale_in, Device(torch::headeronly::DeviceType::CPU));
-    tensor_scale = *static_cast<const float*>(whole.const_data_ptr());
+    tensor_scale = *data<float>(torch::stable::to(tensor_scale_in, Device(torch::headeronly::DeviceType::CPU)));
     int exponent = 0;
     if (!(std::isfinite(tensor_scale) && tensor_scale > 0.0f && std::frexp(tensor_scale, &exponent) == 0.5f)) {
       fail("pack_weight: tensor_scale must be a positive finite power of two, got " + std::to_string(tensor_scale) +
            "; put the rest into scales");
     }
-    codes = torch::stable::contiguous(codes_in);
-    levels = torch::stable::contiguous(levels_in);
-    scales = torch::stable::contiguous(scales_in);
+    codes = as_contiguous(codes_in);
+    levels = as_contiguous(levels_in);
+    scales = as_contiguous(scales_in);
   }
 };
 
-// A blob of pack_weight as far as every device can tell without reading it.
+// Checks a blob of pack_weight as far as is possible without reading it.
 inline void check_blob(const std::string& op, const Tensor& weight, const Device& device) {
   const std::string what = op + ": weight";
   if (!is_on(weight, device)) {

@@ -1,4 +1,4 @@
-// What the bindings of all devices and ops share: checks of tensors whose errors read the same everywhere.
+// Checks of tensors, shared by the bindings of all devices and operators.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -45,13 +45,28 @@ inline FloatType float_type(const Tensor& t, const std::string& what) {
   return *type;
 }
 
+template <class T>
+const T* data(const Tensor& t) {
+  return static_cast<const T*>(t.const_data_ptr());
+}
+
+template <class T>
+T* mutable_data(const Tensor& t) {
+  return static_cast<T*>(t.mutable_data_ptr());
+}
+
+// Not torch's own contiguous(), which is a call through the dispatcher even where there is nothing to copy.
+inline Tensor as_contiguous(const Tensor& t) {
+  return t.is_contiguous() ? t : torch::stable::contiguous(t);
+}
+
 inline std::string shape_text(const Tensor& t) {
   std::string text = "[";
   for (int64_t d = 0; d < t.dim(); ++d) text += (d ? ", " : "") + std::to_string(t.size(d));
   return text + "]";
 }
 
-// As in "must be on the CPU", "must be on cuda:0".
+// For "must be on the CPU", "must be on cuda:0".
 inline std::string device_text(const Device& device) {
   if (device.type() == torch::headeronly::DeviceType::CPU) return "the CPU";
   if (device.type() == torch::headeronly::DeviceType::CUDA) return "cuda:" + std::to_string(device.index());
@@ -61,6 +76,12 @@ inline std::string device_text(const Device& device) {
 inline bool is_on(const Tensor& t, const Device& device) {
   if (device.type() == torch::headeronly::DeviceType::CPU) return t.is_cpu();
   return t.is_cuda() && t.get_device_index() == device.index();
+}
+
+inline void check_clip(const std::string& op, double clip) {
+  if (!(clip > 0.0 && clip <= 1.0)) {
+    fail(op + ": clip must be in (0, 1], got " + std::to_string(clip) + "; 1.0 keeps the largest value");
+  }
 }
 
 inline void check_tensor(const Tensor& t, const std::string& what, ScalarType dtype, const std::vector<int64_t>& shape,
@@ -85,6 +106,12 @@ inline void check_tensor(const Tensor& t, const std::string& what, ScalarType dt
 
 inline Tensor empty(const std::vector<int64_t>& shape, ScalarType dtype, const Device& device) {
   return torch::stable::empty(shape, dtype, std::nullopt, device);
+}
+
+// The size of the last dimension, the features of a token.
+inline int64_t last_size(const std::string& op, const Tensor& x) {
+  if (x.dim() < 1) fail(op + ": x must have at least one dimension, got a scalar; use x[None]");
+  return x.size(x.dim() - 1);
 }
 
 // The shape of x with its last dimension replaced.

@@ -1,9 +1,10 @@
-// What the bindings of all ops share on the CPU: torch's thread pool and its memory.
+// Shared by the CPU bindings of all operators: torch's thread pool, and memory.
 #pragma once
 
 #include <vector>
 
 #include "binding/tensors.h"
+#include "rcp/cpu/isa.h"
 #include "rcp/cpu/parallel.h"
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -26,8 +27,7 @@ inline ThreadPool torch_pool() {
           }};
 }
 
-// Asks for 2 MB pages where the memory holds some, which saves page faults and TLB misses. Advice only: it changes
-// nothing where the kernel does not follow it.
+// Advises the OS to use 2 MB pages, which saves page faults and TLB misses.
 inline void advise_huge_pages(void* data, int64_t bytes) {
 #if defined(__linux__)
   constexpr uintptr_t huge = uintptr_t{2} << 20;

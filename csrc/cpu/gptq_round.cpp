@@ -31,19 +31,19 @@ std::tuple<Tensor, Tensor> gptq_round_cpu(Tensor block, const Tensor& upper, con
          "; pass the values of one group");
   }
   check_tensor(table, op + ": table", ScalarType::Float, {a.rows, levels});
-  const Tensor tables = torch::stable::contiguous(table);
+  const Tensor tables = as_contiguous(table);
   Tensor codes = empty({a.rows, last - first}, ScalarType::Byte);
   Tensor errors = empty({a.rows, last - first}, ScalarType::Float);
-  a.block = static_cast<float*>(block.mutable_data_ptr());
+  a.block = mutable_data<float>(block);
   a.row_stride = block.stride(0);
-  a.upper = static_cast<const float*>(upper.const_data_ptr());
+  a.upper = data<float>(upper);
   a.upper_stride = upper.stride(0);
-  a.table = static_cast<const float*>(tables.const_data_ptr());
+  a.table = data<float>(tables);
   a.first = first;
   a.last = last;
   a.levels = static_cast<int>(levels);
-  a.codes = static_cast<uint8_t*>(codes.mutable_data_ptr());
-  a.errors = static_cast<float*>(errors.mutable_data_ptr());
+  a.codes = mutable_data<uint8_t>(codes);
+  a.errors = mutable_data<float>(errors);
   rcp::gptq_round(a, rcp::current_isa(), torch_pool());
   return {codes, errors};
 }

@@ -7,37 +7,38 @@ namespace {
 using namespace rcp;
 using namespace rcp::binding;
 
-// The cache's two tensors, [batch, kv_heads, capacity, bytes or 2].
+// The two tensors of a cache, [batch, kv_heads, capacity, bytes] and [batch, kv_heads, capacity, 2].
 struct Storage {
   KvShape shape;
   int64_t batch, kv_heads;
 
   Storage(const std::string& op, const std::string& prefix, const Tensor& codes, const Tensor& scales, int64_t head_dim)
-      : shape{head_dim, 0}, batch(0), kv_heads(0) {
-    if (codes.dim() != 4 || codes.size(3) != (head_dim + 1) / 2) {
-      fail(op + ": " + prefix + "codes must be [batch, kv_heads, capacity, " + std::to_string((head_dim + 1) / 2) +
+      : shape{head_dim, 0} {
+    const std::string codes_name = op + ": " + prefix + "codes", scales_name = op + ": " + prefix + "scales";
+    if (codes.dim() != 4 || codes.size(3) != shape.row_bytes()) {
+      fail(codes_name + " must be [batch, kv_heads, capacity, " + std::to_string(shape.row_bytes()) +
            "] for head_dim " + std::to_string(head_dim) + ", got shape " + shape_text(codes) +
            "; allocate it for this head_dim");
     }
     batch = codes.size(0);
     kv_heads = codes.size(1);
     shape.capacity = codes.size(2);
-    check_tensor(codes, op + ": " + prefix + "codes", ScalarType::Byte,
-                 {batch, kv_heads, shape.capacity, codes.size(3)});
-    check_tensor(scales, op + ": " + prefix + "scales", ScalarType::Half, {batch, kv_heads, shape.capacity, 2});
+    check_tensor(codes, codes_name, ScalarType::Byte, {batch, kv_heads, shape.capacity, shape.row_bytes()});
+    check_tensor(scales, scales_name, ScalarType::Half, {batch, kv_heads, shape.capacity, 2});
     if (!codes.is_contiguous() || !scales.is_contiguous()) {
-      fail(op + ": " + prefix + "codes and " + prefix +
-           "scales must be contiguous, got other strides; pass the cache " + "whole, with its length");
+      fail(codes_name + " and scales must be contiguous, got other strides; pass all of the cache, with its length");
     }
   }
 };
 
-void check_four(const std::string& op, const std::string& name, const Tensor& t, const std::string& shape) {
-  if (!t.is_cpu()) fail(op + ": " + name + " must be on the CPU like the other arguments; move it with .cpu()");
-  if (t.dim() != 4 || t.size(3) < 1) {
-    fail(op + ": " + name + " must be " + shape + " with head_dim at least 1, got shape " + shape_text(t) +
+// The type of x, activations of four dimensions.
+FloatType check_four(const std::string& op, const std::string& name, const Tensor& x, const std::string& shape) {
+  if (!x.is_cpu()) fail(op + ": " + name + " must be on the CPU like the other arguments; move it with .cpu()");
+  if (x.dim() != 4 || x.size(3) < 1) {
+    fail(op + ": " + name + " must be " + shape + " with head_dim at least 1, got shape " + shape_text(x) +
          "; reshape it");
   }
+  return float_type(x, op + ": " + name);
 }
 
 void check_range(const std::string& op, const std::string& what, int64_t value, int64_t low, int64_t high,
@@ -50,59 +51,69 @@ void check_range(const std::string& op, const std::string& what, int64_t value, 
 
 void kv_cache_append_cpu(const Tensor& x_in, Tensor codes, Tensor scales, int64_t position, double clip) {
   const std::string op = "kv_cache_append";
-  check_four(op, "x", x_in, "[batch, kv_heads, tokens, head_dim]");
-  const FloatType type = float_type(x_in, op + ": x");
-  if (!(clip > 0.0 && clip <= 1.0)) {
-    fail(op + ": clip must be in (0, 1], got " + std::to_string(clip) + "; 1.0 keeps the largest value");
-  }
+  const FloatType type = check_four(op, "x", x_in, "[batch, kv_heads, tokens, head_dim]");
+  check_clip(op, clip);
   const Storage storage(op, "", codes, scales, x_in.size(3));
   if (x_in.size(0) != storage.batch || x_in.size(1) != storage.kv_heads) {
     fail(op + ": x must have the batch and kv_heads of codes, " + shape_text(codes) + ", got shape " +
          shape_text(x_in) + "; append to the cache of the same layer and batch");
   }
-  const int64_t tokens = x_in.size(2);
+  const int64_t tokens = x_in.size(2), heads = storage.kv_heads;
   check_range(op, "position + tokens", position + tokens, tokens, storage.shape.capacity,
               "position must not be negative, and the cache must have room: allocate a larger one");
   const Tensor x = x_in.stride(3) == 1 ? x_in : torch::stable::contiguous(x_in);
-  const void* data = x.const_data_ptr();
+  const void* from = x.const_data_ptr();
   const int64_t batch_stride = x.stride(0), head_stride = x.stride(1), token_stride = x.stride(2);
-  const int64_t heads = storage.kv_heads;
   const auto row = [=](int64_t vector, int64_t token) {
-    return advance(data, type, vector / heads * batch_stride + vector % heads * head_stride + token * token_stride);
+    return advance(from, type, vector / heads * batch_stride + vector % heads * head_stride + token * token_stride);
   };
-  const int64_t bad =
-      rcp::kv_cache_append(row, type, storage.batch * heads, tokens, storage.shape, static_cast<float>(clip), position,
-                           static_cast<uint8_t*>(codes.mutable_data_ptr()),
-                           static_cast<uint16_t*>(scales.mutable_data_ptr()), current_isa(), torch_pool());
-  if (bad >= 0) {
-    fail(op + ": x must be finite and within float16's range, but batch " + std::to_string(bad / tokens / heads) +
-         ", head " + std::to_string(bad / tokens % heads) + ", token " + std::to_string(bad % tokens) +
-         " holds NaN, Inf or more than 65504; find its source");
+  FirstIndex bad;
+  rcp::kv_cache_append(row, type, storage.batch * heads, tokens, storage.shape, static_cast<float>(clip), position,
+                       mutable_data<uint8_t>(codes), mutable_data<uint16_t>(scales), bad, current_isa(), torch_pool());
+  if (bad.any()) {
+    fail(op + ": x must be finite and within float16's range, but batch " +
+         std::to_string(bad.value() / tokens / heads) + ", head " + std::to_string(bad.value() / tokens % heads) +
+         ", token " + std::to_string(bad.value() % tokens) + " holds NaN, Inf or more than 65504; find its source");
   }
 }
 
 void kv_cache_dequantize_cpu(const Tensor& codes, const Tensor& scales, Tensor out) {
   const std::string op = "kv_cache_dequantize";
-  check_four(op, "out", out, "[batch, kv_heads, length, head_dim]");
-  const FloatType type = float_type(out, op + ": out");
+  const FloatType type = check_four(op, "out", out, "[batch, kv_heads, length, head_dim]");
   const Storage storage(op, "", codes, scales, out.size(3));
   check_tensor(out, op + ": out", out.scalar_type(), {storage.batch, storage.kv_heads, out.size(2), out.size(3)});
-  check_range(op, "the length of out", out.size(2), 0, storage.shape.capacity, "read what the cache holds");
+  check_range(op, "the length of out", out.size(2), 0, storage.shape.capacity, "read only positions of the cache");
   if (!out.is_contiguous()) {
     fail(op + ": out must be contiguous, got shape " + shape_text(out) + " with other strides; use torch.empty");
   }
-  rcp::kv_cache_dequantize(static_cast<const uint8_t*>(codes.const_data_ptr()),
-                           static_cast<const uint16_t*>(scales.const_data_ptr()), storage.batch * storage.kv_heads,
-                           out.size(2), storage.shape, type, out.mutable_data_ptr(), current_isa(), torch_pool());
+  rcp::kv_cache_dequantize(data<uint8_t>(codes), data<uint16_t>(scales), storage.batch * storage.kv_heads, out.size(2),
+                           storage.shape, type, out.mutable_data_ptr(), current_isa(), torch_pool());
+}
+
+// Points the arguments into a mask, and returns the tensor that must be kept.
+Tensor set_mask(const std::string& op, const Tensor& mask_in, int64_t heads, KvAttention& a) {
+  const bool fits = mask_in.dim() == 4 && (mask_in.size(0) == a.batch || mask_in.size(0) == 1) &&
+                    (mask_in.size(1) == heads || mask_in.size(1) == 1) && mask_in.size(2) == a.queries &&
+                    mask_in.size(3) == a.length;
+  if (!mask_in.is_cpu() || mask_in.scalar_type() != ScalarType::Bool || !fits) {
+    fail(op + ": mask must be bool [batch or 1, heads or 1, " + std::to_string(a.queries) + ", " +
+         std::to_string(a.length) + "] on the CPU, true where a query may attend, got " +
+         torch::headeronly::toString(mask_in.scalar_type()) + " " + shape_text(mask_in) + "; slice or convert it");
+  }
+  const Tensor mask = a.length > 1 && mask_in.stride(3) != 1 ? torch::stable::contiguous(mask_in) : mask_in;
+  a.mask = data<uint8_t>(mask);
+  a.mask_batch = mask.size(0) == 1 ? 0 : mask.stride(0);
+  a.mask_head = mask.size(1) == 1 ? 0 : mask.stride(1);
+  a.mask_query = mask.stride(2);
+  return mask;
 }
 
 Tensor kv_cache_attention_cpu(const Tensor& query_in, const Tensor& key_codes, const Tensor& key_scales,
                               const Tensor& value_codes, const Tensor& value_scales, int64_t length, double scale,
                               bool causal, int64_t window, const std::optional<Tensor>& mask_in) {
   const std::string op = "kv_cache_attention";
-  check_four(op, "query", query_in, "[batch, heads, queries, head_dim]");
   KvAttention a{};
-  a.type = float_type(query_in, op + ": query");
+  a.type = check_four(op, "query", query_in, "[batch, heads, queries, head_dim]");
   const Storage keys(op, "key_", key_codes, key_scales, query_in.size(3));
   const Storage values(op, "value_", value_codes, value_scales, query_in.size(3));
   check_tensor(value_codes, op + ": value_codes", ScalarType::Byte,
@@ -115,41 +126,26 @@ Tensor kv_cache_attention_cpu(const Tensor& query_in, const Tensor& key_codes, c
   a.kv_heads = keys.kv_heads;
   a.groups = query_in.size(1) / keys.kv_heads;
   a.queries = query_in.size(2);
+  a.length = length;
   check_range(op, "length", length, 0, keys.shape.capacity, "pass the number of positions appended so far");
   if (causal || window > 0) {
     check_range(op, "the number of queries", a.queries, 0, length,
                 "causal attention and a window need each query's own position in the cache: append first");
   }
   if (window < 0) {
-    fail(op + ": window must not be negative, got " + std::to_string(window) + "; 0 looks at all positions");
+    fail(op + ": window must not be negative, got " + std::to_string(window) + "; 0 attends to all positions");
   }
-  const Tensor query = query_in.is_contiguous() ? query_in : torch::stable::contiguous(query_in);
-  Tensor mask = query;
-  if (mask_in.has_value()) {
-    mask = *mask_in;
-    const bool fits = mask.dim() == 4 && (mask.size(0) == a.batch || mask.size(0) == 1) &&
-                      (mask.size(1) == query.size(1) || mask.size(1) == 1) && mask.size(2) == a.queries &&
-                      mask.size(3) == length;
-    if (!mask.is_cpu() || mask.scalar_type() != ScalarType::Bool || !fits) {
-      fail(op + ": mask must be bool [batch or 1, heads or 1, " + std::to_string(a.queries) + ", " +
-           std::to_string(length) + "] on the CPU, true where a query may look, got " +
-           torch::headeronly::toString(mask.scalar_type()) + " " + shape_text(mask) + "; slice or convert it");
-    }
-    if (length > 1 && mask.stride(3) != 1) mask = torch::stable::contiguous(mask);
-    a.mask = static_cast<const uint8_t*>(mask.const_data_ptr());
-    a.mask_batch = mask.size(0) == 1 ? 0 : mask.stride(0);
-    a.mask_head = mask.size(1) == 1 ? 0 : mask.stride(1);
-    a.mask_query = mask.stride(2);
-  }
+  const Tensor query = as_contiguous(query_in);
+  std::optional<Tensor> mask;
+  if (mask_in.has_value()) mask = set_mask(op, *mask_in, query.size(1), a);
   Tensor out = empty(with_last(query, query.size(3)), query.scalar_type());
   a.shape = keys.shape;
   a.query = query.const_data_ptr();
   a.out = out.mutable_data_ptr();
-  a.key_codes = static_cast<const uint8_t*>(key_codes.const_data_ptr());
-  a.key_scales = static_cast<const uint16_t*>(key_scales.const_data_ptr());
-  a.value_codes = static_cast<const uint8_t*>(value_codes.const_data_ptr());
-  a.value_scales = static_cast<const uint16_t*>(value_scales.const_data_ptr());
-  a.length = length;
+  a.key_codes = data<uint8_t>(key_codes);
+  a.key_scales = data<uint16_t>(key_scales);
+  a.value_codes = data<uint8_t>(value_codes);
+  a.value_scales = data<uint16_t>(value_scales);
   a.scale = static_cast<float>(scale);
   a.causal = causal;
   a.window = window;

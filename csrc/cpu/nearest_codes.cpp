@@ -14,7 +14,8 @@ Tensor nearest_codes_cpu(const Tensor& weight, const Tensor& table, int64_t grou
   }
   check_tensor(weight, op + ": weight", ScalarType::Float, {weight.size(0), weight.size(1)});
   if (group_size < 1) {
-    fail(op + ": group_size must be at least 1, got " + std::to_string(group_size) + "; pass the one of the table");
+    fail(op + ": group_size must be at least 1, got " + std::to_string(group_size) +
+         "; pass the group_size of the table");
   }
   rcp::NearestCodes a{};
   a.rows = weight.size(0);
@@ -29,11 +30,11 @@ Tensor nearest_codes_cpu(const Tensor& weight, const Tensor& table, int64_t grou
   const int64_t levels = table.dim() == 3 ? table.size(2) : 0;
   a.bits = levels == 4 ? 2 : levels == 8 ? 3 : 4;
   check_tensor(table, op + ": table", ScalarType::Float, {a.rows, a.groups(), int64_t{1} << a.bits});
-  const Tensor weights = torch::stable::contiguous(weight), tables = torch::stable::contiguous(table);
-  a.weight = static_cast<const float*>(weights.const_data_ptr());
-  a.table = static_cast<const float*>(tables.const_data_ptr());
+  const Tensor weights = as_contiguous(weight), tables = as_contiguous(table);
+  a.weight = data<float>(weights);
+  a.table = data<float>(tables);
   Tensor codes = empty({a.rows, packed ? a.packed_bytes() : a.columns}, ScalarType::Byte);
-  rcp::nearest_codes(a, packed, static_cast<uint8_t*>(codes.mutable_data_ptr()), rcp::current_isa(), torch_pool());
+  rcp::nearest_codes(a, packed, mutable_data<uint8_t>(codes), rcp::current_isa(), torch_pool());
   return codes;
 }
 

@@ -1,22 +1,22 @@
 #include "binding/pack_weight.h"
 
 #include "binding.h"
-#include "rcp/cpu/dequantize.h"
+#include "rcp/cpu/pack_weight.h"
 
 namespace {
 
 using namespace rcp;
 using namespace rcp::binding;
 
-// Sets the kind of the shape to the blob's; returns its tensor_scale.
+// Checks a blob; sets the shape's `uniform` and returns the tensor_scale.
 float checked_weight(const char* op, const Tensor& weight, WeightShape& shape) {
   check_blob(op, weight, cpu_device);
-  return check_packed(op, shape, static_cast<const uint8_t*>(weight.const_data_ptr()), weight.numel());
+  return check_packed(op, shape, data<uint8_t>(weight), weight.numel());
 }
 
-// Memory for a weight. Streaming several megabytes through 4 KB pages costs TLB misses, so a large weight starts on a 2
-// MB boundary and asks for 2 MB pages: on a Zen 5 server the 4096 x 4096 GEMV rises from 33.7 to 36.6 GB/s. What the
-// alignment skips is never touched.
+// Memory for a blob. Reading several megabytes through 4 KB pages costs TLB misses, so a large blob starts on a 2 MB
+// boundary and asks for 2 MB pages: on a Zen 5 server the 4096 x 4096 GEMV rises from 33.7 to 36.6 GB/s. The bytes that
+// the alignment skips are never touched.
 Tensor empty_weight(int64_t bytes) {
   constexpr int64_t huge = int64_t{2} << 20;
   if (bytes < 2 * huge) return empty({bytes}, ScalarType::Byte);
@@ -32,25 +32,22 @@ Tensor pack_weight_cpu(const Tensor& codes, const Tensor& levels, const Tensor& 
                        int64_t in_features, int64_t bits, int64_t group_size) {
   const CanonicalWeight w(codes, levels, scales, tensor_scale, in_features, bits, group_size);
   Tensor packed = empty_weight(w.shape.packed_bytes());
-  rcp::pack_weight(w.shape, static_cast<const uint8_t*>(w.codes.const_data_ptr()),
-                   static_cast<const int8_t*>(w.levels.const_data_ptr()),
-                   static_cast<const uint16_t*>(w.scales.const_data_ptr()), w.tensor_scale,
-                   static_cast<uint8_t*>(packed.mutable_data_ptr()), torch_pool());
+  rcp::pack_weight(w.shape, data<uint8_t>(w.codes), data<int8_t>(w.levels), data<uint16_t>(w.scales), w.tensor_scale,
+                   mutable_data<uint8_t>(packed), torch_pool());
   return packed;
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> unpack_weight_cpu(const Tensor& weight, int64_t out_features,
                                                              int64_t in_features, int64_t bits, int64_t group_size) {
   WeightShape shape = checked_shape("unpack_weight", out_features, in_features, bits, group_size);
-  const float whole = checked_weight("unpack_weight", weight, shape);
+  const float scale = checked_weight("unpack_weight", weight, shape);
   Tensor codes = empty({shape.rows, shape.canonical_row_bytes()}, ScalarType::Byte);
   Tensor levels = empty({shape.rows, shape.groups(), shape.levels()}, ScalarType::Char);
   Tensor scales = empty({shape.rows, shape.groups()}, ScalarType::Half);
   Tensor tensor_scale = empty({}, ScalarType::Float);
-  *static_cast<float*>(tensor_scale.mutable_data_ptr()) = whole;
-  rcp::unpack_weight(shape, static_cast<const uint8_t*>(weight.const_data_ptr()),
-                     static_cast<uint8_t*>(codes.mutable_data_ptr()), static_cast<int8_t*>(levels.mutable_data_ptr()),
-                     static_cast<uint16_t*>(scales.mutable_data_ptr()), torch_pool());
+  *mutable_data<float>(tensor_scale) = scale;
+  rcp::unpack_weight(shape, data<uint8_t>(weight), mutable_data<uint8_t>(codes), mutable_data<int8_t>(levels),
+                     mutable_data<uint16_t>(scales), torch_pool());
   return {codes, levels, scales, tensor_scale};
 }
 
@@ -58,10 +55,9 @@ Tensor dequantize_cpu(const Tensor& weight, int64_t out_features, int64_t in_fea
                       ScalarType dtype) {
   WeightShape shape = checked_shape("dequantize", out_features, in_features, bits, group_size);
   const FloatType type = checked_dequantize_type(dtype);
-  const float whole = checked_weight("dequantize", weight, shape);
+  const float scale = checked_weight("dequantize", weight, shape);
   Tensor y = empty({shape.rows, shape.columns}, dtype);
-  rcp::dequantize(shape, static_cast<const uint8_t*>(weight.const_data_ptr()), whole, y.mutable_data_ptr(), type,
-                  torch_pool());
+  rcp::dequantize(shape, data<uint8_t>(weight), scale, y.mutable_data_ptr(), type, torch_pool());
   return y;
 }
 

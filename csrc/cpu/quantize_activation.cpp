@@ -8,7 +8,7 @@ using namespace rcp::binding;
 
 std::tuple<Tensor, Tensor> quantize_activation_cpu(const Tensor& x, int64_t bits, double clip, bool packed) {
   const rcp::FloatType type = check_quantize_activation(x, bits, clip, packed);
-  return quantize_tokens("quantize_activation", torch::stable::contiguous(x), type, static_cast<int>(bits),
+  return quantize_tokens("quantize_activation", as_contiguous(x), type, static_cast<int>(bits),
                          static_cast<float>(clip), packed, nullptr);
 }
 

@@ -1,3 +1,4 @@
+// The arguments of a Walsh transform.
 #pragma once
 
 #include <cmath>
@@ -9,17 +10,13 @@
 
 namespace rcp::binding {
 
-// The arguments of a transform, checked: shared by the walsh ops and by lut_linear's input rotation. Holds the tensors
-// its pointers look into.
+// The checked arguments of a transform, for the Walsh operators and for lut_linear's input rotation. Keeps the tensors
+// that `transform` points into.
 struct WalshArguments {
   std::optional<Tensor> base, permutation;
   WalshTransform transform{};
 
-  WalshArguments(const std::string& op, const Tensor& x, const std::optional<Tensor>& base_in,
-                 const std::optional<Tensor>& permutation_in, int64_t n, double scale, bool inverse)
-      : WalshArguments(op, columns_of(op, x), base_in, permutation_in, n, scale, inverse) {}
-
-  // Checks them for a token with this many columns.
+  // For tokens with this many columns.
   WalshArguments(const std::string& op, int64_t columns, const std::optional<Tensor>& base_in,
                  const std::optional<Tensor>& permutation_in, int64_t n, double scale, bool inverse) {
     const std::string where = op + ": ";
@@ -35,13 +32,13 @@ struct WalshArguments {
         fail(where + "base must be a square matrix, got shape " + shape_text(*base_in) + "; see base_matrix");
       m = base_in->size(0);
       check_tensor(*base_in, where + "base", ScalarType::Float, {m, m});
-      base = torch::stable::contiguous(*base_in);
+      base = as_contiguous(*base_in);
     }
     if (permutation_in.has_value()) {
       check_tensor(*permutation_in, where + "permutation", ScalarType::Int, {n});
-      permutation = torch::stable::contiguous(*permutation_in);
-      const int32_t* p = static_cast<const int32_t*>(permutation->const_data_ptr());
-      // A kernel indexes with it: an entry outside would read memory that is not ours.
+      permutation = as_contiguous(*permutation_in);
+      const int32_t* p = data<int32_t>(*permutation);
+      // The kernels index with it: an entry outside would read foreign memory.
       for (int64_t i = 0; m > 1 && i < n; ++i) {
         if (p[i] < 0 || p[i] >= n) {
           fail(where + "permutation must hold 0 .. " + std::to_string(n - 1) + ", got " + std::to_string(p[i]) +
@@ -56,9 +53,9 @@ struct WalshArguments {
            ", got " + std::to_string(n) + "; pass a size that hadamard_matrix knows");
     }
     if (m == 1 && permutation.has_value() && n > 1) {
-      // For powers of two the kernels compute the sequency order themselves: no other is supported. A look at the ends
-      // tells them apart; reading all of it would cost more than the transform.
-      const int32_t* p = static_cast<const int32_t*>(permutation->const_data_ptr());
+      // For m = 1 the kernels compute the sequency order themselves and support no other. Three entries identify it;
+      // reading all of them would cost more than the transform.
+      const int32_t* p = data<int32_t>(*permutation);
       if (p[0] != 0 || p[1] != n / 2 || sequency_of(static_cast<uint32_t>(p[n - 1]), bits) != n - 1) {
         fail(where + "permutation must be the sequency order of " + std::to_string(n) +
              " when there is no base, got another; see sequency_permutation");
@@ -67,16 +64,10 @@ struct WalshArguments {
     transform = {n,
                  m,
                  bits,
-                 base ? static_cast<const float*>(base->const_data_ptr()) : nullptr,
-                 permutation ? static_cast<const int32_t*>(permutation->const_data_ptr()) : nullptr,
+                 base ? data<float>(*base) : nullptr,
+                 permutation ? data<int32_t>(*permutation) : nullptr,
                  static_cast<float>(scale),
                  inverse};
-  }
-
- private:
-  static int64_t columns_of(const std::string& op, const Tensor& x) {
-    if (x.dim() < 1) fail(op + ": x must have at least one dimension, got a scalar; use x[None]");
-    return x.size(x.dim() - 1);
   }
 };
 

@@ -11,10 +11,11 @@ using namespace rcp::binding;
 Tensor walsh_transform_cpu(const Tensor& x_in, const std::optional<Tensor>& base,
                            const std::optional<Tensor>& permutation, int64_t group_size, double scale, bool inverse) {
   const FloatType type = float_type(x_in, "walsh_transform: x");
-  const WalshArguments a("walsh_transform", x_in, base, permutation, group_size, scale, inverse);
-  const Tensor x = x_in.is_contiguous() ? x_in : torch::stable::contiguous(x_in);
+  const WalshArguments a("walsh_transform", last_size("walsh_transform", x_in), base, permutation, group_size, scale,
+                         inverse);
+  const Tensor x = as_contiguous(x_in);
   Tensor y = empty(with_last(x, x.size(x.dim() - 1)), x.scalar_type());
-  // A fresh output of 32 MB costs 8192 page faults, several times what the transform itself takes.
+  // A fresh output of 32 MB costs 8192 page faults, which take several times as long as the transform.
   advise_huge_pages(y.mutable_data_ptr(), y.numel() * static_cast<int64_t>(y.element_size()));
   walsh_transform(a.transform, x.const_data_ptr(), y.mutable_data_ptr(), type, x.numel() / group_size, current_isa(),
                   torch_pool());
@@ -24,7 +25,8 @@ Tensor walsh_transform_cpu(const Tensor& x_in, const std::optional<Tensor>& base
 void walsh_transform_in_place_cpu(Tensor x, const std::optional<Tensor>& base, const std::optional<Tensor>& permutation,
                                   int64_t group_size, double scale, bool inverse) {
   const FloatType type = float_type(x, "walsh_transform_: x");
-  const WalshArguments a("walsh_transform_", x, base, permutation, group_size, scale, inverse);
+  const WalshArguments a("walsh_transform_", last_size("walsh_transform_", x), base, permutation, group_size, scale,
+                         inverse);
   if (!x.is_contiguous()) {
     fail("walsh_transform_: x must be contiguous to be transformed in place, got shape " + shape_text(x) +
          " with other strides; use walsh_transform, or x.contiguous()");
@@ -33,15 +35,14 @@ void walsh_transform_in_place_cpu(Tensor x, const std::optional<Tensor>& base, c
   walsh_transform(a.transform, data, data, type, x.numel() / group_size, current_isa(), torch_pool());
 }
 
-// Bit-equal to quantize_activation(walsh_transform(x)): the transformed token is rounded to the type of x in between,
-// but never leaves L1.
 std::tuple<Tensor, Tensor> walsh_quantize_cpu(const Tensor& x_in, const std::optional<Tensor>& base,
                                               const std::optional<Tensor>& permutation, int64_t group_size,
                                               double scale, bool inverse, int64_t bits, double clip, bool packed) {
   const FloatType type = float_type(x_in, "walsh_quantize: x");
   check_quantization("walsh_quantize", bits, clip, packed);
-  const WalshArguments a("walsh_quantize", x_in, base, permutation, group_size, scale, inverse);
-  const Tensor x = x_in.is_contiguous() ? x_in : torch::stable::contiguous(x_in);
+  const WalshArguments a("walsh_quantize", last_size("walsh_quantize", x_in), base, permutation, group_size, scale,
+                         inverse);
+  const Tensor x = as_contiguous(x_in);
   return quantize_tokens("walsh_quantize", x, type, static_cast<int>(bits), static_cast<float>(clip), packed,
                          &a.transform);
 }

@@ -1,4 +1,4 @@
-// What the bindings of all ops share on CUDA: the device, its current stream, and errors of the runtime.
+// Shared by the bindings of all CUDA ops: the device, its current stream, and errors of the runtime.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -15,7 +15,7 @@ namespace rcp::binding {
 
 inline void check_cuda(const std::string& op, cudaError_t error) {
   if (error == cudaSuccess) return;
-  throw std::runtime_error(op + ": CUDA says " + cudaGetErrorName(error) + " (" + cudaGetErrorString(error) +
+  throw std::runtime_error(op + ": CUDA error " + cudaGetErrorName(error) + " (" + cudaGetErrorString(error) +
                            "); the library was built with CUDA " + std::to_string(CUDART_VERSION / 1000) + "." +
                            std::to_string(CUDART_VERSION % 1000 / 10) + ", see docs/build.md");
 }
@@ -26,7 +26,7 @@ inline int device_attribute(const std::string& op, cudaDeviceAttr attribute, int
   return value;
 }
 
-// The device of a tensor as the current one, for as long as this lives, and torch's current stream there.
+// Makes the device of a tensor the current device for as long as this object lives; torch's current stream there.
 class CudaCall {
  public:
   CudaCall(const std::string& op, const Tensor& t, const std::string& what)
@@ -34,7 +34,8 @@ class CudaCall {
     void* current = nullptr;
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device.index(), &current));
     stream = static_cast<cudaStream_t>(current);
-    // Asked once per device: the driver takes longer to answer than a kernel to launch. Racing threads store the same.
+    // Asked once per device: the driver answers more slowly than a kernel launches. Racing threads store the same
+    // value.
     static std::array<std::atomic<int>, 64> known{};
     const std::size_t index = static_cast<std::size_t>(device.index());
     int packed = index < known.size() ? known[index].load(std::memory_order_relaxed) : 0;

@@ -1,4 +1,4 @@
-// The blob that pack_weight makes for CUDA, as far as the host can tell it from others without reading it.
+// Checks of the blob that pack_weight makes for CUDA.
 #pragma once
 
 #include <cstdint>
@@ -13,7 +13,7 @@ inline cuda::CudaLayout cuda_layout(const WeightShape& shape) {
   return {shape.rows, shape.columns, shape.group_size, shape.bits};
 }
 
-// A CPU blob has a multiple of 32 bytes, and the CUDA layout a multiple of 128: the tail tells them apart by size.
+// A CPU blob has a multiple of 32 bytes and the CUDA layout a multiple of 128. With the tail their sizes never agree.
 inline int64_t blob_bytes(const WeightShape& shape) {
   constexpr int64_t tail = 16;
   return cuda_layout(shape).total_bytes() + tail;
@@ -21,9 +21,7 @@ inline int64_t blob_bytes(const WeightShape& shape) {
 
 inline void check_blob_size(const std::string& op, const Tensor& weight, const WeightShape& shape) {
   if (reinterpret_cast<uintptr_t>(weight.const_data_ptr()) % 16 != 0) {
-    fail(op +
-         ": weight must start at a multiple of 16 bytes, as pack_weight makes it, got a view at another offset; "
-         "pass the whole tensor");
+    fail(op + ": weight must start at a multiple of 16 bytes, got a view at another offset; pass the whole tensor");
   }
   if (weight.numel() == blob_bytes(shape)) return;
   const std::string got = std::to_string(weight.numel());
@@ -35,7 +33,7 @@ inline void check_blob_size(const std::string& op, const Tensor& weight, const W
        "; move the layer with .to(), which packs its weight again, or pack the canonical weight there");
 }
 
-// As check_packed of the CPU. Waits for the device.
+// Checks the header like check_packed of the CPU. Waits for the device.
 inline void check_header(const std::string& op, const Tensor& weight, const WeightShape& shape) {
   Tensor blob = weight;
   const Tensor copy = torch::stable::to(torch::stable::narrow(blob, 0, 0, sizeof(cuda::WeightHeader)),
@@ -51,8 +49,8 @@ inline void check_header(const std::string& op, const Tensor& weight, const Weig
          "; repack it from the canonical format");
   }
   check_packed_with(op, shape, {header.rows, header.columns, header.group_size, static_cast<int>(header.bits)});
-  if (header.stamp != cuda_layout(shape).stamp()) {
-    fail(op + ": weight must have the stamp of its version and shape, got a header that disagrees with itself; " +
+  if (header.shape_hash != cuda_layout(shape).shape_hash()) {
+    fail(op + ": weight must have the shape hash of its version and shape, got a header that disagrees with itself; " +
          "pack the canonical weight again");
   }
 }

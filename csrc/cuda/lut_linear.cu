@@ -13,55 +13,56 @@ namespace {
 
 using namespace rcp::binding;
 
-// The kernels' counters: zero before a launch, zero after it. Two launches that may overlap must not share them, so
-// each stream has its own, and so has each captured graph, which may be replayed beside anything. They are cut from
-// slabs that are never given back (a graph may live as long as the process), and zeroed once, on the stream that uses
-// them: in a graph that is one memory node, not one for each layer.
+// The kernels' counters: zero before a launch, zero after it. Launches that may overlap must not share them. Each
+// stream therefore has its own slice, and so has each captured graph, which may be replayed beside any launch. Slices
+// are cut from slabs that are never freed, because a graph may live as long as the process. A slice is zeroed once, on
+// the stream that uses it: in a graph that is one memory node, not one for each layer.
 class Counters {
  public:
-  // For one launch; `own` holds counters that are for this launch alone.
-  static void* get(const CudaCall& call, std::size_t bytes, std::optional<Tensor>& own) {
+  // Counters for one launch. `own` keeps memory that is for this launch alone.
+  static unsigned* get(const CudaCall& call, std::size_t bytes, std::optional<Tensor>& own) {
     if (bytes == 0) return nullptr;
     cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
     unsigned long long capture = 0;
     check_cuda("lut_linear", cudaStreamGetCaptureInfo(call.stream, &status, &capture));
     const bool capturing = status == cudaStreamCaptureStatusActive;
     if (!capturing) capture = 0;
-    // Never destroyed: at the end of the process the CUDA runtime goes before this would.
+    // Never destroyed: at the end of the process the CUDA runtime is destroyed first.
     static auto* all = new std::map<int, Counters>;
     static std::mutex mutex;
     const std::lock_guard<std::mutex> lock(mutex);
     Counters& mine = (*all)[call.device.index()];
-    if (mine.used_ == slab_lanes && !capturing) {
-      mine.slabs_.push_back(call.empty({slab_lanes * lane_bytes}, ScalarType::Byte));
+    if (mine.used_ == slab_slices && !capturing) {
+      mine.slabs_.push_back(call.empty({slab_slices * slice_bytes}, ScalarType::Byte));
       mine.used_ = 0;
-      // What had this memory before us may still be running on this stream, which other streams do not wait for.
+      // The memory's previous user may still be running on this stream, and other streams do not wait for this one.
       check_cuda("lut_linear", cudaStreamSynchronize(call.stream));
     }
-    const auto found = mine.lanes_.find({call.stream, capture});
-    if (bytes <= lane_bytes && found != mine.lanes_.end()) return found->second;
-    if (bytes > lane_bytes || mine.used_ == slab_lanes) {
-      // A capture that no call came before, or a giant: memory of torch's, which a graph keeps as its own.
+    const auto found = mine.slices_.find({call.stream, capture});
+    if (bytes <= slice_bytes && found != mine.slices_.end()) return found->second;
+    void* memory = nullptr;
+    if (bytes > slice_bytes || mine.used_ == slab_slices) {
+      // Too large for a slice, or a capture before any other call: torch's memory, which a graph keeps.
       own = call.empty({static_cast<int64_t>(bytes)}, ScalarType::Byte);
-      void* data = own->mutable_data_ptr();
-      check_cuda("lut_linear", cudaMemsetAsync(data, 0, bytes, call.stream));
-      return data;
+      memory = own->mutable_data_ptr();
+    } else {
+      memory = static_cast<char*>(mine.slabs_.back().mutable_data_ptr()) + mine.used_++ * slice_bytes;
+      bytes = slice_bytes;
     }
-    void* lane = static_cast<char*>(mine.slabs_.back().mutable_data_ptr()) + mine.used_++ * lane_bytes;
-    check_cuda("lut_linear", cudaMemsetAsync(lane, 0, lane_bytes, call.stream));
-    mine.lanes_[{call.stream, capture}] = lane;
-    return lane;
+    check_cuda("lut_linear", cudaMemsetAsync(memory, 0, bytes, call.stream));
+    if (!own.has_value()) mine.slices_[{call.stream, capture}] = static_cast<unsigned*>(memory);
+    return static_cast<unsigned*>(memory);
   }
 
  private:
-  // A word for 16 rows: the vocabulary of a language model fits.
-  static constexpr int64_t lane_bytes = 64 << 10, slab_lanes = 32;
+  // A counter for 16 rows or more: the vocabulary of a language model fits.
+  static constexpr int64_t slice_bytes = 64 << 10, slab_slices = 32;
   std::vector<Tensor> slabs_;
-  int64_t used_ = slab_lanes;
-  std::map<std::pair<cudaStream_t, unsigned long long>, void*> lanes_;
+  int64_t used_ = slab_slices;
+  std::map<std::pair<cudaStream_t, unsigned long long>, unsigned*> slices_;
 };
 
-// What csrc/cpu checks of a rotation, as far as it can be seen without waiting for the device.
+// The checks of a rotation that csrc/cpu makes, except those that would wait for the device.
 void check_rotation(const Tensor& x, const std::optional<Tensor>& base, const std::optional<Tensor>& permutation,
                     int64_t group, const Device& device) {
   const int64_t columns = x.size(x.dim() - 1);
@@ -80,18 +81,18 @@ void check_rotation(const Tensor& x, const std::optional<Tensor>& base, const st
   }
 }
 
-// The op walsh_transform, whose CUDA kernel is Triton's.
+// Calls the op walsh_transform, whose CUDA kernel is written in Triton.
 Tensor transformed(const Tensor& x, const std::optional<Tensor>& base, const std::optional<Tensor>& permutation,
                    int64_t group) {
   using torch::stable::detail::from;
-  // The same pow as Python's n ** -0.5, so that the scale is the same to the last bit.
+  // The same pow as Python's n ** -0.5: the scale is the same to the last bit.
   const double scale = std::pow(static_cast<double>(group), -0.5);
   std::array<StableIValue, 6> stack{from(x), from(base), from(permutation), from(group), from(scale), from(false)};
   if (torch_call_dispatcher("rcp_kernels::walsh_transform", "", stack.data(), TORCH_ABI_VERSION) != TORCH_SUCCESS) {
     throw std::runtime_error(
-        "lut_linear: rotation: the CUDA kernels rotate groups of 32, 64 and 128 themselves and leave others to "
-        "walsh_transform, which failed with the error printed above, got rotation_group " +
-        std::to_string(group) + "; it needs Triton (pip install triton)");
+        "lut_linear: rotation: groups other than 32, 64 and 128 are rotated by walsh_transform, which failed with the "
+        "error printed above, got rotation_group " +
+        std::to_string(group) + "; install Triton (pip install triton)");
   }
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
@@ -125,7 +126,7 @@ Tensor lut_linear_cuda(const Tensor& x_in, const Tensor& weight, const std::opti
   Tensor y = call.empty(with_last(x, out_features), x.scalar_type());
   if (checked.tokens == 0) return y;
 
-  rcp::cuda::LutLinearArguments a{};
+  rcp::cuda::LutLinearCall a{};
   a.weight = static_cast<const uint8_t*>(weight.const_data_ptr());
   a.x = x.const_data_ptr();
   a.x_type = checked.type;
@@ -144,14 +145,14 @@ Tensor lut_linear_cuda(const Tensor& x_in, const Tensor& weight, const std::opti
   a.rotation_group = fused ? static_cast<int>(rotation_group) : 0;
   a.rotation_sequency = fused && rotation_permutation.has_value();
   a.stream = call.stream;
+  const rcp::cuda::LutLinearPlan plan = rcp::cuda::plan_lut_linear(a, call.sm_count, call.compute_capability);
   std::optional<Tensor> workspace, counters;
-  const std::size_t bytes = rcp::cuda::lut_linear_workspace_bytes(a, call.sm_count);
-  if (bytes > 0) {
-    workspace = call.empty({static_cast<int64_t>(bytes)}, ScalarType::Byte);
+  if (plan.workspace_bytes() > 0) {
+    workspace = call.empty({static_cast<int64_t>(plan.workspace_bytes())}, ScalarType::Byte);
     a.workspace = workspace->mutable_data_ptr();
   }
-  a.counters = Counters::get(call, rcp::cuda::lut_linear_counter_bytes(a, call.sm_count), counters);
-  check_cuda("lut_linear", rcp::cuda::lut_linear(a, call.sm_count, call.compute_capability));
+  a.counters = Counters::get(call, plan.counter_bytes, counters);
+  check_cuda("lut_linear", rcp::cuda::lut_linear(a, plan));
   return y;
 }
 

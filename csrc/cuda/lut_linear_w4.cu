@@ -1,4 +1,3 @@
 #include "lut_linear_kernels.h"
 
-template cudaError_t rcp::cuda::integer::launch_bits<4>(const rcp::cuda::LutLinearArguments&, int);
-template cudaError_t rcp::cuda::lut_linear_a16<4>(const rcp::cuda::LutLinearArguments&, int, int);
+template cudaError_t rcp::cuda::lut_linear_of_bits<4>(const rcp::cuda::LutLinearCall&, const rcp::cuda::LutLinearPlan&);

@@ -13,25 +13,22 @@ Tensor pack_weight_cuda(const Tensor& codes, const Tensor& levels, const Tensor&
   const CudaCall call("pack_weight", codes, "codes");
   const CanonicalWeight w(codes, levels, scales, tensor_scale, in_features, bits, group_size);
   Tensor blob = call.empty({blob_bytes(w.shape)}, ScalarType::Byte);
-  rcp::cuda::PackWeightArguments a{};
+  rcp::cuda::PackWeightCall a{};
   a.codes = static_cast<const uint8_t*>(w.codes.const_data_ptr());
   a.levels = static_cast<const int8_t*>(w.levels.const_data_ptr());
   a.scales = static_cast<const uint16_t*>(w.scales.const_data_ptr());
   a.tensor_scale = w.tensor_scale;
   a.blob = static_cast<uint8_t*>(blob.mutable_data_ptr());
-  a.rows = w.shape.rows;
-  a.columns = w.shape.columns;
-  a.group_size = w.shape.group_size;
-  a.bits = w.shape.bits;
+  a.layout = cuda_layout(w.shape);
   a.stream = call.stream;
-  // The tail is never read; zeros, so that two packs of a weight are equal.
-  const int64_t used = cuda_layout(w.shape).total_bytes();
+  // The tail is never read. It is zeroed, and two packs of a weight are equal.
+  const int64_t used = a.layout.total_bytes();
   check_cuda("pack_weight", cudaMemsetAsync(a.blob + used, 0, blob_bytes(w.shape) - used, call.stream));
   check_cuda("pack_weight", rcp::cuda::pack_weight(a));
   return blob;
 }
 
-// Waits for the device, to look at the header: a layer is unpacked to be saved or moved, not to compute.
+// Waits for the device to check the header: a layer is unpacked to be saved or moved, not to compute.
 std::tuple<Tensor, Tensor, Tensor, Tensor> unpack_weight_cuda(const Tensor& weight, int64_t out_features,
                                                               int64_t in_features, int64_t bits, int64_t group_size) {
   const CudaCall call("unpack_weight", weight, "weight");
@@ -43,22 +40,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> unpack_weight_cuda(const Tensor& weig
   Tensor levels = call.empty({shape.rows, shape.groups(), shape.levels()}, ScalarType::Char);
   Tensor scales = call.empty({shape.rows, shape.groups()}, ScalarType::Half);
   Tensor tensor_scale = call.empty({}, ScalarType::Float);
-  rcp::cuda::UnpackWeightArguments a{};
+  rcp::cuda::UnpackWeightCall a{};
   a.blob = static_cast<const uint8_t*>(weight.const_data_ptr());
   a.codes = static_cast<uint8_t*>(codes.mutable_data_ptr());
   a.levels = static_cast<int8_t*>(levels.mutable_data_ptr());
   a.scales = static_cast<uint16_t*>(scales.mutable_data_ptr());
   a.tensor_scale = static_cast<float*>(tensor_scale.mutable_data_ptr());
-  a.rows = shape.rows;
-  a.columns = shape.columns;
-  a.group_size = shape.group_size;
-  a.bits = shape.bits;
+  a.layout = cuda_layout(shape);
   a.stream = call.stream;
   check_cuda("unpack_weight", rcp::cuda::unpack_weight(a));
   return {codes, levels, scales, tensor_scale};
 }
 
-// Part of a backward pass, so it does not wait: what only the header tells comes out as NaN.
+// Part of a backward pass, so it does not wait: a wrong header gives NaN.
 Tensor dequantize_cuda(const Tensor& weight, int64_t out_features, int64_t in_features, int64_t bits,
                        int64_t group_size, ScalarType dtype) {
   const CudaCall call("dequantize", weight, "weight");
@@ -67,14 +61,11 @@ Tensor dequantize_cuda(const Tensor& weight, int64_t out_features, int64_t in_fe
   check_blob("dequantize", weight, call.device);
   check_blob_size("dequantize", weight, shape);
   Tensor y = call.empty({shape.rows, shape.columns}, dtype);
-  rcp::cuda::DequantizeArguments a{};
+  rcp::cuda::DequantizeCall a{};
   a.blob = static_cast<const uint8_t*>(weight.const_data_ptr());
   a.y = y.mutable_data_ptr();
   a.y_type = type;
-  a.rows = shape.rows;
-  a.columns = shape.columns;
-  a.group_size = shape.group_size;
-  a.bits = shape.bits;
+  a.layout = cuda_layout(shape);
   a.stream = call.stream;
   check_cuda("dequantize", rcp::cuda::dequantize(a));
   return y;

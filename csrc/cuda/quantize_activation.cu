@@ -17,7 +17,7 @@ std::tuple<Tensor, Tensor> quantize_activation_cuda(const Tensor& x_in, int64_t 
   std::vector<int64_t> lead = with_last(x, 1);
   lead.pop_back();
   Tensor scale = call.empty(lead, ScalarType::Float);
-  rcp::cuda::QuantizeActivationArguments a{};
+  rcp::cuda::QuantizeActivationCall a{};
   a.x = x.const_data_ptr();
   a.x_type = type;
   a.tokens = scale.numel();

@@ -3,22 +3,26 @@
 //   nvcc -O3 -std=c++17 -arch=sm_80 -I csrc/include examples/cuda/lut_linear.cu -o lut_linear
 //   ./lut_linear [rows columns bits act_bits tokens [group_size]]
 //
-// Float32 activations, and act_bits 16 only with -DWITH_ACT_BITS_16: so the program consists of instructions that
+// Float32 activations. act_bits 16 only with -DWITH_ACT_BITS_16: without it the program consists of instructions that
 // simulators of PTX know.
 //
-// Prints "## max err ...". Exit code 0, 1 if the error is outside the bound of docs/numerics.md, 2 without a GPU.
+// Prints "## max err ...". Exit code 0; 1 if the error is outside the bound of docs/numerics.md; 2 without a GPU.
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <vector>
 
+#define RCP_NO_REDUX
 #ifdef WITH_ACT_BITS_16
 #include "rcp/cuda/lut_linear_a16.cuh"
 #endif
 #include "rcp/cuda/lut_linear_integer.cuh"
+#include "rcp/cuda/pack_weight.cuh"
 
 namespace {
+
+constexpr float tensor_scale = 0x1p-14f;
 
 uint32_t state = 12345;
 uint32_t next_random() {
@@ -29,26 +33,153 @@ float uniform() {
   return static_cast<float>(next_random()) * 0x1p-24f;
 }
 
-bool check(cudaError_t error, const char* what) {
-  if (error != cudaSuccess) std::printf("%s: %s\n", what, cudaGetErrorString(error));
+bool check(cudaError_t error, const char* call) {
+  if (error != cudaSuccess) std::printf("%s: %s\n", call, cudaGetErrorString(error));
   return error == cudaSuccess;
 }
 
 // A copy on the device, never freed: the program ends.
-template <class T>
-bool to_device(const std::vector<T>& host, T** device) {
-  return check(cudaMalloc(device, host.size() * sizeof(T)), "cudaMalloc") &&
-         check(cudaMemcpy(*device, host.data(), host.size() * sizeof(T), cudaMemcpyHostToDevice), "cudaMemcpy");
+template <class T, class Pointer>
+bool to_device(const std::vector<T>& host, Pointer* device) {
+  T* memory = nullptr;
+  const bool done =
+      check(cudaMalloc(&memory, host.size() * sizeof(T)), "cudaMalloc") &&
+      check(cudaMemcpy(memory, host.data(), host.size() * sizeof(T), cudaMemcpyHostToDevice), "cudaMemcpy");
+  *device = memory;
+  return done;
 }
 
-template <int BITS>
-cudaError_t launch(const rcp::cuda::LutLinearArguments& a, int sm_count, int capability) {
+// A random layer in the canonical format (docs/format.md), and its input.
+struct Layer {
+  rcp::cuda::CudaLayout layout;
+  int64_t tokens;
+  std::vector<uint8_t> codes;
+  std::vector<int8_t> tables;
+  std::vector<uint16_t> scales;
+  std::vector<float> x;
+
+  Layer(const rcp::cuda::CudaLayout& shape, int64_t m)
+      : layout(shape),
+        tokens(m),
+        codes(static_cast<size_t>(shape.rows * shape.canonical_row_bytes())),
+        tables(static_cast<size_t>(shape.rows * shape.groups() * shape.levels())),
+        scales(static_cast<size_t>(shape.rows * shape.groups())),
+        x(static_cast<size_t>(m * shape.columns)) {
+    const int levels = shape.levels();
+    for (auto& code : codes) code = static_cast<uint8_t>(next_random());
+    for (size_t i = 0; i < tables.size(); ++i) {  // ascending, and different in every group
+      const int step = 254 / (levels - 1), place = static_cast<int>(i) % levels;
+      tables[i] = static_cast<int8_t>(-127 + place * step + static_cast<int>(next_random() % (step / 2)));
+    }
+    for (auto& scale : scales) scale = rcp::float_to_half(1.0f + uniform());
+    for (auto& value : x) value = uniform() + uniform() + uniform() - 1.5f;
+  }
+
+  unsigned code(int64_t n, int64_t k) const {
+    unsigned value = 0;
+    for (int64_t b = 0; b < layout.bits; ++b) {
+      const int64_t bit = k * layout.bits + b;
+      value |= (codes[static_cast<size_t>(n * layout.canonical_row_bytes() + bit / 8)] >> bit % 8 & 1u) << b;
+    }
+    return value;
+  }
+};
+
+cudaError_t launch(const rcp::cuda::LutLinearCall& call, const rcp::cuda::LutLinearPlan& plan) {
+  using namespace rcp::cuda;
 #ifdef WITH_ACT_BITS_16
-  if (a.act_bits == 16) return rcp::cuda::lut_linear_a16<BITS>(a, sm_count, capability);
+  if (call.act_bits == 16) {
+    return call.bits == 2   ? lut_linear_a16<2>(call, plan)
+           : call.bits == 3 ? lut_linear_a16<3>(call, plan)
+                            : lut_linear_a16<4>(call, plan);
+  }
 #endif
-  static_cast<void>(capability);
-  if (a.act_bits == 16) return cudaErrorNotSupported;
-  return rcp::cuda::integer::launch_bits<BITS, static_cast<int>(rcp::FloatType::float32)>(a, sm_count);
+  return call.bits == 2   ? lut_linear_integer<2>(call, plan)
+         : call.bits == 3 ? lut_linear_integer<3>(call, plan)
+                          : lut_linear_integer<4>(call, plan);
+}
+
+// Packs the weight and multiplies on the device.
+bool run(const Layer& layer, int act_bits, std::vector<float>* y) {
+  int device = 0, sm_count = 0, major = 0, minor = 0;
+  if (!check(cudaGetDevice(&device), "cudaGetDevice") ||
+      !check(cudaDeviceGetAttribute(&sm_count, cudaDevAttrMultiProcessorCount, device), "multiprocessors") ||
+      !check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "capability") ||
+      !check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), "capability")) {
+    return false;
+  }
+  rcp::cuda::PackWeightCall pack{};
+  pack.layout = layer.layout, pack.tensor_scale = tensor_scale;
+  rcp::cuda::LutLinearCall call{};
+  call.x_type = rcp::FloatType::float32, call.clip = 1.0f;
+  call.tokens = layer.tokens, call.rows = layer.layout.rows, call.columns = layer.layout.columns;
+  call.bits = layer.layout.bits, call.group_size = static_cast<int>(layer.layout.group_size), call.act_bits = act_bits;
+  const rcp::cuda::LutLinearPlan plan = rcp::cuda::plan_lut_linear(call, sm_count, 10 * major + minor);
+  const std::vector<unsigned> counters(plan.counter_bytes / 4 + 1, 0u);
+  if (!to_device(layer.codes, &pack.codes) || !to_device(layer.tables, &pack.levels) ||
+      !to_device(layer.scales, &pack.scales) || !to_device(layer.x, &call.x) || !to_device(*y, &call.y) ||
+      !to_device(counters, &call.counters) ||
+      !check(cudaMalloc(&pack.blob, static_cast<size_t>(layer.layout.total_bytes())), "cudaMalloc") ||
+      !check(cudaMalloc(&call.workspace, plan.workspace_bytes() + 16), "cudaMalloc")) {
+    return false;
+  }
+  call.weight = pack.blob;
+  return check(rcp::cuda::pack_weight(pack), "pack_weight") && check(launch(call, plan), "lut_linear") &&
+         check(cudaDeviceSynchronize(), "lut_linear") &&
+         check(cudaMemcpy(y->data(), call.y, y->size() * sizeof(float), cudaMemcpyDeviceToHost), "cudaMemcpy");
+}
+
+// Token m as the op sees it, and its scale: quantized, or as it is with act_bits 16.
+double quantize(const Layer& layer, int64_t m, int act_bits, std::vector<double>* q) {
+  const float* token = layer.x.data() + m * layer.layout.columns;
+  if (act_bits == 16) {
+    for (size_t k = 0; k < q->size(); ++k) (*q)[k] = token[k];
+    return 1.0;
+  }
+  const float qmax = act_bits == 4 ? 7.0f : 127.0f;
+  float amax = 0.0f;
+  for (size_t k = 0; k < q->size(); ++k) amax = std::fmax(amax, std::fabs(token[k]));
+  const float s = amax / qmax, r = s < 0x1p-120f ? 0.0f : 1.0f / s;
+  for (size_t k = 0; k < q->size(); ++k) {
+    const float product = token[k] * r;  // rounded to float before rint, as in docs/numerics.md
+    (*q)[k] = std::nearbyint(product);
+  }
+  return s < 0x1p-120f ? 0.0 : s;
+}
+
+// Prints the largest error and returns it as a fraction of the bound.
+double compare(const Layer& layer, int act_bits, const std::vector<float>& y) {
+  const rcp::cuda::CudaLayout& shape = layer.layout;
+  const int64_t groups = shape.groups();
+  const double roundings = act_bits == 16 ? groups + shape.group_size / 4.0 + 5.0 : groups + 3.0;
+  double worst = 0.0, worst_of_bound = 0.0;
+  std::vector<double> q(static_cast<size_t>(shape.columns));
+  for (int64_t m = 0; m < layer.tokens; ++m) {
+    const double scale = quantize(layer, m, act_bits, &q);
+    for (int64_t n = 0; n < shape.rows; ++n) {
+      double sum = 0.0, magnitude = 0.0;
+      for (int64_t g = 0; g < groups; ++g) {
+        double inner = 0.0, inner_magnitude = 0.0;
+        for (int64_t k = g * shape.group_size; k < shape.columns && k < (g + 1) * shape.group_size; ++k) {
+          const int8_t level = layer.tables[static_cast<size_t>((n * groups + g) * shape.levels() + layer.code(n, k))];
+          inner += q[static_cast<size_t>(k)] * level;
+          inner_magnitude += std::fabs(q[static_cast<size_t>(k)] * level);
+        }
+        const uint16_t group_scale = layer.scales[static_cast<size_t>(n * groups + g)];
+        const double factor = scale * tensor_scale * rcp::half_to_float(group_scale);
+        sum += factor * inner;
+        magnitude += factor * (act_bits == 16 ? inner_magnitude : std::fabs(inner));
+      }
+      const double error = std::fabs(y[static_cast<size_t>(m * shape.rows + n)] - sum);
+      const double bound = magnitude * roundings * 0x1p-24;
+      if (!(error <= worst)) worst = error;
+      if (!(error <= worst_of_bound * bound)) worst_of_bound = error / bound;
+    }
+  }
+  std::printf("## max err %.3g, %.3f of the bound: W%dA%d, %lld x %lld, G %lld, M %lld\n", worst, worst_of_bound,
+              shape.bits, act_bits, static_cast<long long>(shape.rows), static_cast<long long>(shape.columns),
+              static_cast<long long>(shape.group_size), static_cast<long long>(layer.tokens));
+  return worst_of_bound;
 }
 
 }  // namespace
@@ -66,109 +197,12 @@ int main(int argc, char** argv) {
   }
 #ifndef WITH_ACT_BITS_16
   if (act_bits == 16) {
-    std::printf("lut_linear: act_bits 16 is left out here, compile with -DWITH_ACT_BITS_16\n");
+    std::printf("lut_linear: act_bits must be 4 or 8, got 16; compile with -DWITH_ACT_BITS_16\n");
     return 1;
   }
 #endif
-  const rcp::cuda::CudaLayout layout{rows, columns, group_size, bits};
-  const int64_t groups = layout.groups(), row_bytes = layout.canonical_row_bytes();
-  const int levels = layout.levels();
-  std::vector<uint8_t> codes(static_cast<size_t>(rows * row_bytes));
-  std::vector<int8_t> tables(static_cast<size_t>(rows * groups * levels));
-  std::vector<uint16_t> scales(static_cast<size_t>(rows * groups));
-  std::vector<float> x(static_cast<size_t>(tokens * columns));
-  for (auto& code : codes) code = static_cast<uint8_t>(next_random());
-  for (size_t i = 0; i < tables.size(); ++i) {  // ascending, and different in every group
-    const int step = 254 / (levels - 1), place = static_cast<int>(i) % levels;
-    tables[i] = static_cast<int8_t>(-127 + place * step + static_cast<int>(next_random() % (step / 2)));
-  }
-  for (auto& scale : scales) scale = rcp::float_to_half(1.0f + uniform());
-  for (auto& value : x) value = uniform() + uniform() + uniform() - 1.5f;
-  const float tensor_scale = 0x1p-14f;
-  std::vector<uint8_t> blob(static_cast<size_t>(layout.total_bytes()));
-  rcp::cuda::pack_weight_host(layout, codes.data(), tables.data(), scales.data(), tensor_scale, blob.data());
-
-  int device = 0, sm_count = 0, major = 0, minor = 0;
-  if (!check(cudaGetDevice(&device), "cudaGetDevice") ||
-      !check(cudaDeviceGetAttribute(&sm_count, cudaDevAttrMultiProcessorCount, device), "multiprocessors") ||
-      !check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "capability") ||
-      !check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), "capability")) {
-    return 2;
-  }
+  const Layer layer({rows, columns, group_size, bits}, tokens);
   std::vector<float> y(static_cast<size_t>(tokens * rows), NAN);
-  uint8_t* weight_on_device = nullptr;
-  float *x_on_device = nullptr, *y_on_device = nullptr;
-  rcp::cuda::LutLinearArguments a{};
-  a.x_type = rcp::FloatType::float32;
-  a.tokens = tokens, a.rows = rows, a.columns = columns;
-  a.bits = bits, a.group_size = static_cast<int>(group_size), a.act_bits = act_bits, a.clip = 1.0f;
-  size_t workspace_bytes = rcp::cuda::lut_linear_integer_workspace_bytes(a, sm_count);
-  size_t counter_bytes = rcp::cuda::lut_linear_integer_counter_bytes(a);
-#ifdef WITH_ACT_BITS_16
-  if (act_bits == 16) {
-    workspace_bytes = rcp::cuda::lut_linear_a16_workspace_bytes(a, sm_count);
-    counter_bytes = rcp::cuda::lut_linear_a16_counter_bytes(a, sm_count);
-  }
-#endif
-  const std::vector<uint32_t> counters(counter_bytes / 4 + 1, 0u);
-  uint32_t* counters_on_device = nullptr;
-  if (!to_device(blob, &weight_on_device) || !to_device(x, &x_on_device) || !to_device(y, &y_on_device) ||
-      !to_device(counters, &counters_on_device) ||
-      !check(cudaMalloc(&a.workspace, workspace_bytes + 16), "cudaMalloc")) {
-    return 2;
-  }
-  a.weight = weight_on_device, a.x = x_on_device, a.y = y_on_device, a.counters = counters_on_device;
-  const int capability = 10 * major + minor;
-  const cudaError_t launched = bits == 2   ? launch<2>(a, sm_count, capability)
-                               : bits == 3 ? launch<3>(a, sm_count, capability)
-                                           : launch<4>(a, sm_count, capability);
-  if (!check(launched, "lut_linear") || !check(cudaDeviceSynchronize(), "lut_linear") ||
-      !check(cudaMemcpy(y.data(), y_on_device, y.size() * sizeof(float), cudaMemcpyDeviceToHost), "cudaMemcpy")) {
-    return 2;
-  }
-
-  double worst = 0.0, worst_of_bound = 0.0;
-  std::vector<double> q(static_cast<size_t>(columns));
-  for (int64_t m = 0; m < tokens; ++m) {
-    const float* token = x.data() + m * columns;
-    double scale = 1.0;
-    if (act_bits == 16) {
-      for (int64_t k = 0; k < columns; ++k) q[static_cast<size_t>(k)] = token[k];
-    } else {
-      const float qmax = act_bits == 4 ? 7.0f : 127.0f;
-      float amax = 0.0f;
-      for (int64_t k = 0; k < columns; ++k) amax = std::fmax(amax, std::fabs(token[k]));
-      const float s = amax / qmax, r = s < 0x1p-120f ? 0.0f : 1.0f / s;
-      scale = s < 0x1p-120f ? 0.0 : s;
-      for (int64_t k = 0; k < columns; ++k) {
-        const float product = token[k] * r;  // rounded to float before rint, as the contract has it
-        q[static_cast<size_t>(k)] = std::nearbyint(product);
-      }
-    }
-    for (int64_t n = 0; n < rows; ++n) {
-      double sum = 0.0, magnitude = 0.0;
-      for (int64_t g = 0; g < groups; ++g) {
-        double inner = 0.0, inner_magnitude = 0.0;
-        const int8_t* table = tables.data() + (n * groups + g) * levels;
-        for (int64_t k = g * group_size; k < columns && k < (g + 1) * group_size; ++k) {
-          const unsigned code = rcp::cuda::detail::canonical_code(codes.data() + n * row_bytes, row_bytes, k, bits);
-          inner += q[static_cast<size_t>(k)] * table[code];
-          inner_magnitude += std::fabs(q[static_cast<size_t>(k)] * table[code]);
-        }
-        const double factor = scale * tensor_scale * rcp::half_to_float(scales[static_cast<size_t>(n * groups + g)]);
-        sum += factor * inner;
-        magnitude += factor * (act_bits == 16 ? inner_magnitude : std::fabs(inner));
-      }
-      const double error = std::fabs(y[static_cast<size_t>(m * rows + n)] - sum);
-      const double roundings = act_bits == 16 ? groups + group_size / 4.0 + 5.0 : groups + 3.0;
-      if (!(error <= worst)) worst = error;
-      if (!(error <= worst_of_bound * (magnitude * roundings * 0x1p-24))) {
-        worst_of_bound = error / (magnitude * roundings * 0x1p-24);
-      }
-    }
-  }
-  std::printf("## max err %.3g, %.3f of the bound: W%dA%d, %lld x %lld, G %lld, M %lld\n", worst, worst_of_bound, bits,
-              act_bits, static_cast<long long>(rows), static_cast<long long>(columns),
-              static_cast<long long>(group_size), static_cast<long long>(tokens));
-  return worst_of_bound <= 1.0 ? 0 : 1;
+  if (!run(layer, act_bits, &y)) return 2;
+  return compare(layer, act_bits, y) <= 1.0 ? 0 : 1;
 }

@@ -1,1 +1,1 @@
-"""Benchmarks: every number is taken against its competitors in the same run (docs/benchmarks.md)."""
+"""Benchmarks of ``rcp-kernels bench``. Every number is taken together with its competitors in one run."""

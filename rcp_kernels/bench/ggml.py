@@ -1,7 +1,7 @@
-"""ggml's CPU matrix product as a peer, through ctypes and ggml's public C API (ggml.h, ggml-backend.h, ggml-cpu.h).
+"""ggml's CPU matrix product, through ctypes and ggml's public C API (ggml.h, ggml-backend.h, ggml-cpu.h).
 
-The library is whatever is installed: PyPI's llama-cpp-python carries one, or a folder can be given. Weights lie in
-ggml's plain row layout, which is what a GGUF file holds.
+The library is the one in PyPI's llama-cpp-python, or in a given folder. Weights are in ggml's plain row layout, as in a
+GGUF file.
 """
 
 from __future__ import annotations
@@ -14,12 +14,15 @@ from pathlib import Path
 
 import torch
 
-# ggml_type is an ABI: its numbers are stored in GGUF files. The second number is the block length along a row.
+from .driver import Peer
+from .timing import copies_needed
+
+# name -> ggml_type, which GGUF files store too, and the block length along a row.
 _F32 = 0
 _TYPES = {"Q2_K": (10, 256), "Q4_0": (2, 32), "TQ2_0": (35, 256)}
 
-_GRAPH_NODES = 8  # one matrix product and its two inputs, with room to spare
-_QUANTIZED_ROWS = 256  # this many rows are quantized and then repeated: ggml's search for Q2_K is slow
+_GRAPH_NODES = 8  # a matrix product and its two inputs take 3
+_QUANTIZED_ROWS = 256  # these rows are quantized and then repeated: ggml's search for Q2_K is slow
 
 
 class _InitParams(ctypes.Structure):
@@ -56,9 +59,9 @@ _SIGNATURES: dict[str, tuple[type | None, tuple[type, ...]]] = {
 
 
 def find_library(folder: Path | None = None) -> Path | None:
-    """Path of ggml's CPU library in folder or, without one, in an installed llama-cpp-python; None without any."""
+    """Path of ggml's CPU library below folder, by default that of the installed llama-cpp-python. None without any."""
     if folder is None:
-        # Located, not imported: importing llama_cpp would load all of llama.cpp.
+        # Located, not imported: an import of llama_cpp loads all of llama.cpp.
         spec = importlib.util.find_spec("llama_cpp")
         if spec is None or not spec.submodule_search_locations:
             return None
@@ -75,37 +78,33 @@ class Ggml:
         """Load library.
 
         Raises:
-            OSError: it cannot be loaded, or lacks a function of the API that this was written for.
+            OSError: it cannot be loaded, or lacks a function of the API.
         """
-        self.library = library
-        # Its dependency libggml-base comes with it; symbols are found through the dependency.
+        # libggml-base is loaded as its dependency, and its symbols are found through it.
         self.api = ctypes.CDLL(str(library))
         for name, (result, arguments) in _SIGNATURES.items():
             try:
                 function = getattr(self.api, name)
             except AttributeError:
-                raise OSError(f"{library} has no {name}: another version of ggml than this was written for") from None
+                raise OSError(f"{library} has no {name}; install a ggml of another version") from None
             function.restype, function.argtypes = result, arguments
         self.backend = self.api.ggml_backend_cpu_init()
         weakref.finalize(self, self.api.ggml_backend_free, self.backend)
 
-    @staticmethod
-    def fits(type_name: str, in_features: int) -> bool:
-        """Whether rows of in_features are whole blocks of the type."""
-        return in_features % _TYPES[type_name][1] == 0
-
-    def weight_bytes(self, type_name: str, out_features: int, in_features: int) -> int:
-        """Bytes of one weight."""
-        return int(self.api.ggml_row_size(_TYPES[type_name][0], in_features)) * out_features
-
-    def random_weights(self, type_name: str, out_features: int, in_features: int, copies: int) -> Weights:
-        """`copies` separate weights [out_features, in_features] of one type with the same random values."""
-        rows = min(_QUANTIZED_ROWS, out_features)
-        values = torch.randn(rows, in_features) * in_features**-0.5
-        return Weights(self, type_name, values, out_features, copies)
+    def linear(self, type_name: str, out_features: int, in_features: int) -> Peer | None:
+        """ggml's matrix product with a random weight in one of its formats, and float32 x. None where blocks do not
+        divide rows."""
+        type_id, block = _TYPES[type_name]
+        if in_features % block:
+            return None
+        values = torch.randn(min(_QUANTIZED_ROWS, out_features), in_features) * in_features**-0.5
+        nbytes = int(self.api.ggml_row_size(type_id, in_features)) * out_features
+        copies = copies_needed(nbytes)
+        weights = Weights(self, type_name, values, out_features, copies)
+        return Peer(lambda batch: weights.bind(batch, torch.get_num_threads()), nbytes, copies)
 
     def context(self, mem_size: int) -> int:
-        """A ggml context for mem_size bytes of headers, its tensors without data."""
+        """A ggml context for mem_size bytes of headers. Its tensors have no data."""
         context: int | None = self.api.ggml_init(_InitParams(mem_size, None, True))
         if not context:
             raise MemoryError(f"ggml_init failed for {mem_size} bytes")
@@ -113,7 +112,7 @@ class Ggml:
 
 
 class Weights:
-    """Copies of one weight in ggml's memory; the rows of `values`, float32 [rows, K], repeat to out_features rows."""
+    """Copies of one weight in ggml's memory. The rows of `values`, float32 [rows, K], repeat to out_features rows."""
 
     def __init__(self, ggml: Ggml, type_name: str, values: torch.Tensor, out_features: int, copies: int) -> None:
         rows, in_features = values.shape
@@ -121,28 +120,26 @@ class Weights:
         api = ggml.api
         self.ggml = ggml
         self.out_features, self.in_features = out_features, in_features
-        self.nbytes = ggml.weight_bytes(type_name, out_features, in_features)
-
-        row_bytes = self.nbytes // out_features
+        row_bytes = int(api.ggml_row_size(type_id, in_features))
         part = torch.empty(rows * row_bytes, dtype=torch.uint8)
         source = ctypes.cast(values.contiguous().data_ptr(), POINTER(c_float))
         api.ggml_quantize_chunk(type_id, source, part.data_ptr(), 0, rows, in_features, None)
-        data = part.repeat(-(-out_features // rows))[: self.nbytes].contiguous()
+        data = part.repeat(-(-out_features // rows))[: out_features * row_bytes].contiguous()
 
         context = ggml.context((copies + 1) * api.ggml_tensor_overhead())
         self.tensors = [api.ggml_new_tensor_2d(context, type_id, in_features, out_features) for _ in range(copies)]
         buffer = api.ggml_backend_alloc_ctx_tensors(context, ggml.backend)
         weakref.finalize(self, _release, api, context, buffer)
         for tensor in self.tensors:
-            api.ggml_backend_tensor_set(tensor, data.data_ptr(), 0, self.nbytes)
+            api.ggml_backend_tensor_set(tensor, data.data_ptr(), 0, data.nbytes)
 
     def bind(self, batch: int, threads: int, x: torch.Tensor | None = None) -> Product:
-        """The product with x, float32 [batch, K] (random by default), computed by `threads` threads."""
+        """The product with x, float32 [batch, K], by default random, on this many threads."""
         return Product(self, torch.randn(batch, self.in_features) if x is None else x, threads)
 
 
 class Product:
-    """y = x W^T for each copy of a weight; call it with a running number, which selects the copy."""
+    """y = x W^T for each copy of a weight. A call takes a running number, which selects the copy."""
 
     def __init__(self, weights: Weights, x: torch.Tensor, threads: int) -> None:
         self.weights = weights
@@ -160,7 +157,7 @@ class Product:
 
         per_graph = api.ggml_graph_overhead_custom(_GRAPH_NODES, False) + 2 * api.ggml_tensor_overhead()
         context = weights.ggml.context((len(weights.tensors) + 1) * per_graph)
-        # One allocator for all graphs: as they are alike, their outputs share one piece of memory.
+        # One allocator for all graphs, so their outputs share memory.
         allocator = api.ggml_gallocr_new(api.ggml_backend_cpu_buffer_type())
         weakref.finalize(self, api.ggml_gallocr_free, allocator)
         weakref.finalize(self, api.ggml_free, context)

@@ -1,327 +1,222 @@
-"""lut_linear against torch (float32, bfloat16, int4), ggml if there, and a plain read of memory, all in one run."""
+"""lut_linear on a CPU against torch, ggml and a plain read of memory; on a GPU against cuBLAS and low-bit kernels."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
-from torch.nn import functional as F
 
 from .. import extras, hardware, ops
-from . import common
+from ..formats import PackedWeight, num_groups, row_bytes
+from ..ops import cuda_library
+from . import peers, timing
+from .driver import Benchmark, Maker, Peer, Row, dtype_name, mean
 from .ggml import Ggml
-
-LARGE_SHAPES = ((4096, 4096), (11008, 4096), (4096, 11008), (14336, 4096))
-SHAPES = (*LARGE_SHAPES, (1536, 576), (49152, 576))
-BATCHES = (1, 8, 32, 128)
-THREADS = (1, 2)
+from .timing import CPU, CUDA, Call
 
 OURS = "lut_linear"
 UNIFORM = "lut_linear, uniform groups"
 READ = "plain read"
-TORCH_FP32 = "torch fp32"
-TORCH_BF16 = "torch bf16"
-TORCH_INT4 = "torch int4"
+TORCH_FP32, TORCH_BF16, TORCH_INT4 = "torch fp32", "torch bf16", "torch int4"
+COPY = "device copy"
+CUBLAS, GEMLITE, HUMMING = "cuBLAS fp16", "gemlite", "humming"
+
+LARGE_SHAPES = ((4096, 4096), (11008, 4096), (4096, 11008), (14336, 4096))
 
 
-@dataclass(frozen=True)
-class Options:
-    """What is measured. Shapes are (out_features, in_features)."""
+def group_size_for(in_features: int, group_size: int) -> int:
+    """group_size, halved until it divides in_features (576 = 9 * 64), but not below 32."""
+    while in_features % group_size and group_size > 32:
+        group_size //= 2
+    return group_size
+
+
+def random_packed_weight(
+    out_features: int, in_features: int, bits: int, group_size: int, kind: str = "table"
+) -> PackedWeight:
+    """A weight made in packed form: random codes, ascending random levels, scales of about in_features**-0.5."""
+    groups = num_groups(in_features, group_size)
+    if kind == "uniform":
+        levels = torch.randint(-72, -56, (out_features, groups, 1)).to(torch.int8)  # about symmetric grids
+    else:
+        width = 254 / 2**bits
+        starts = torch.arange(2**bits) * width - 127
+        levels = (starts + torch.randint(0, int(width), (out_features, groups, 2**bits))).floor().to(torch.int8)
+    scale = in_features**-0.5 / 64
+    return PackedWeight(
+        codes=torch.randint(0, 256, (out_features, row_bytes(in_features, bits, group_size)), dtype=torch.uint8),
+        levels=levels,
+        scales=torch.empty(out_features, groups).uniform_(scale, 2 * scale).half(),
+        tensor_scale=torch.tensor(1.0),
+        bits=bits,
+        group_size=group_size,
+        in_features=in_features,
+        out_features=out_features,
+        kind=kind,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LutLinear(Benchmark):
+    """On a CPU.
+
+    Attributes:
+        sizes: (out_features, in_features) of the weights.
+        ggml: ggml's CPU library, which is a competitor if it is there.
+    """
 
     bits: int = 2
     act_bits: int = 4
     group_size: int = 128
     dtype: torch.dtype = torch.bfloat16
-    shapes: tuple[tuple[int, int], ...] = SHAPES
-    batches: tuple[int, ...] = BATCHES
-    threads: tuple[int, ...] = THREADS
-    rounds: int = 15
+    sizes: tuple[tuple[int, int], ...] = (*LARGE_SHAPES, (1536, 576), (49152, 576))
+    batches: tuple[int, ...] = (1, 8, 32, 128)
+    ggml: Path | None = None
+    device: torch.device = CPU
 
-
-@dataclass(frozen=True)
-class Peer:
-    """One way to compute y = x W^T with enough copies of W to defeat the cache.
-
-    `bind(batch)` gives the function to time: it takes a running call number, which selects the copy.
-    """
-
-    name: str
-    weight_bytes: int
-    bind: Callable[[int], Callable[[int], object]]
-
-
-@dataclass
-class Row:
-    """Result of one shape, batch and thread count; `seconds` holds every competitor by name, per call."""
-
-    threads: int
-    batch: int
-    out_features: int
-    in_features: int
-    group_size: int
-    weight_bytes: int
-    read_bytes: int
-    seconds: dict[str, float] = field(default_factory=dict)
+    op = OURS
+    variants = (OURS,)
+    shape = ("out_features", "in_features")
+    load = "batch"
+    titles: ClassVar = {"threads": "threads", "batch": "batch", "out_features": "     N", "in_features": "     K"}
+    groups: ClassVar[tuple[str, ...]] = ("threads", "batch")
+    axis = "batch"
+    bytes_column = "weight_bytes"
+    roof = READ
+    peers = (TORCH_FP32, TORCH_BF16, TORCH_INT4)
+    rate = "6.2f"
 
     @property
-    def bytes_per_second(self) -> float:
-        return self.weight_bytes / self.seconds[OURS]
+    def stem(self) -> str:
+        where = "cuda" if self.device.type == "cuda" else hardware.cpu_isa()
+        return f"lut_linear_w{self.bits}a{self.act_bits}_{where}"
 
     @property
-    def of_plain_read(self) -> float:
-        return self.bytes_per_second / (self.read_bytes / self.seconds[READ])
+    def subject(self) -> str:
+        return f"lut_linear W{self.bits}A{self.act_bits}, groups of {self.group_size}, x {self.dtype}"
 
-    def speedup(self, peer: str) -> float | None:
-        return self.seconds[peer] / self.seconds[OURS] if peer in self.seconds else None
+    def comments(self) -> list[str]:
+        library = self.ggml or f"not installed: {extras.EXTRAS['llama_cpp'].install}"
+        return [f"each competitor rotates through {timing.rotated_bytes() >> 20} MB of weights", f"ggml {library}"]
 
-    @property
-    def over_best_torch_float(self) -> float:
-        """Speedup over the faster of torch's float32 and bfloat16."""
-        return min(self.seconds[TORCH_FP32], self.seconds[TORCH_BF16]) / self.seconds[OURS]
+    def constants(self) -> dict[str, Any]:
+        return {"bits": self.bits, "act_bits": self.act_bits, "dtype": dtype_name(self.dtype)}
 
+    def details(self, *shape: int) -> dict[str, Any]:
+        return {"group_size": group_size_for(shape[1], self.group_size)}
 
-def lut_linear_peer(out_features: int, in_features: int, options: Options, kind: str = "table") -> Peer:
-    """Our op, called as QuantLinear calls it, activation quantization included."""
-    group_size = common.group_size_for(in_features, options.group_size)
-    weight = common.random_packed_weight(out_features, in_features, options.bits, group_size, kind)
-    # Each copy packed, not cloned: pack_weight also asks for huge pages, as it does for a QuantLinear.
-    copies = [ops.pack_weight(weight) for _ in range(common.copies_needed(weight.nbytes))]
+    def shapes(self) -> Sequence[tuple[int, ...]]:
+        return self.sizes
 
-    def bind(batch: int) -> Callable[[int], object]:
-        x = torch.randn(batch, in_features).to(options.dtype)
-        op = torch.ops.rcp_kernels.lut_linear.default
-        geometry = (out_features, in_features, options.bits, group_size, options.act_bits)
+    def loads(self) -> Sequence[int]:
+        return self.batches
 
-        def call(i: int) -> Tensor:
-            y: Tensor = op(x, copies[i % len(copies)], None, *geometry)
-            return y
-
-        return call
-
-    return Peer(OURS if kind == "table" else UNIFORM, weight.nbytes, bind)
-
-
-def torch_peer(out_features: int, in_features: int, dtype: torch.dtype) -> Peer:
-    """torch's own linear with x and W of one float dtype."""
-    weight = (torch.randn(out_features, in_features) * in_features**-0.5).to(dtype)
-    copies = _copies(weight, weight.nbytes)
-
-    def bind(batch: int) -> Callable[[int], object]:
-        x = torch.randn(batch, in_features).to(dtype)
-        return lambda i: F.linear(x, copies[i % len(copies)])
-
-    return Peer({torch.float32: TORCH_FP32, torch.bfloat16: TORCH_BF16}[dtype], weight.nbytes, bind)
-
-
-def torch_int4_peer(out_features: int, in_features: int, group_size: int) -> Peer:
-    """torch's int4 weight-only kernel: bfloat16 x, a scale and a zero point for each group."""
-    group_size = common.group_size_for(in_features, group_size)
-    codes = torch.randint(0, 16, (out_features, in_features), dtype=torch.int32)
-    weight = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
-    del codes
-    scales_and_zeros = torch.rand(in_features // group_size, out_features, 2).bfloat16()
-    weight_bytes = weight.nbytes + scales_and_zeros.nbytes
-    copies = [(weight.clone(), scales_and_zeros.clone()) for _ in range(common.copies_needed(weight_bytes))]
-
-    def bind(batch: int) -> Callable[[int], object]:
-        x = torch.randn(batch, in_features).bfloat16()
-        op = torch.ops.aten._weight_int4pack_mm_for_cpu.default
-
-        def call(i: int) -> object:
-            weight, scales_and_zeros = copies[i % len(copies)]
-            return op(x, weight, group_size, scales_and_zeros)
-
-        return call
-
-    return Peer(TORCH_INT4, weight_bytes, bind)
-
-
-def read_peer() -> Peer:
-    """The roof: reading memory and nothing else."""
-    buffer = common.read_buffer()
-    return Peer(READ, buffer.nbytes, lambda batch: lambda i: common.plain_read(buffer))
-
-
-def ggml_peer(ggml: Ggml, type_name: str, out_features: int, in_features: int) -> Peer:
-    """ggml's matrix product with a weight of one of its own formats and float32 x."""
-    copies = common.copies_needed(ggml.weight_bytes(type_name, out_features, in_features))
-    weights = ggml.random_weights(type_name, out_features, in_features, copies)
-    return Peer(f"ggml {type_name}", weights.nbytes, lambda batch: weights.bind(batch, torch.get_num_threads()))
-
-
-def peers(out_features: int, in_features: int, options: Options, read: Peer, ggml: Ggml | None) -> list[Peer]:
-    """All competitors for one shape, ours first."""
-    found = [
-        lut_linear_peer(out_features, in_features, options),
-        lut_linear_peer(out_features, in_features, options, "uniform"),
-        read,
-        torch_peer(out_features, in_features, torch.float32),
-        torch_peer(out_features, in_features, torch.bfloat16),
-    ]
-    if hasattr(torch.ops.aten, "_weight_int4pack_mm_for_cpu"):
-        found.append(torch_int4_peer(out_features, in_features, options.group_size))
-    if ggml is not None:
-        found += [
-            ggml_peer(ggml, name, out_features, in_features) for name in ggml.types if ggml.fits(name, in_features)
-        ]
-    return found
-
-
-def measure(options: Options, ggml: Ggml | None = None) -> Iterator[Row]:
-    """Measure every case, shape by shape: the copies of one shape's weights are freed before the next is built."""
-    read = read_peer()
-    for out_features, in_features in options.shapes:
-        competitors = peers(out_features, in_features, options, read, ggml)
-        for threads in options.threads:
-            for batch in options.batches:
-                row = Row(
-                    threads=threads,
-                    batch=batch,
-                    out_features=out_features,
-                    in_features=in_features,
-                    group_size=common.group_size_for(in_features, options.group_size),
-                    weight_bytes=competitors[0].weight_bytes,
-                    read_bytes=read.weight_bytes,
-                )
-                with common.torch_threads(threads), torch.inference_mode():
-                    calls = {peer.name: peer.bind(batch) for peer in competitors}
-                    row.seconds = common.median_seconds(calls, options.rounds)
-                yield row
-
-
-def header(options: Options) -> str:
-    """The conditions, as comment lines."""
-    return common.header(
-        f"lut_linear W{options.bits}A{options.act_bits}, groups of {options.group_size}, x {options.dtype}",
-        f"each competitor rotates through {common.rotated_bytes() >> 20} MB of weights",
-        options.rounds,
-    )
-
-
-def titles() -> str:
-    """The column titles of `line`."""
-    return (
-        f"{'threads':>7} {'batch':>5} {'N':>6} {'K':>6} | {'us':>9} | {'GB/s':>6} | {'x plain read':>12} | "
-        f"{'x torch fp32':>12} | {'x torch bf16':>12} | {'x torch int4':>12}"
-    )
-
-
-def line(row: Row) -> str:
-    """One shape's result."""
-    peers = [row.speedup(name) for name in (TORCH_FP32, TORCH_BF16, TORCH_INT4)]
-    text = (
-        f"{row.threads:>7} {row.batch:>5} {row.out_features:>6} {row.in_features:>6} | "
-        f"{row.seconds[OURS] * 1e6:>9.1f} | "
-        f"{row.bytes_per_second / 1e9:>6.2f} | {row.of_plain_read:>12.2f} | "
-        + " | ".join(f"{'-':>12}" if peer is None else f"{peer:>12.2f}" for peer in peers)
-    )
-    for name in row.seconds:
-        if name == UNIFORM or name.startswith("ggml"):
-            text += f" | {row.speedup(name):.2f} x {name}"
-    return text
-
-
-def summary(rows: Sequence[Row]) -> str:
-    """Geometric means over the four large shapes, one line for each thread count and batch."""
-    lines = ["geometric means over the large shapes (torch float: the faster of fp32 and bf16)"]
-    for threads, batch in sorted({(row.threads, row.batch) for row in rows}):
-        large = [
-            row
-            for row in rows
-            if (row.threads, row.batch) == (threads, batch) and (row.out_features, row.in_features) in LARGE_SHAPES
-        ]
-        if not large:
-            continue
-        text = (
-            f"threads {threads} batch {batch:>3}: {_mean(row.of_plain_read for row in large):.2f} of plain read, "
-            f"{_mean(row.over_best_torch_float for row in large):.2f} x torch float"
-        )
-        for name in large[0].seconds:
-            speedups = [row.speedup(name) for row in large]
-            if name not in (OURS, READ) and None not in speedups:
-                text += f", {_mean(s for s in speedups if s is not None):.{3 if name == UNIFORM else 2}f} x {name}"
-        lines.append(text)
-    return "\n".join(lines) if len(lines) > 1 else ""
-
-
-def write_csv(rows: Sequence[Row], options: Options, path: Path) -> None:
-    """Write one line per case: the conditions, all times in microseconds, and the derived columns."""
-    lines = []
-    for row in rows:
-        line: dict[str, Any] = {
-            "bits": options.bits,
-            "act_bits": options.act_bits,
-            "dtype": str(options.dtype).removeprefix("torch."),
-            "group_size": row.group_size,
-            "threads": row.threads,
-            "batch": row.batch,
-            "out_features": row.out_features,
-            "in_features": row.in_features,
-            "weight_bytes": row.weight_bytes,
-            "gb_per_s": row.bytes_per_second / 1e9,
-            "plain_read_gb_per_s": row.read_bytes / row.seconds[READ] / 1e9,
-            "x_plain_read": row.of_plain_read,
+    def competitors(self) -> dict[str, Maker]:
+        makers: dict[str, Maker] = {
+            OURS: self.ours,
+            UNIFORM: lambda n, k: self.ours(n, k, "uniform"),
+            READ: lambda n, k: peers.memory_read(),
+            TORCH_FP32: lambda n, k: peers.torch_linear(n, k, torch.float32),
+            TORCH_BF16: lambda n, k: peers.torch_linear(n, k, torch.bfloat16),
+            TORCH_INT4: lambda n, k: peers.torch_int4(n, k, group_size_for(k, self.group_size)),
         }
-        line |= {f"us {name}": seconds * 1e6 for name, seconds in row.seconds.items() if name != READ}
-        line |= {f"x {name}": row.speedup(name) for name in row.seconds if name not in (OURS, READ)}
-        lines.append(line)
-    common.write_csv(lines, path)
+        if self.ggml is not None:
+            library = Ggml(self.ggml)
+            makers |= {f"ggml {name}": partial(library.linear, name) for name in library.types}
+        return makers
+
+    def ours(self, out_features: int, in_features: int, kind: str = "table") -> Peer:
+        """lut_linear as QuantLinear calls it, activation quantization included."""
+        group_size = group_size_for(in_features, self.group_size)
+        weight = random_packed_weight(out_features, in_features, self.bits, group_size, kind).to(self.device)
+        geometry = (out_features, in_features, self.bits, group_size, self.act_bits)
+        op = torch.ops.rcp_kernels.lut_linear.default
+        # Each copy is packed, not cloned: on a CPU pack_weight asks for huge pages, as it does for a QuantLinear.
+        blobs = [ops.pack_weight(weight) for _ in range(timing.copies_needed(weight.nbytes, self.device))]
+        calls = [lambda x, blob=blob: op(x, blob, None, *geometry) for blob in blobs]
+        x = torch.empty(0, dtype=self.dtype, device=self.device)
+        return peers.linear(calls, in_features, x, weight.nbytes)
+
+    def summary_title(self) -> str:
+        return "geometric means over the large shapes (torch float: the faster of fp32 and bf16)"
+
+    def summary(self, rows: Sequence[Row]) -> str:
+        large = [row for row in rows if (row.case["out_features"], row.case["in_features"]) in LARGE_SHAPES]
+        return super().summary(large) if large else ""
+
+    def summary_text(self, rows: Sequence[Row]) -> str:
+        first, *others = super().summary_text(rows).split(", ", 1)
+        fastest = mean(min(speedups) for row in rows if (speedups := self._torch_float(row)))
+        return ", ".join([first, *([f"{fastest:.2f} x torch float"] if fastest else []), *others])
+
+    @staticmethod
+    def _torch_float(row: Row) -> list[float]:
+        found = (row.speedup(name) for name in (TORCH_FP32, TORCH_BF16))
+        return [speedup for speedup in found if speedup is not None]
 
 
-def write_plot(rows: Sequence[Row], options: Options, path: Path) -> None:
-    """Write a PNG: speedup over torch against batch for each thread count, and the share of the plain read."""
-    extras.require("matplotlib")
-    from matplotlib.figure import Figure
+@dataclass(frozen=True, kw_only=True)
+class CudaLutLinear(LutLinear):
+    """On a GPU, as CUDA graphs over weights of four times L2."""
 
-    threads = sorted({row.threads for row in rows})
-    shapes = list(dict.fromkeys((row.out_features, row.in_features) for row in rows))
-    figure = Figure(figsize=(5.5 * (len(threads) + 1), 4.2), layout="constrained")
-    *panels, last = figure.subplots(1, len(threads) + 1)
-    for axes, count in zip(panels, threads, strict=True):
-        for shape in shapes:
-            series = [row for row in rows if row.threads == count and (row.out_features, row.in_features) == shape]
-            axes.plot(
-                [row.batch for row in series],
-                [row.over_best_torch_float for row in series],
-                marker="o",
-                label=f"{shape[0]} x {shape[1]}",
-            )
-        axes.axhline(1, color="0.5", linewidth=1)
-        axes.set_xscale("log", base=2)
-        batches = sorted({row.batch for row in rows})
-        axes.set_xticks(batches, [str(batch) for batch in batches])
-        axes.set_xlabel("tokens")
-        axes.set_title(f"x torch (faster of fp32, bf16), {count} thread{'s' * (count > 1)}")
-        axes.legend(fontsize="small")
-    least = min(row.batch for row in rows)
-    height = 0.8 / len(threads)
-    for i, count in enumerate(threads):
-        series = [row for row in rows if row.threads == count and row.batch == least]
-        bars = last.barh(
-            [y + height * i for y in range(len(series))],
-            [row.of_plain_read for row in series],
-            height=height,
-            label=f"{count} thread{'s' * (count > 1)}",
+    threads: tuple[int | None, ...] = (None,)
+    dtype: torch.dtype = torch.float16
+    sizes: tuple[tuple[int, int], ...] = LARGE_SHAPES
+    batches: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 128)
+    device: torch.device = CUDA
+
+    titles: ClassVar = {name: title for name, title in LutLinear.titles.items() if name != "threads"}
+    groups = ("batch",)
+    roof = COPY
+    peers = (CUBLAS, GEMLITE, HUMMING)
+    us = "8.2f"
+    rate = "7.1f"
+
+    def comments(self) -> list[str]:
+        gpu = torch.cuda.get_device_properties(self.device)
+        return [
+            f"{gpu.name}, compute capability {gpu.major}.{gpu.minor}, {gpu.multi_processor_count} SMs, "
+            f"L2 {gpu.L2_cache_size >> 20} MB, CUDA {torch.version.cuda}",
+            "CUDA graphs over weights of 4 x L2, L2 evicted before each",
+        ]
+
+    def constants(self) -> dict[str, Any]:
+        gpu = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "none"
+        return {"gpu": gpu} | super().constants()
+
+    def competitors(self) -> dict[str, Maker]:
+        return {
+            OURS: self.ours,
+            COPY: self.copy,
+            CUBLAS: lambda n, k: peers.torch_linear(n, k, torch.float16, self.device),
+            GEMLITE: lambda n, k: peers.gemlite(n, k, self.bits, group_size_for(k, self.group_size), self.device),
+            HUMMING: lambda n, k: peers.humming(
+                n, k, self.bits, self.act_bits, group_size_for(k, self.group_size), self.device
+            ),
+        }
+
+    def copy(self, out_features: int, in_features: int) -> Peer:
+        """A copy of as many bytes as the packed weight has."""
+        weight = random_packed_weight(
+            out_features, in_features, self.bits, group_size_for(in_features, self.group_size)
         )
-        last.bar_label(bars, fmt="%.2f", fontsize="small")
-    last.set_yticks(range(len(shapes)), [f"{n} x {k}" for n, k in shapes])
-    last.axvline(1, color="0.5", linewidth=1)
-    last.set_title(f"share of a plain read of memory, {least} token{'s' * (least > 1)}")
-    last.legend(fontsize="small")
-    facts = hardware.conditions()
-    figure.suptitle(
-        f"lut_linear W{options.bits}A{options.act_bits}: {facts['cpu']}, {facts['isa']}, torch {facts['torch']}"
-    )
-    figure.savefig(path, dpi=150)
+        return peers.device_copy(weight.nbytes, self.device)
+
+    def timer(self, calls: Mapping[str, tuple[Call, int]], rounds: int) -> dict[str, float]:
+        return timing.graph_seconds(calls, rounds)
 
 
-def _copies(weight: Tensor, weight_bytes: int) -> list[Tensor]:
-    return [weight.clone() for _ in range(common.copies_needed(weight_bytes))]
+def missing_gpu() -> str | None:
+    """``skipped: no GPU`` where there is none.
 
-
-def _mean(values: Iterable[float]) -> float:
-    return common.geometric_mean(list(values))
+    Raises:
+        RuntimeError: there is a GPU, and the CUDA kernels are missing.
+    """
+    if not torch.cuda.is_available():
+        return "skipped: no GPU"
+    cuda_library.require("bench")
+    return None

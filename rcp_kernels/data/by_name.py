@@ -15,23 +15,50 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import __version__
+from .. import __version__, extras
 from ..models.load import encode
 from ..nn.model_digest import model_digest
 from . import corpus
 from .generated import cached_texts, chat_prompts, generate_texts, opening_prompts
 from .reasoning import reasoning_questions
 
-__all__ = ["held_out_text", "training_text"]
+__all__ = ["TEXTS", "check_text", "held_out_text", "training_text"]
 
-_CHARACTERS_PER_TOKEN = 8  # of English about four; twice as many leave no doubt
-_BATCH = 128  # prompts that are continued at a time
-# Percent of the tokens. The model's own text costs a third of the CPU time of the updates that it is used in.
+Progress = Callable[[str, int, int, str], None]
+
+# English has about four characters a token. Twice as many are enough for any tokenizer.
+_CHARACTERS_PER_TOKEN = 8
+# Prompts that the model continues at a time.
+_BATCH = 128
+# Percent of the tokens. Writing a text takes a third of the CPU time of the updates that use it.
 _SHARES = {
     "mixed": {"docstrings": 40, "comments": 40, "generated": 20},
     "generated": {"generated": 100},
     "reasoning": {"reasoning": 100},
 }
+TEXTS = tuple(_SHARES)
+"""Names of texts that the model writes, in whole or in part."""
+
+
+def check_text(name: str | None) -> None:
+    """Refuse before a model is loaded the names that :func:`training_text` would refuse after it.
+
+    Args:
+        name: as :func:`training_text` takes it. A file is read; a dataset is not looked up.
+
+    Raises:
+        MissingExtra: the package ``datasets`` is not installed.
+        ValueError: the file is not UTF-8 or has no text; or several processes would each write their own text.
+        OSError: there is no such file.
+    """
+    if name in _SHARES:
+        processes = os.environ.get("WORLD_SIZE", "1")
+        if processes != "1":  # float sums of two machines differ, and so would their texts
+            raise ValueError(f"text: {name} must be written by one process, got {processes}; pass a file or a dataset")
+    elif name is not None and name.startswith("dataset:"):
+        extras.require("datasets")
+    elif name is not None:
+        corpus.file_text(Path(name))
 
 
 def training_text(
@@ -41,33 +68,35 @@ def training_text(
     model: nn.Module | None = None,
     tokenizer: Any = None,
     seed: int = 0,
-    progress: Callable[[str, int, int, str], None] = lambda *_: None,
+    progress: Progress = lambda *_: None,
 ) -> tuple[str, dict[str, Any]]:
-    """Text to calibrate or train on, and what a report should say of it.
+    """A text to calibrate or train on, and the report's fields about it.
 
     Args:
-        name: a UTF-8 file, "dataset:NAME", "generated", "mixed", "reasoning", or None for docstrings of what is
-            installed.
-        tokens: that will be used of it at most; a dataset is read no further, and no more is generated.
-        model, tokenizer: that "generated", "mixed" and "reasoning" are written by.
-        seed: of what is written.
-        progress: called with a phase, what is done, what there is, and a text, while it is written.
+        name: a UTF-8 file, "dataset:NAME", "generated", "mixed", "reasoning", or None for docstrings of installed
+            packages.
+        tokens: at most so many are used. A dataset is read no further, and no more text is generated.
+        model: writes "generated", "reasoning" and a part of "mixed".
+        tokenizer: of the model.
+        seed: of the text that the model writes.
+        progress: called with a phase, the texts done, their total, and a line, while the model writes.
+
+    Raises:
+        ValueError, OSError: as :func:`check_text`; or there is no model for a text that it writes.
     """
+    check_text(name)
     if name is None:
-        text = corpus.docstring_corpus()
-        return text.text, {"text": f"docstrings of {', '.join(corpus.PACKAGES)}", **_facts(text)}
+        found = corpus.docstring_corpus()
+        return found.text, {"text": f"docstrings of {', '.join(corpus.PACKAGES)}", **_facts(found)}
     if name in _SHARES:
         if model is None:
             raise ValueError(f"text: {name} needs a model that writes it, got none; pass a file or a dataset")
-        processes = os.environ.get("WORLD_SIZE", "1")
-        if processes != "1":  # each would write its own, and float sums of two machines differ
-            raise ValueError(f"text: {name} must be written by one process, got {processes}; pass a file or a dataset")
         return _written_text(name, tokens, model, tokenizer, seed, progress)
     if name.startswith("dataset:"):
-        text_ = corpus.dataset_text(name.partition(":")[2], "train", tokens * _CHARACTERS_PER_TOKEN)
+        text = corpus.dataset_text(name.partition(":")[2], "train", tokens * _CHARACTERS_PER_TOKEN)
     else:
-        text_ = corpus.file_text(Path(name))
-    return text_, {"text": name, "characters": len(text_)}
+        text = corpus.file_text(Path(name))
+    return text, {"text": name, "characters": len(text)}
 
 
 def _facts(text: corpus.Corpus) -> dict[str, Any]:
@@ -80,9 +109,9 @@ def _written_text(
     model: nn.Module,
     tokenizer: Any,
     seed: int,
-    progress: Callable[[str, int, int, str], None],
+    progress: Progress,
 ) -> tuple[str, dict[str, Any]]:
-    """Documents of the kinds of `_SHARES`, or all of them by the model."""
+    """Documents of each kind of ``_SHARES[name]``, in the order of the kinds."""
     shares = {kind: -(-tokens * percent // 100) for kind, percent in _SHARES[name].items()}
     openings = functools.cache(corpus.docstring_corpus)
     kinds: dict[str, Callable[[], corpus.Corpus]] = {
@@ -99,7 +128,7 @@ def _written_text(
     facts: dict[str, Any] = {"text": name}
     for kind, share in shares.items():
         text = kinds[kind]()
-        # In order: those of Python's own library come first.
+        # The documents are in order: those of Python's own library come first.
         taken: list[str] = []
         count = 0
         for document in text.documents:
@@ -118,10 +147,10 @@ def _generated(
     model: nn.Module,
     tokenizer: Any,
     seed: int,
-    progress: Callable[[str, int, int, str], None],
+    progress: Progress,
 ) -> list[str]:
-    """About as many tokens as asked for, half of them answers to questions if the model has a chat template."""
-    # SmolLM2's texts have 230 tokens with their prompts; what is too much makes up for paragraphs that are dropped.
+    """Texts of about as many tokens as asked for. Half are answers to questions if there is a chat template."""
+    # SmolLM2 writes 230 tokens a text, prompt included. Counting 150 makes up for paragraphs that are dropped later.
     count = -(-tokens // 150)
     questions: list[str] = []
     if tokenizer.chat_template:
@@ -132,11 +161,9 @@ def _generated(
     return _continued([*prompts, *questions], 224, model, tokenizer, seed, progress)
 
 
-def _reasoning(
-    tokens: int, model: nn.Module, tokenizer: Any, seed: int, progress: Callable[[str, int, int, str], None]
-) -> list[str]:
-    """About as many tokens as asked for of answers to questions that ask for every step."""
-    # An answer may have 384 tokens; counted at half of that, most texts being too long and not too short.
+def _reasoning(tokens: int, model: nn.Module, tokenizer: Any, seed: int, progress: Progress) -> list[str]:
+    """Answers to questions that ask for every step, of about as many tokens as asked for."""
+    # An answer has at most 384 tokens. Counting 200 gives too much text rather than too little.
     questions = chat_prompts(tokenizer, reasoning_questions(-(-tokens // 200), seed))
     return _continued(questions, 384, model, tokenizer, seed, progress)
 
@@ -147,9 +174,9 @@ def _continued(
     model: nn.Module,
     tokenizer: Any,
     seed: int,
-    progress: Callable[[str, int, int, str], None],
+    progress: Progress,
 ) -> list[str]:
-    """Prompts and what the model writes after them, in random order; kept for the next run."""
+    """Prompts with the model's continuations, in random order. They are cached for the next run."""
     settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": 0.7, "top_p": 1.0, "seed": seed}
     workers = 2 if next(model.parameters()).device.type == "cpu" else 1
     asked = [prompt if isinstance(prompt, str) else tokenizer.decode(prompt) for prompt in prompts]
@@ -176,16 +203,22 @@ def _continued(
         )
         return [tokenizer.decode(text) for text in texts]
 
-    # Prompts come kind by kind: what is taken of them has to be of all kinds.
     written = cached_texts(
         Path(os.environ.get("RCP_CACHE_DIR", "~/.cache/rcp_kernels")).expanduser() / "text", conditions, write
     )
+    # The prompts come kind by kind, and the caller takes the first texts only.
     order = torch.randperm(len(written), generator=torch.Generator().manual_seed(seed))
     return [written[i] for i in order.tolist()]
 
 
 def held_out_text(text: Path | None, dataset: str | None, tokens: int) -> tuple[str, str]:
-    """Text to measure perplexity on, and its name: a file, a dataset's test split, or pydoc's topics without either."""
+    """A text to measure perplexity on, and its name.
+
+    Args:
+        text: a UTF-8 file, or None.
+        dataset: without a file, a dataset whose test split is read, or None for the topics of pydoc.
+        tokens: that will be used of a dataset.
+    """
     if text is not None:
         return corpus.file_text(text), str(text)
     if dataset is not None:

@@ -9,8 +9,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,6 +16,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from ..atomic import atomic_file
 
 __all__ = ["cached_texts", "chat_prompts", "generate_texts", "opening_prompts"]
 
@@ -240,13 +240,7 @@ def cached_texts(folder: Path, conditions: dict[str, Any], make: Callable[[], li
             return [str(text) for text in stored["texts"]]
     # A folder that cannot be written to fails here, before the model spends minutes on the texts.
     folder.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=folder)
-    try:
+    with atomic_file(path) as file:
         texts = make()
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump({"conditions": conditions, "texts": texts}, file)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+        file.write(json.dumps({"conditions": conditions, "texts": texts}).encode())
     return texts

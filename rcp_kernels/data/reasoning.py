@@ -1,7 +1,7 @@
-"""Questions that ask for reasoning step by step: prompts of a calibration on the float model's own traces.
+"""Questions that ask for reasoning step by step. The float model's answers are calibration text.
 
-LAQuant (arXiv 2605.08755) calibrates in the domain of reasoning. Its data cannot be had here: the questions are made
-from templates, without a download, and the model writes the rest (ours).
+LAQuant (arXiv 2605.08755) calibrates on reasoning text, which is not published. Here templates make the questions,
+without a download, and the model writes the answers (our choice).
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def _equation(draw: random.Random) -> str:
     return f"Solve {a}x + {b} = {a * x + b} for x, and explain why each step is allowed."
 
 
-_MAKERS: tuple[Callable[[random.Random], str], ...] = (
+_TEMPLATES: tuple[Callable[[random.Random], str], ...] = (
     _shopping,
     _sharing,
     _travel,
@@ -89,27 +89,27 @@ _MAKERS: tuple[Callable[[random.Random], str], ...] = (
     _equation,
 )
 
-
+# Draws in a row that may repeat earlier questions.
 _MOST_REPEATED = 1000
 
 
 def reasoning_questions(count: int, seed: int = 0) -> list[str]:
-    """Questions on sums, rates, sequences, orders, code and equations, all different, each kind in its turn.
+    """Different questions on sums, rates, sequences, orders, code and equations, alternating between these kinds.
 
     Args:
         count: at least 0.
-        seed: of the numbers and names; the questions do not depend on the platform.
+        seed: of the numbers and names. The questions do not depend on the platform.
 
     Raises:
-        ValueError: there are hardly that many.
+        ValueError: the templates hardly give that many different questions.
     """
     draw = random.Random(seed)
     questions: dict[str, None] = {}
     repeated = 0
     while len(questions) < count:
-        # In turn by tries, not by what is there: the kind with the fewest numbers has 432 questions in all.
+        # Alternate by draws, not by questions kept: the smallest kind has only 432 different questions.
         turn = len(questions) + repeated
-        question = f"{_MAKERS[turn % len(_MAKERS)](draw)} {draw.choice(_ASKING)}"
+        question = f"{_TEMPLATES[turn % len(_TEMPLATES)](draw)} {draw.choice(_ASKING)}"
         repeated = repeated + 1 if question in questions else 0
         if repeated > _MOST_REPEATED:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""What the demo found: the figures, and how they are shown."""
+"""The results of the demo, and the tables and the plot that show them."""
 
 from __future__ import annotations
 
@@ -13,49 +13,29 @@ from rich.table import Table
 
 from .. import extras
 
-__all__ = ["Calibrated", "Report", "Result", "plot", "table", "texts"]
-
-
-@dataclass
-class CalibratedResult:
-    """What one format costs when its codes are chosen by calibration; seconds are those of rotating and quantizing."""
-
-    name: str
-    bits_per_weight: float
-    perplexity: float
-    text: str
-    seconds: float = 0.0
-    cpu_seconds: float = 0.0
-
-
-@dataclass
-class Calibrated:
-    """A rotated model quantized by GPTQ; the results begin with the float model's.
-
-    `windows` of `window` tokens of `text`, whose whole has this sha256, were calibrated on.
-    """
-
-    method: str
-    rotation: str
-    levels: str
-    text: str
-    sha256: str
-    windows: int
-    window: int
-    prompt: str
-    results: list[CalibratedResult] = field(default_factory=list)
+__all__ = ["Report", "Result", "plot", "table", "texts"]
 
 
 @dataclass
 class Result:
-    """What one configuration costs. Bytes are those held in memory; seconds are wall clock."""
+    """The cost and the quality of one configuration.
+
+    Attributes:
+        name: of the configuration.
+        bits_per_weight: of the linear layers as stored.
+        linear_bytes, model_bytes: held in memory by the linear layers and by the whole model.
+        swap_seconds, cpu_seconds: wall clock and CPU time of rotating, quantizing and casting.
+        perplexity: of the held-out text.
+        seconds_per_token: median of a decode step, wall clock; NaN if not measured.
+        text: the greedy answer to a prompt.
+    """
 
     name: str
     bits_per_weight: float
     linear_bytes: int
     model_bytes: int
-    load_seconds: float
     swap_seconds: float
+    cpu_seconds: float
     perplexity: float = float("nan")
     seconds_per_token: float = float("nan")
     text: str = ""
@@ -63,25 +43,29 @@ class Result:
 
 @dataclass
 class Report:
-    """The demo's outcome: the conditions it was measured under, one Result per configuration, and what rotations do.
+    """The results of the demo and the conditions that they were measured under.
 
-    `rotated` is the perplexity by configuration and then by rotation, "none" first. `calibrated` is None where that
-    part was left out.
+    Attributes:
+        results: the first table, one Result for each configuration.
+        rotated: perplexity by configuration and rotation.
+        calibrated: the third table, whose first row is the float model; empty if that part was left out.
     """
 
     model: str
-    group_size: int
-    levels: str
     perplexity_tokens: int
     perplexity_window: int
     decode_prompt_tokens: int
     decode_new_tokens: int
+    load_seconds: float
     threads: int
     conditions: dict[str, Any]
     prompt: str
+    long_prompt: str
+    calibration_windows: int
+    calibration_window: int
     results: list[Result] = field(default_factory=list)
     rotated: dict[str, dict[str, float]] = field(default_factory=dict)
-    calibrated: Calibrated | None = None
+    calibrated: list[Result] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain JSON types."""
@@ -93,25 +77,22 @@ def table(report: Report) -> RenderableType:
     tables = [_configuration_table(report)]
     if report.rotated:
         tables.append(_rotation_table(report))
-    if report.calibrated is not None:
-        tables.append(_calibrated_table(report.calibrated, report.group_size))
+    if report.calibrated:
+        tables.append(_calibrated_table(report))
     return Group(*(part for one in tables for part in (one, "")))
 
 
 def texts(report: Report) -> str:
-    """The prompts and what each configuration says to them, a line each."""
-    parts: list[tuple[str, Sequence[Result | CalibratedResult]]] = [(report.prompt, report.results)]
-    if report.calibrated is not None:
-        parts.append((report.calibrated.prompt, report.calibrated.results))
+    """The prompts, and the answer of each configuration in a line."""
     lines = []
-    for prompt, results in parts:
-        lines += ["", f'"{prompt}"']
-        lines += [f"  {result.name:>10}: {' '.join(result.text.split())}" for result in results]
+    for prompt, results in ((report.prompt, report.results), (report.long_prompt, report.calibrated)):
+        if results:
+            lines += ["", f'"{prompt}"', *(f"  {one.name:>10}: {' '.join(one.text.split())}" for one in results)]
     return "\n".join(lines)
 
 
 def _table(title: str, caption: str, headings: Sequence[str]) -> Table:
-    """A column of names, and one of figures under each heading."""
+    """An empty table: a column of names, and a column of numbers for each heading."""
     rows = Table(title=title, caption=caption, caption_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     rows.add_column("", no_wrap=True)
     for heading in headings:
@@ -126,9 +107,8 @@ def _configuration_table(report: Report) -> Table:
         caption=(
             f"Perplexity: {report.perplexity_tokens} tokens of pydoc_data.topics (Python {conditions['python']}) in "
             f"windows of {report.perplexity_window}. Decode: median of {report.decode_new_tokens} tokens after "
-            f"{report.decode_prompt_tokens}, same loop for all. W4A8, W3A8, W2A4: {report.levels} levels in groups of "
-            f"{report.group_size} (576 = 9 x 64); embedding, lm_head and norms stay bf16. torch "
-            f"{conditions['torch']}."
+            f"{report.decode_prompt_tokens}, same loop for all. W4A8, W3A8, W2A4: kmeans levels in groups of 64 "
+            f"(576 = 9 x 64); embedding, lm_head and norms stay bf16. torch {conditions['torch']}."
         ),
         headings=[
             "bits/\nweight",
@@ -149,7 +129,7 @@ def _configuration_table(report: Report) -> Table:
             f"{result.model_bytes / 1e6:.1f}",
             f"{1 / result.seconds_per_token:.1f}",
             f"{seconds['torch bf16'] / result.seconds_per_token:.2f}" if "torch bf16" in seconds else "-",
-            f"{result.load_seconds:.0f}+{result.swap_seconds:.1f}",
+            f"{report.load_seconds:.0f}+{result.swap_seconds:.1f}",
             _perplexity_text(result.perplexity),
         )
     return rows
@@ -157,36 +137,35 @@ def _configuration_table(report: Report) -> Table:
 
 def _rotation_table(report: Report) -> Table:
     rows = _table(
-        title="Perplexity with the input of every linear layer rotated, and its weight to match",
+        title="Perplexity of the rotated model",
         caption=(
-            f"Global mixes all features of a token; grouped, blocks of {report.group_size}, the weight's groups: there "
-            f"natural and sequency order hold the same columns in each group, and give the same bits. Round to "
-            f"nearest, no calibration: two bits a weight stay unusable without GPTQ or training."
+            "hadamard and walsh mix all features of a token, gsr blocks of 64, the weight's groups. Round to nearest, "
+            "no calibration: two bits a weight stay unusable without GPTQ or training."
         ),
-        headings=[name.replace(" ", "\n") for name in next(iter(report.rotated.values()))],
+        headings=list(next(iter(report.rotated.values()))),
     )
     for name, row in report.rotated.items():
         rows.add_row(name, *map(_perplexity_text, row.values()))
     return rows
 
 
-def _calibrated_table(found: Calibrated, group_size: int) -> Table:
+def _calibrated_table(report: Report) -> Table:
     rows = _table(
-        title=f"{found.method.upper()} on the model rotated by {found.rotation.upper()}: calibrated, not trained",
+        title="GPTQ on the model rotated by GSR: calibrated, not trained",
         caption=(
-            f"{found.windows} x {found.window} tokens of {found.text}, nothing of the text that is measured; "
-            f"{found.levels} levels in groups of {group_size}; perplexity as above; all else stays fp32. "
-            f"Quantizing includes the rotation, shared by all rows. Two bits need training: docs/rcp.md."
+            f"{report.calibration_windows} x {report.calibration_window} tokens of the standard library's docstrings, "
+            f"nothing of the text that is measured; kmeans levels in groups of 64; perplexity as above; all else stays "
+            f"fp32. Quantizing includes the rotation. Two bits need training: docs/rcp.md."
         ),
         headings=["bits/\nweight", "perplexity", "x torch\nfp32", "quantizing\ns", "of CPU\ns"],
     )
-    for result in found.results:
+    for result in report.calibrated:
         rows.add_row(
             result.name,
             f"{result.bits_per_weight:.3g}",
             _perplexity_text(result.perplexity),
-            f"{result.perplexity / found.results[0].perplexity:.2f}",
-            f"{result.seconds:.0f}",
+            f"{result.perplexity / report.calibrated[0].perplexity:.2f}",
+            f"{result.swap_seconds:.0f}",
             f"{result.cpu_seconds:.0f}",
         )
     return rows

@@ -1,1 +1,1 @@
-"""How good a model is: perplexity, divergence from another model, and the text that it writes."""
+"""How good a model is: perplexity, divergence from another model, and greedy decoding."""

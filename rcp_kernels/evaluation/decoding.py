@@ -1,61 +1,81 @@
-"""Greedy decoding without the fixed cost of ``generate()``, and its speed."""
+"""Greedy decoding through ``model.forward``, and its speed."""
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..models.hf import cache_argument
+from ..models.hf import cache_argument, output_cache
 
-__all__ = ["Decoder", "decode_seconds", "generate"]
+__all__ = ["Decoder", "decode_seconds", "greedy_tokens"]
 
 
 class Decoder:
-    """Greedy decoding, one token a step, straight through ``model.forward`` with a growing key/value cache.
+    """Greedy decoding of one or more prompts, one token a step, with the model's own key/value cache.
 
-    ``generate()`` adds milliseconds of Python per token, the same for every configuration, which at 135 M parameters
-    would hide most of what is to be compared.
+    ``generate()`` of transformers adds milliseconds of Python to each token. At 135 M parameters they would hide most
+    of the difference between two models.
+
+    Attributes:
+        token: the newest token of each prompt, int64 [prompts, 1].
     """
 
-    def __init__(self, model: nn.Module, prompt: Tensor) -> None:
-        """Run the prompt, int64 [1, tokens], through the model; `token` is then the first new token, [1, 1]."""
-        from transformers import DynamicCache
-
-        self.model = model
-        self.cache = DynamicCache()
-        self.position = 0
-        self.token = prompt
+    def __init__(self, model: nn.Module, prompts: Tensor) -> None:
+        """Run the prompts, int64 [prompts, tokens] without padding, through the model."""
+        self._model = model
+        self._cache: Any = None
+        self.token = prompts
         self.step()
 
     @torch.inference_mode()
-    def step(self) -> Tensor:
-        """Feed `token`, advance, and return the next token, int64 [1, 1]."""
-        length = self.token.shape[1]
-        positions = torch.arange(self.position, self.position + length).unsqueeze(0)
-        output = self.model(
-            input_ids=self.token,
-            position_ids=positions,
-            use_cache=True,
-            logits_to_keep=1,
-            **cache_argument(self.model, self.cache),
+    def step(self) -> None:
+        """Feed ``token`` to the model and replace it by the next one."""
+        cache = cache_argument(self._model, self._cache)
+        output = self._model(self.token, use_cache=True, logits_to_keep=1, **cache)
+        self._cache = output_cache(output)
+        self.token = output.logits[:, -1:].argmax(-1)
+
+
+def greedy_tokens(
+    model: nn.Module,
+    prompts: Tensor,
+    new_tokens: int,
+    progress: Callable[[int], None] | None = None,
+    *,
+    stop_token: int | None = None,
+) -> Tensor:
+    """The greedy continuation of each prompt, int64 [prompts, new_tokens].
+
+    Args:
+        model: a causal language model of transformers.
+        prompts: int64 [prompts, tokens], without padding.
+        new_tokens: at least 1.
+        progress: called after each step with the tokens done of each prompt.
+        stop_token: the result ends before the step in which every prompt yields this token. None: nothing ends it.
+
+    Raises:
+        ValueError: prompts are not 2-D or empty, or new_tokens is below 1.
+    """
+    if prompts.dim() != 2 or 0 in prompts.shape or new_tokens < 1:
+        raise ValueError(
+            f"greedy_tokens: prompts must be [prompts, tokens], not empty, and new_tokens at least 1, got "
+            f"{tuple(prompts.shape)} and {new_tokens}; pass prompts of one length"
         )
-        self.position += length
-        self.token = output.logits[:, -1].argmax(-1, keepdim=True)
-        return self.token
-
-
-def generate(model: nn.Module, prompt: Tensor, new_tokens: int, stop_token: int | None = None) -> list[int]:
-    """Greedy continuation of prompt, int64 [1, tokens], up to new_tokens long or to stop_token (not included)."""
-    decoder = Decoder(model, prompt)
-    tokens: list[int] = []
-    while len(tokens) < new_tokens and decoder.token.item() != stop_token:
-        tokens.append(int(decoder.token.item()))
+    tokens = [prompts[:, :0]]
+    decoder = Decoder(model, prompts)
+    while stop_token is None or not bool((decoder.token == stop_token).all()):
+        tokens.append(decoder.token)
+        if progress is not None:
+            progress(len(tokens) - 1)
+        if len(tokens) > new_tokens:
+            break
         decoder.step()
-    return tokens
+    return torch.cat(tokens, 1)
 
 
 def decode_seconds(
@@ -63,11 +83,16 @@ def decode_seconds(
 ) -> Iterator[tuple[int, dict[str, float]]]:
     """Time single decode steps of several models against each other.
 
-    The models take turns of `burst` tokens, so that a slow moment of the machine hits all of them, and so that each
-    still decodes consecutive tokens as it would in use.
+    The models take turns of ``burst`` consecutive tokens. A slow moment of the machine then hits all of them.
+
+    Args:
+        models: by name.
+        prompt: int64 [1, tokens].
+        new_tokens: steps timed for each model.
+        burst: steps in a turn.
 
     Yields:
-        After each turn: tokens decoded so far per model, and the median seconds per token of each model.
+        After each turn: the tokens decoded so far by each model, and each model's median seconds a token.
     """
     decoders = {name: Decoder(model, prompt) for name, model in models.items()}
     seconds: dict[str, list[float]] = {name: [] for name in models}

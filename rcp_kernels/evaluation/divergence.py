@@ -1,7 +1,7 @@
-"""Where greedy decoding of a quantized model leaves that of the model it was made of: a measure of long decoding.
+"""How long greedy decoding of a quantized model stays that of the float model.
 
-Perplexity scores tokens that stand in a text. Here the text is the float model's own greedy continuation, and a prompt
-scores the number of tokens before the other model would have written another one (ours).
+Perplexity scores tokens of a given text. Here the text is the float model's own greedy continuation of a prompt. A
+prompt's score is the number of tokens before the quantized model would have written another token. The measure is ours.
 """
 
 from __future__ import annotations
@@ -11,13 +11,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..models.hf import cache_keyword, output_cache
+__all__ = ["Divergence", "divergence", "prompt_windows"]
 
-__all__ = ["Divergence", "divergence", "greedy_tokens", "prompt_windows"]
-
-# Logits of this many tokens exist at once: 1024 x 49152 float32 is 200 MB.
+# Tokens whose logits exist at once: 1024 x 49152 float32 are 200 MB.
 _CHUNK_TOKENS = 1024
 
 
@@ -26,10 +24,10 @@ class Divergence:
     """How long two greedy decodings stay the same.
 
     Attributes:
-        positions: for each prompt the number of new tokens before the first that differs; ``new_tokens`` where none
-            does, so that mean and median are lower bounds then.
-        agreement: share of all new tokens that the other model, given the float model's text up to there, would have
-            written too. It counts what comes after the first difference as well and varies less with the prompts.
+        positions: for each prompt the number of new tokens before the first difference. It is ``new_tokens`` where
+            there is no difference; mean and median are then lower bounds.
+        agreement: the share of all new tokens that the quantized model also chooses, given the float model's text up to
+            there. It includes tokens after the first difference and varies less from prompt to prompt.
         new_tokens: decoded for each prompt.
     """
 
@@ -49,12 +47,12 @@ class Divergence:
 
     @property
     def same(self) -> int:
-        """Prompts whose continuations do not differ."""
+        """Number of prompts without a difference."""
         return sum(position == self.new_tokens for position in self.positions)
 
 
 def prompt_windows(ids: Tensor, count: int, length: int) -> Tensor:
-    """The beginnings of ``count`` equal parts of a text, int64 [count, length].
+    """Split a text into equal parts and return the beginning of each, int64 [count, length].
 
     Args:
         ids: int64 [tokens].
@@ -62,7 +60,7 @@ def prompt_windows(ids: Tensor, count: int, length: int) -> Tensor:
         length: tokens of a prompt.
 
     Raises:
-        ValueError: count or length below 1, or fewer tokens than that.
+        ValueError: count or length is below 1, or ids has fewer than count x length tokens.
     """
     if min(count, length) < 1 or ids.dim() != 1 or ids.numel() < count * length:
         raise ValueError(
@@ -73,52 +71,19 @@ def prompt_windows(ids: Tensor, count: int, length: int) -> Tensor:
 
 
 @torch.inference_mode()
-def greedy_tokens(
-    model: nn.Module, prompts: Tensor, new_tokens: int, progress: Callable[[int], None] | None = None
-) -> Tensor:
-    """The greedy continuation of each prompt, int64 [prompts, new_tokens]; an end of text does not stop it.
-
-    Args:
-        model: of transformers, or another whose forward takes ids, a key/value cache and ``use_cache=True``.
-        prompts: int64 [prompts, tokens], without padding.
-        new_tokens: at least 1.
-        progress: called with the tokens done of each prompt.
-
-    Raises:
-        ValueError: prompts of another shape, or new_tokens below 1.
-    """
-    if prompts.dim() != 2 or 0 in prompts.shape or new_tokens < 1:
-        raise ValueError(
-            f"greedy_tokens: prompts must be [prompts, tokens], not empty, and new_tokens at least 1, got "
-            f"{tuple(prompts.shape)} and {new_tokens}; pass prompts of one length"
-        )
-    step, cache = prompts, None
-    keyword = cache_keyword(model)
-    tokens = []
-    for done in range(1, new_tokens + 1):
-        out = model(step, **{keyword: cache}, use_cache=True)
-        cache = output_cache(out)
-        step = out.logits[:, -1:].argmax(-1)
-        tokens.append(step)
-        if progress is not None:
-            progress(done)
-    return torch.cat(tokens, 1)
-
-
-@torch.inference_mode()
 def divergence(model: Callable[[Tensor], object], prompts: Tensor, tokens: Tensor) -> Divergence:
-    """Where a model's greedy decoding leaves ``tokens``, the greedy continuation by another one.
+    """Where a model's greedy decoding leaves ``tokens``, the greedy continuation by another model.
 
-    It takes no decoding: up to the first difference both have the same text before them, so that one pass over prompt
-    and tokens tells what this model would have written at each place.
+    Up to the first difference both models read the same text. One pass over prompt and tokens therefore gives every
+    choice of this model; nothing is decoded.
 
     Args:
         model: called as ``model(ids)``; its ``.logits`` are [n, tokens, vocabulary] in any float dtype.
         prompts: int64 [prompts, tokens].
-        tokens: int64 [prompts, new tokens], from :func:`greedy_tokens` of the float model.
+        tokens: int64 [prompts, new tokens], from :func:`rcp_kernels.evaluation.decoding.greedy_tokens`.
 
     Raises:
-        ValueError: prompts or tokens are empty, or not of as many rows.
+        ValueError: prompts or tokens are empty, or differ in their number of rows.
     """
     if prompts.dim() != 2 or tokens.dim() != 2 or len(prompts) != len(tokens) or 0 in (*prompts.shape, *tokens.shape):
         raise ValueError(
@@ -126,12 +91,10 @@ def divergence(model: Callable[[Tensor], object], prompts: Tensor, tokens: Tenso
             f"{tuple(prompts.shape)} and {tuple(tokens.shape)}; pass what greedy_tokens gave for these prompts"
         )
     new_tokens = tokens.shape[1]
-    # The last token is not read: nothing is asked after it.
-    text = torch.cat([prompts, tokens[:, :-1]], 1)
+    text = torch.cat([prompts, tokens[:, :-1]], 1)  # nothing follows the last token
+    rows = max(1, _CHUNK_TOKENS // text.shape[1])
     same = []
-    for ids, expected in zip(
-        *(part.split(max(1, _CHUNK_TOKENS // text.shape[1])) for part in (text, tokens)), strict=True
-    ):
+    for ids, expected in zip(text.split(rows), tokens.split(rows), strict=True):
         logits = model(ids).logits  # type: ignore[attr-defined]
         same.append(logits[:, -new_tokens:].argmax(-1) == expected)
     agree = torch.cat(same).to(torch.int64)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-# Logits of this many tokens exist at once: 256 x 49152 float32 is 50 MB, and the model's own output comes on top.
+# Tokens whose float32 logits exist at once, beside the model's own output: 256 x 49152 float32 are 50 MB.
 _CHUNK = 256
 
 
@@ -17,20 +17,20 @@ _CHUNK = 256
 def perplexity(
     model: nn.Module, token_ids: Tensor, window: int = 512, progress: Callable[[int], None] | None = None
 ) -> float:
-    """exp of the mean negative log-likelihood over non-overlapping windows.
+    """The perplexity of a model: exp of the mean negative log-likelihood over non-overlapping windows.
 
     Args:
         model: called as ``model(ids)``; its ``.logits`` are [1, window, vocabulary] in any float dtype.
-        token_ids: int64 [tokens]; what is left over after the last full window is dropped.
-        window: tokens a forward pass sees. The first token of each window is context only, so
-            ``(tokens // window) * (window - 1)`` predictions are averaged, in float64, from float32 logits.
+        token_ids: int64 [tokens]. Tokens after the last full window are not used.
+        window: tokens of a forward pass. The first token of each window is context only. The mean is over
+            ``(tokens // window) * (window - 1)`` predictions, in float64, from float32 logits.
         progress: called after each window with the number of tokens done.
 
     Raises:
         ValueError: window is below 2, or token_ids is not 1-D or shorter than one window.
     """
     if window < 2:
-        raise ValueError(f"perplexity: window must be at least 2 (one token predicts the next), got {window}")
+        raise ValueError(f"perplexity: window must be at least 2, got {window}; one token predicts the next")
     if token_ids.dim() != 1 or token_ids.numel() < window:
         raise ValueError(
             f"perplexity: token_ids must be 1-D with at least window = {window} tokens, got shape "
@@ -48,7 +48,7 @@ def perplexity(
 
 
 def perplexity_of(loss: float) -> float:
-    """exp of a mean negative log-likelihood; infinite above 709 nats."""
+    """exp of a mean negative log-likelihood in nats; infinite above 709."""
     try:
         return math.exp(loss)
     except OverflowError:

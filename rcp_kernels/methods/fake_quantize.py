@@ -1,8 +1,8 @@
 """Fake quantization of a weight to a table of levels per group: the packed format's values, differentiable.
 
-The value is exactly what the format stores (int8 levels, a float16 scale a group, docs/format.md), so that a model is
-trained on the weights that it will have. The gradient to the weight is straight-through; that to the levels is the true
-one with every weight keeping its level, so whatever parametrises the levels is learned through ordinary autograd.
+The values are exactly those that the format stores (int8 levels, a float16 scale per group, docs/format.md). A model is
+therefore trained on its final weights. The gradient to the weight is straight-through. The gradient to the levels is
+the true one for weights that keep their level, so autograd trains any parameters that the levels are computed from.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..formats import LEVEL_MAX
+from ..formats import LARGEST_SCALE_EXPONENT, LEVEL_MAX
 from ..ops.quantize_weight import whole_and_tail
 
-__all__ = ["fake_quantize", "group_range"]
+__all__ = ["fake_quantize", "group_range", "snap", "tensor_scale_exponent"]
 
-# On the CPU a chunk's few temporaries stay in a core's L2 cache, and below 32768 elements torch runs an operator on one
-# thread: with two, on cores that other processes use as well, each of the 20 short operators of a chunk waited up to
-# 7.6 ms for the other thread (65 thousand elements: 0.003 ms of work).
+# On the CPU the temporaries of such a chunk fit a core's L2 cache, and torch runs operators below 32768 elements on one
+# thread. With two threads, on cores that other processes used too, each of the 20 short operators of a chunk waited up
+# to 7.6 ms for the other thread (65 thousand elements: 0.003 ms of work).
 _CHUNK_WEIGHTS = 32767
 
 
@@ -58,26 +58,26 @@ def fake_quantize(
 ) -> Tensor:
     """Each weight's nearest level, as stored: ``quantize_weight(weight, bits, group_size, levels).dequantize()``.
 
-    Gradients (straight-through over the snap to int8 and float16)::
+    Gradients, straight-through over the snap to int8 and float16::
 
         weight     grad                   where first level < weight < last level, else 0
         levels[c]  sum of grad            over the group's weights of code c
 
-    With ``through_rounding`` the code counts as the position u = (w - first) / (last - first) of a weight that is
-    inside, as in LSQ (Esser et al. 2020), which takes ``grad * (1 - u)`` from the first level's gradient and
-    ``grad * u`` from the last one's: the gradient of evenly spaced levels under straight-through rounding.
+    With ``through_rounding``, rounding is straight-through too, as in LSQ (Esser et al. 2020), for evenly spaced
+    levels. A weight inside the range has the position u = (w - first) / (last - first). It subtracts ``grad * (1 - u)``
+    from the first level's gradient and ``grad * u`` from the last level's gradient.
 
-    A weight midway between two levels takes the lower one. Where all levels of a group are equal, no weight is inside.
+    A weight midway between two levels takes the lower one. If all levels of a group are equal, no weight is inside.
 
     Args:
         weight: float32, float16, bfloat16 or float64 [N, K], of magnitudes below 1e+38; any strides.
         levels: float32 [N, ceil(K / group_size), 2**bits], ascending, in units of the weight. Not checked: NaN spreads
             to the whole group.
         group_size: weights along K that share a table.
-        dtype: of the result; that of weight by default. The float32 values are rounded to it once.
+        dtype: of the result; the weight's by default. The float32 values are rounded to it once.
         through_rounding: see above.
-        table: float32, as levels in shape: the values that are stored for them, each an integer below 2**8 times its
-            group's float16 scale times one power of two; those of :func:`snap` by default.
+        table: float32, of the levels' shape: the stored values of the levels, by default those of :func:`snap`. Each
+            is an integer below 2**8, times its group's float16 scale, times one power of two.
 
     Returns:
         [N, K].
@@ -87,15 +87,22 @@ def fake_quantize(
     return _FakeQuantize.apply(weight, levels, table, group_size, dtype, through_rounding)
 
 
-def snap(levels: Tensor) -> Tensor:
-    """The values that ``formats.snap_levels`` would store for these levels: float32, as levels in shape.
+def tensor_scale_exponent(scales: Tensor) -> int:
+    """Exponent of the tensor scale that ``formats.snap_levels`` gives to these group scales; 0 for NaN or Inf."""
+    peak = float(scales.max())
+    if not 0.0 < peak < math.inf:
+        return 0
+    return min(max(math.frexp(peak)[1] - 1 - LARGEST_SCALE_EXPONENT, -126), 127)
 
-    The same arithmetic without its checks, which read back from the device and take longer than the snap.
+
+def snap(levels: Tensor) -> Tensor:
+    """The values that ``formats.snap_levels`` would store for these levels: float32, of the same shape.
+
+    The arithmetic is the same. The checks are left out: they read back from the device and take longer than the snap.
     """
     largest = levels.abs().amax(dim=-1)
     scales = largest / LEVEL_MAX
-    peak = float(scales.max())
-    exponent = min(max(math.frexp(peak)[1] - 8, -126), 127) if 0.0 < peak < math.inf else 0
+    exponent = tensor_scale_exponent(scales)
     ratio = torch.where(largest > 0, LEVEL_MAX / largest.to(torch.float64), 0.0)
     snapped = (levels * ratio[..., None]).round_()
     stored = (scales.to(torch.float64) * 2.0**-exponent).to(torch.float16).to(torch.float32)
@@ -103,7 +110,7 @@ def snap(levels: Tensor) -> Tensor:
 
 
 def _chunks(weight: Tensor, group_size: int) -> Iterator[tuple[slice, slice, slice, int]]:
-    """Rows, columns, groups and group length of pieces of a weight: small ones on the CPU, elsewhere all rows."""
+    """Rows, columns, groups and group length of each chunk of a weight. Rows are divided on the CPU only."""
     rows, in_features = weight.shape
     step = max(1, _CHUNK_WEIGHTS // in_features) if weight.device.type == "cpu" else max(1, rows)
     for start in range(0, rows, step):
@@ -112,7 +119,7 @@ def _chunks(weight: Tensor, group_size: int) -> Iterator[tuple[slice, slice, sli
 
 
 class _Buffers:
-    """Temporaries that are allocated once for all chunks: fresh ones would cost page faults on every chunk."""
+    """Temporaries that all chunks share. New ones for every chunk would cost page faults each time."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -126,7 +133,7 @@ class _Buffers:
         return flat[:count].view(shape)
 
     def float32(self, name: str, values: Tensor) -> Tensor:
-        """The values themselves if they are float32, else a copy that is."""
+        """The values, converted to float32 if they have another dtype."""
         return values if values.dtype == torch.float32 else self.get(name, values.shape).copy_(values)
 
 
@@ -143,7 +150,7 @@ class _FakeQuantize(torch.autograd.Function):
     ) -> Tensor:
         bounds = table[..., 1:] * 0.5 + table[..., :-1] * 0.5
         first = table[..., :1]
-        # A sum of steps is exact: all values are multiples, below 2**8, of one float16 scale times a power of two.
+        # Sums of steps are exact: all values are multiples below 2**8 of one float16 scale times a power of two.
         steps = table.diff(dim=-1)
         result = torch.empty(weight.shape, dtype=dtype, device=weight.device)
         buffers = _Buffers(weight.device)
@@ -153,7 +160,7 @@ class _FakeQuantize(torch.autograd.Function):
             total = out if dtype == torch.float32 else buffers.get("total", values.shape)
             above = buffers.get("above", values.shape)
             part_bounds, part_steps = bounds[chunk, groups], steps[chunk, groups]
-            # Comparisons into float32: a bool result costs four times as much, and its product with floats again.
+            # Comparisons write float32. A bool result costs four times as much, and its product with floats again.
             torch.gt(values, part_bounds[..., :1], out=above)
             torch.mul(above, part_steps[..., :1], out=total)
             total.add_(first[chunk, groups])
@@ -174,7 +181,7 @@ class _FakeQuantize(torch.autograd.Function):
         count = levels.shape[-1]
         ends = levels[..., :1], levels[..., -1:]
         grad_weight = torch.empty_like(weight) if want_weight else None
-        # sums[k]: of the gradients of the weights that lie above bound k - 1, of all weights for k = 0.
+        # sums[k] is the sum of the gradients over the weights above bound k - 1, sums[0] over all weights.
         sums = torch.empty((count, *levels.shape[:-1]), dtype=torch.float32, device=weight.device)
         inside_sums = torch.empty((2, *levels.shape[:-1]), dtype=torch.float32, device=weight.device)
         buffers = _Buffers(weight.device)

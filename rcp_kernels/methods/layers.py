@@ -1,4 +1,4 @@
-"""Running a language model one decoder layer at a time, for methods that go through it layer by layer."""
+"""Running a language model one decoder layer at a time, for methods that quantize layer by layer."""
 
 from __future__ import annotations
 
@@ -20,20 +20,11 @@ class Diverged(RuntimeError):
 
 
 class _Stop(Exception):
-    """Raised by a hook to leave a forward pass whose rest is not needed."""
+    """Raised by a hook to end a forward pass early."""
 
 
-def check_calibration_ids(ids: Tensor, where: str) -> Tensor:
-    """Return ``ids`` if they are sequences of tokens, else raise.
-
-    Args:
-        ids: int64 [sequences, tokens].
-        where: the function to name in errors.
-
-    Raises:
-        TypeError: not an integer tensor.
-        ValueError: not 2-D, no sequence, or sequences of less than 2 tokens.
-    """
+def check_calibration_ids(ids: Tensor, where: str) -> None:
+    """Raise TypeError or ValueError unless ``ids`` are integers [sequences, tokens] with at least 2 tokens."""
     if not isinstance(ids, Tensor) or ids.is_floating_point() or ids.dtype == torch.bool:
         found = ids.dtype if isinstance(ids, Tensor) else type(ids).__name__
         raise TypeError(
@@ -43,22 +34,12 @@ def check_calibration_ids(ids: Tensor, where: str) -> Tensor:
         raise ValueError(
             f"{where}: calibration_ids must be [sequences, tokens] with at least one sequence of at least 2 tokens, "
             f"got shape {tuple(ids.shape)}; the calibration text is shorter than one sequence: pass more text or "
-            f"make the sequences shorter"
+            f"shorter sequences"
         )
-    return ids
 
 
 def check_vocabulary(model: nn.Module, ids: Tensor, where: str) -> None:
-    """Refuse token ids that a model has no embedding of, which would be an IndexError without a name.
-
-    Args:
-        model: of ``transformers``.
-        ids: integers of any shape.
-        where: the function to name in the error.
-
-    Raises:
-        ValueError: an id below 0 or not below the rows of the embedding.
-    """
+    """Raise ValueError if a token id is outside [0, rows of the model's embedding)."""
     size: int = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
     outside = ids[(ids < 0) | (ids >= size)]
     if outside.numel():
@@ -69,14 +50,11 @@ def check_vocabulary(model: nn.Module, ids: Tensor, where: str) -> None:
 
 
 def float_linears(model: nn.Module, architecture: Architecture, where: str) -> dict[str, nn.Linear]:
-    """The linear layers of the decoder by full name, after a look at whether there is anything to quantize.
-
-    Args:
-        model: that architecture describes.
-        where: the function to name in errors.
+    """The linear layers of the decoder by full name.
 
     Raises:
-        ValueError: a layer is packed already or of another kind, named; or a parameter has no values.
+        ValueError: a layer is no ``nn.Linear``, for example because it is packed already, or a parameter of the model
+            has no values.
     """
     linears = {name: model.get_submodule(name) for layer in architecture.layers for name in layer.linears}
     for name, module in linears.items():
@@ -88,29 +66,29 @@ def float_linears(model: nn.Module, architecture: Architecture, where: str) -> d
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
             raise ValueError(
-                f"{where}: {name} must have values, got a parameter on the meta device, where accelerate keeps what it "
-                f"has offloaded; load the whole model into memory, without offloading"
+                f"{where}: {name} must have values, got a parameter on the meta device, where accelerate keeps "
+                f"offloaded parameters; load the whole model into memory, without offloading"
             )
     return linears  # type: ignore[return-value]
 
 
 @torch.no_grad()
 def first_layer_inputs(model: nn.Module, ids: Tensor) -> tuple[Tensor, list[dict[str, Any]]]:
-    """What enters the first decoder layer, and what else each layer is called with.
+    """The input of the first decoder layer, and the other arguments of each layer.
 
-    The keyword arguments (attention mask, position embeddings, ...) depend on the length of the sequences only, so they
-    are taken from one pass of the first sequence through all layers, and serve any batch: their batch dimension is 1.
+    The other arguments (attention mask, position embeddings, ...) depend only on the length of the sequences. One pass
+    of the first sequence through all layers records them. Their batch dimension is 1, so they serve any batch.
 
     Args:
         model: a causal language model that :func:`rcp_kernels.models.describe` knows, in eval mode.
         ids: int64 [n, seq], full sequences without padding.
 
     Returns:
-        hidden [n, seq, hidden_size], in the dtype and on the device of the model; and one dictionary of keyword
-        arguments for each layer, for :func:`run_layer`.
+        hidden [n, seq, hidden_size] in the dtype and on the device of the model, and for each layer a dictionary of
+        keyword arguments for :func:`run_layer`.
 
     Raises:
-        ValueError: as describe, or as :func:`check_vocabulary`.
+        ValueError: as describe and :func:`check_vocabulary`.
     """
     architecture = describe(model)
     check_vocabulary(model, ids, "first_layer_inputs")
@@ -143,12 +121,12 @@ def first_layer_inputs(model: nn.Module, ids: Tensor) -> tuple[Tensor, list[dict
 
 
 def run_layer(layer: Callable[..., Any], hidden: Tensor, keywords: dict[str, Any]) -> Tensor:
-    """One decoder layer on hidden states: [n, seq, hidden_size] -> the same shape. Differentiable.
+    """Apply one decoder layer to hidden states: [n, seq, hidden_size] -> the same shape. Differentiable.
 
     Args:
-        layer: a decoder layer, or a function that is called as one.
+        layer: a decoder layer, or a function with the same arguments.
         hidden: [n, seq, hidden_size], any n.
-        keywords: of this layer, from :func:`first_layer_inputs` with sequences of the same length.
+        keywords: the layer's, from :func:`first_layer_inputs` with sequences of the same length.
     """
     output = layer(hidden, **keywords)
     return output[0] if isinstance(output, tuple) else output

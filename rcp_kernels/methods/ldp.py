@@ -8,37 +8,41 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ..formats import PackedWeight, check_bits, check_group_size, num_groups
-from ..ops.clip_search import clip_search
+from ..formats import PackedWeight
 from ..ops.kmeans_levels import kmeans_levels
 from ..ops.quantize_weight import quantize_weight
 from .fake_quantize import fake_quantize, group_range
-from .level_search import for_each_group
+from .group_quantizer import GroupQuantizer, for_each_group
 
 __all__ = ["LearnableDirectPartitioning"]
 
 _CLIP_INIT = 4.0  # sigmoid: 0.982 of the range
-# Shares that initial parameters stay between: nearer to 0 or 1 a sigmoid hardly moves any more.
+# Initial shares stay in this range. Nearer to 0 or 1 the gradient of a sigmoid vanishes.
 _SHARE_MIN, _SHARE_MAX = 0.01, 0.99
 
 
-class LearnableDirectPartitioning(nn.Module):
-    """Fake quantization of a weight to levels that are learned per group: a clipped range and its partition.
+class LearnableDirectPartitioning(GroupQuantizer):
+    """Fake quantization of a weight to learned levels per group: a clipped range and its partition.
 
-    For each group of ``group_size`` weights along K, with four numbers beta, gamma (clip) and s1, s2 (partition)::
+    Each group of ``group_size`` weights along K has four parameters, beta and gamma (clip), s1 and s2 (partition)::
 
         lo = sigmoid(beta) * min(w)       hi = max(sigmoid(gamma) * max(w), lo)
         p1 = sigmoid(s1)                  p2 = (1 - p1) * sigmoid(s2)
         levels = lo + (hi - lo) * {0, p1, p1 + p2, 1}
 
-    and each weight gets the nearest level, as docs/format.md would store it. The form of the clip is published
-    (OmniQuant's, as used by RCP); that of the partition is ours: the equations of LDP are not public. With 3 and 4 bits
-    the levels are evenly spaced between lo and hi.
+    Each weight gets the nearest level, with the values that docs/format.md would store. The form of the clip is
+    published (OmniQuant's, as RCP uses it). The form of the partition is ours, because the equations of LDP are not
+    public. With 3 and 4 bits the levels are evenly spaced between lo and hi.
 
-    Gradients: to the weight 1 where lo < w < hi and else 0; to the parameters through the levels, each weight keeping
-    its level (clipped weights so pull at lo or hi); none through min(w) and max(w), which would put a whole group's
-    gradient onto two weights (ours). Weights that are all equal lie outside of lo and hi, since a sigmoid is below 1:
-    they are stored as the nearer of the two and get no gradient; where they are zero, the parameters get none either.
+    Gradients:
+
+    - to the weight: 1 where lo < w < hi, else 0;
+    - to the parameters: through the levels, with every weight keeping its level. Clipped weights therefore pull at lo
+      or hi;
+    - through min(w) and max(w): none. They would put a whole group's gradient on two weights (our choice).
+
+    If all weights of a group are equal, they lie outside of lo and hi, since a sigmoid is below 1. They are stored as
+    the nearer of the two and get no gradient. If they are all zero, the parameters get no gradient either.
 
     Attributes:
         beta, gamma, s1, s2: float32 [N, ceil(K / group_size)]; parameters if learned, else buffers. s1 and s2 exist
@@ -63,54 +67,46 @@ class LearnableDirectPartitioning(nn.Module):
         *,
         device: torch.device | str | None = None,
     ) -> None:
-        """Make the quantizer of uniform levels over sigmoid(4) = 0.982 of the range.
+        """Make a quantizer with uniform levels over sigmoid(4) = 0.982 of the range.
 
         Args:
             weight_shape: (N, K) = (out_features, in_features).
             bits: 2, 3 or 4.
             group_size: 32, 64, 128 or K.
             learn_clip: whether beta and gamma are parameters.
-            learn_partition: whether s1 and s2 are; None for where there are any, with 2 bits.
+            learn_partition: whether s1 and s2 are parameters. None: yes with 2 bits.
             device: of the parameters.
 
         Raises:
-            ValueError: bits, group_size or shape outside the format, or a learned partition of 3 or 4 bits.
+            ValueError: bits, group_size or shape outside the format, or learn_partition with 3 or 4 bits.
         """
-        super().__init__()
-        if len(weight_shape) != 2 or min(weight_shape) < 1:
-            raise ValueError(
-                f"LearnableDirectPartitioning: weight_shape must be (out_features, in_features), both at least 1, got "
-                f"{tuple(weight_shape)}; pass weight.shape"
-            )
-        self.weight_shape = (int(weight_shape[0]), int(weight_shape[1]))
-        self.bits = check_bits(bits)
-        self.group_size = check_group_size(group_size, self.weight_shape[1])
+        super().__init__(weight_shape, bits, group_size)
         if learn_partition and bits != 2:
             raise ValueError(
-                f"LearnableDirectPartitioning: learn_partition needs 2 bits, whose 3 intervals s1 and s2 describe, got "
-                f"{bits} bits; leave it out, the levels are then evenly spaced"
+                f"LearnableDirectPartitioning: learn_partition needs 2 bits, got {bits} bits; leave it out, levels of "
+                f"3 and 4 bits are evenly spaced"
             )
-        shape = (self.weight_shape[0], num_groups(self.weight_shape[1], group_size))
-        self._register("beta", torch.full(shape, _CLIP_INIT, device=device), learn_clip)
-        self._register("gamma", torch.full(shape, _CLIP_INIT, device=device), learn_clip)
+        self._register("beta", _CLIP_INIT, learn_clip, device)
+        self._register("gamma", _CLIP_INIT, learn_clip, device)
         if bits == 2:
             learned = learn_partition is None or learn_partition
-            self._register("s1", torch.full(shape, -math.log(2.0), device=device), learned)
-            self._register("s2", torch.zeros(shape, device=device), learned)
+            self._register("s1", -math.log(2.0), learned, device)
+            self._register("s2", 0.0, learned, device)
 
-    def _register(self, name: str, value: Tensor, learned: bool) -> None:
+    def _register(self, name: str, value: float, learned: bool, device: torch.device | str | None) -> None:
+        values = torch.full(self._groups_shape, value, device=device)
         if learned:
-            self.register_parameter(name, nn.Parameter(value))
+            self.register_parameter(name, nn.Parameter(values))
         else:
-            self.register_buffer(name, value)
+            self.register_buffer(name, values)
 
     @torch.no_grad()
     def init_uniform(self, weight: Tensor | None = None, clip: float = _CLIP_INIT) -> None:
         """Evenly spaced levels between ``sigmoid(clip)`` times the ends of each group's range.
 
         Args:
-            weight: not needed: the parameters do not depend on it.
-            clip: beta and gamma.
+            weight: not used. The parameters do not depend on it.
+            clip: value of beta and gamma.
         """
         self.beta.fill_(clip)
         self.gamma.fill_(clip)
@@ -118,34 +114,31 @@ class LearnableDirectPartitioning(nn.Module):
 
     @torch.no_grad()
     def init_clip_search(self, weight: Tensor, importance: Tensor | None = None) -> None:
-        """Evenly spaced levels over the range of least squared error, of 72 tried (`rcp_kernels.ops.clip_search`).
+        """Evenly spaced levels over the best of 72 ranges by squared error (`rcp_kernels.ops.clip_search`).
 
         Args:
             weight: floating point [N, K].
-            importance: floating point [K], >= 0: counts the error of each column; the diagonal of a Hessian, say.
+            importance: floating point [K], >= 0: factor of each column's error, for example the diagonal of a Hessian.
 
         Raises:
-            ValueError: another shape.
+            ValueError: the weight has another shape.
         """
         self._check(weight)
-        count = 2**self.bits
-        ratios = for_each_group(
-            weight, self.group_size, lambda groups, share: clip_search(groups, count, share), importance
-        )
+        ratios = self._clip_ratios(weight, importance)
         self.beta.copy_(torch.logit(ratios[..., 0]))
         self.gamma.copy_(torch.logit(ratios[..., 1]))
         self._uniform_partition()
 
     @torch.no_grad()
     def init_kmeans(self, weight: Tensor, importance: Tensor | None = None) -> None:
-        """The k-means levels of each group, as near as the parameters come (:meth:`init_levels`).
+        """The k-means levels of each group, as closely as the parameters can give them (:meth:`init_levels`).
 
         Args:
             weight: floating point [N, K].
-            importance: floating point [K], >= 0, of each column's error.
+            importance: floating point [K], >= 0: factor of each column's error.
 
         Raises:
-            ValueError: another shape.
+            ValueError: the weight has another shape.
         """
         self._check(weight)
         count = 2**self.bits
@@ -156,18 +149,18 @@ class LearnableDirectPartitioning(nn.Module):
 
     @torch.no_grad()
     def init_levels(self, weight: Tensor, levels: Tensor) -> None:
-        """The parameters whose levels are these, or come near them.
+        """Set the parameters so that their levels equal or approach the given ones.
 
-        Exact, but for rounding, where the first level is 0.01 to 0.99 times the group's minimum, the last one so much
-        of the maximum, and no interval is below a hundredth of the range (of what p1 leaves, for p2); what lies outside
-        is moved there. With 3 and 4 bits only the first and the last level are kept.
+        Levels are reproduced up to rounding if the first level is 0.01 to 0.99 times the group's minimum, the last one
+        0.01 to 0.99 times the maximum, and both inner shares, p1 and p2 / (1 - p1), lie in [0.01, 0.99]. Shares outside
+        are clamped to these limits. With 3 and 4 bits only the first and the last level count.
 
         Args:
             weight: floating point [N, K].
             levels: floating point [N, groups, 2**bits], ascending.
 
         Raises:
-            ValueError: another shape.
+            ValueError: weight or levels have another shape.
         """
         self._check(weight)
         shape = (*self.beta.shape, 2**self.bits)
@@ -204,7 +197,7 @@ class LearnableDirectPartitioning(nn.Module):
         if self.bits == 2:
             p1 = torch.sigmoid(self.s1)
             p12 = p1 + (1 - p1) * torch.sigmoid(self.s2)
-            # Not above hi, which low + span may exceed by a rounding.
+            # Rounding can put low + span above high; levels must ascend.
             inner = [torch.minimum(torch.addcmul(low, span, share), high) for share in (p1, p12)]
         else:
             last = 2**self.bits - 1
@@ -216,42 +209,32 @@ class LearnableDirectPartitioning(nn.Module):
 
         Args:
             weight: floating point [N, K].
-            dtype: of the result; that of weight by default. Under autocast, asking for the compute dtype here saves
-                the linear layer a pass over the weight.
+            dtype: of the result; the weight's by default. Under autocast, pass the compute dtype: this saves the
+                linear layer a pass over the weight.
 
         Raises:
-            ValueError: another shape.
+            ValueError: the weight has another shape.
         """
         self._check(weight)
         return fake_quantize(weight, self.levels(weight), self.group_size, dtype=dtype)
 
     @torch.no_grad()
     def export(self, weight: Tensor) -> PackedWeight:
-        """The packed weight; ``export(w).dequantize().to(w.dtype)`` equals ``forward(w)`` bit for bit.
+        """The packed weight. ``export(w).dequantize().to(w.dtype)`` equals ``forward(w)`` bit for bit.
 
         Raises:
-            ValueError: another shape, or NaN or Inf in the weight or the parameters.
+            ValueError: the weight has another shape, or the weight or the parameters have NaN or Inf.
         """
         self._check(weight)
         return quantize_weight(weight, self.bits, self.group_size, self.levels(weight))
-
-    def extra_repr(self) -> str:
-        return f"weight_shape={self.weight_shape}, bits={self.bits}, group_size={self.group_size}"
 
     def _uniform_partition(self) -> None:
         if self.bits == 2:
             self.s1.fill_(-math.log(2.0))
             self.s2.zero_()
 
-    def _check(self, weight: Tensor) -> None:
-        if tuple(weight.shape) != self.weight_shape:
-            raise ValueError(
-                f"LearnableDirectPartitioning: weight must have the shape {self.weight_shape} that the quantizer was "
-                f"made for, got {tuple(weight.shape)}; make one with weight.shape"
-            )
 
-
-def _logit(part: Tensor, whole: Tensor) -> Tensor:
-    """logit(part / whole), of a share held in [0.01, 0.99]; 0.99 where whole is 0."""
-    share = torch.where(whole != 0, part / whole, _SHARE_MAX)
+def _logit(part: Tensor, total: Tensor) -> Tensor:
+    """logit(part / total), with the share clamped to [0.01, 0.99]; a share of 0.99 where total is 0."""
+    share = torch.where(total != 0, part / total, _SHARE_MAX)
     return torch.logit(share.clamp(_SHARE_MIN, _SHARE_MAX))

@@ -1,4 +1,4 @@
-"""The trainable low-bit model: linear layers that quantize their weight and input in the forward pass, in float."""
+"""The student: a model whose linear layers fake-quantize weight and input in every forward pass, differentiably."""
 
 from __future__ import annotations
 
@@ -12,29 +12,40 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional
 
 from ..models import Architecture, describe
+from ..models.hf import cache_argument
 from ..nn.online_rotation import OnlineRotation
 from ..nn.quant_linear import QuantLinear
+from ..ops.checks import check_one_of
 from ..ops.kv_cache import fake_quantize_kv
 from ..ops.quantize_activation import quantize_activation
 from .layers import float_linears
 from .ldp import LearnableDirectPartitioning
 
-__all__ = ["FakeQuantKV", "FakeQuantLinear", "export_student", "fake_quantize_activation", "make_student", "students"]
+__all__ = [
+    "FakeQuantKV",
+    "FakeQuantLinear",
+    "export_student",
+    "fake_quantize_activation",
+    "fake_quantized_kv",
+    "make_student",
+    "students",
+    "with_quantized_weights",
+]
 
 INITS = ("uniform", "clip", "kmeans")
-"""How the levels of a student start: LearnableDirectPartitioning's init_uniform, init_clip_search, init_kmeans."""
+"""Initial levels of a student: LearnableDirectPartitioning's init_uniform, init_clip_search, init_kmeans."""
 
 
 class FakeQuantLinear(nn.Module):
-    """``y = Q(x) Q(W)^T + bias`` in float: what QuantLinear will compute, up to rounding, and differentiable.
+    """``y = Q(x) Q(W)^T + bias`` in float, differentiable, equal to the exported QuantLinear up to rounding.
 
-    The weight is quantized in every forward pass, or, between :meth:`hold` and :meth:`release`, once for several.
+    The weight is quantized in every forward pass, or once for all passes between :meth:`hold` and :meth:`release`.
 
     Attributes:
         weight: float32 [N, K], trained.
         quantizer: LearnableDirectPartitioning of the weight.
         bias: [N], not trained, or None.
-        input_rotation: applied to x before it is quantized, or None.
+        input_rotation: applied to x before x is quantized, or None.
         act_bits: 4, 8 or 16.
         act_clip: in (0, 1].
         name: full name in the model, for messages.
@@ -53,24 +64,28 @@ class FakeQuantLinear(nn.Module):
         self.act_bits = act_bits
         self.act_clip = act_clip
         self.name = name
-        self._held: Tensor | None = None
+        self._quantized: Tensor | None = None
         self._graph: Tensor | None = None
 
     def hold(self, dtype: torch.dtype) -> None:
         """Quantize the weight now, for all forward passes until :meth:`release`.
 
-        With gradients enabled the passes accumulate their gradient at the quantized weight, and ``release`` takes it
-        through the quantizer once, instead of once a pass.
+        With gradients enabled, the passes accumulate the gradient of the quantized weight. ``release`` then passes the
+        sum through the quantizer once, instead of once per forward pass.
         """
         quantized = self.quantizer(self.weight, dtype)
         self._graph = quantized if quantized.requires_grad else None
-        self._held = quantized.detach().requires_grad_(quantized.requires_grad)
+        self._quantized = quantized.detach().requires_grad_(quantized.requires_grad)
 
     def release(self, backward: bool = True) -> None:
-        """Forget the held weight, after its gradient has gone on to the weight and the quantizer, if backward."""
-        if backward and self._graph is not None and self._held is not None and self._held.grad is not None:
-            torch.autograd.backward(self._graph, self._held.grad)
-        self._graph = self._held = None
+        """Drop the quantized weight of :meth:`hold`.
+
+        Args:
+            backward: first pass its gradient on to the weight and the quantizer.
+        """
+        if backward and self._graph is not None and self._quantized is not None and self._quantized.grad is not None:
+            torch.autograd.backward(self._graph, self._quantized.grad)
+        self._graph = self._quantized = None
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] -> [..., out_features]."""
@@ -83,11 +98,11 @@ class FakeQuantLinear(nn.Module):
                 raise ValueError(f"layer {self.name}: {error}") from None
         autocast = torch.is_autocast_enabled(x.device.type)
         dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
-        weight = self.quantizer(self.weight, dtype) if self._held is None else self._held
+        weight = self.quantizer(self.weight, dtype) if self._quantized is None else self._quantized
         return functional.linear(x, weight, None if self.bias is None else self.bias.to(dtype))
 
     def export(self) -> QuantLinear:
-        """The packed layer, whose weight is bit for bit the one trained with."""
+        """The packed layer. Its weight is bit for bit the quantized weight of training."""
         packed = self.quantizer.export(self.weight)
         return QuantLinear.from_packed(packed, self.bias, self.act_bits, self.act_clip, self.input_rotation)
 
@@ -110,7 +125,7 @@ class _FakeQuantizeActivation(torch.autograd.Function):
 
 
 def fake_quantize_activation(x: Tensor, bits: int = 4, clip: float = 1.0) -> Tensor:
-    """``q * scale`` of :func:`rcp_kernels.quantize_activation`, straight-through; clipped entries get no gradient.
+    """``q * scale`` of :func:`rcp_kernels.quantize_activation`. Straight-through; clipped entries get no gradient.
 
     Args:
         x: float32, float16 or bfloat16 [..., K].
@@ -118,19 +133,19 @@ def fake_quantize_activation(x: Tensor, bits: int = 4, clip: float = 1.0) -> Ten
         clip: in (0, 1].
 
     Raises:
-        ValueError: as that operator, NaN and Inf included.
+        ValueError: as :func:`rcp_kernels.quantize_activation`, also for NaN and Inf.
     """
     return _FakeQuantizeActivation.apply(x, bits, clip)
 
 
 class FakeQuantKV:
-    """What a model takes for an empty key/value cache: hands keys and values back quantized, and keeps nothing.
+    """An empty key/value cache for a model's forward pass: returns keys and values quantized, and stores nothing.
 
     Keys arrive after RoPE and R3, as in a real cache.
 
     Attributes:
         bits, clip: of :func:`rcp_kernels.ops.fake_quantize_kv`.
-        updates: how often a layer has handed keys and values in.
+        updates: number of calls of :meth:`update`.
     """
 
     is_compileable = False
@@ -141,11 +156,7 @@ class FakeQuantKV:
         self.updates = 0
 
     def check_asked(self, where: str) -> None:
-        """Raise unless a layer has used this cache: a model may ignore an argument that it does not know.
-
-        Raises:
-            RuntimeError: no layer has.
-        """
+        """Raise RuntimeError if no layer has used this cache: a model may ignore an argument that it does not know."""
         if not self.updates:
             raise RuntimeError(
                 f"{where}: keys and values must pass through the cache of {self.bits} bits, got a forward pass that "
@@ -167,6 +178,27 @@ class FakeQuantKV:
         return length, 0
 
 
+@contextlib.contextmanager
+def fake_quantized_kv(module: nn.Module, bits: int, clip: float, where: str) -> Iterator[dict[str, Any]]:
+    """Keyword arguments with which a model or a decoder layer quantizes keys and values, inside the ``with`` block.
+
+    Args:
+        module: takes a key/value cache.
+        bits: of keys and values; 16 gives no arguments.
+        clip: in (0, 1].
+        where: name of the caller, for errors.
+
+    Raises:
+        RuntimeError: at the end of the block, if the module did not use the cache.
+    """
+    if bits == 16:
+        yield {}
+        return
+    cache = FakeQuantKV(bits, clip)
+    yield cache_argument(module, cache)
+    cache.check_asked(where)
+
+
 def make_student(
     model: nn.Module,
     *,
@@ -178,20 +210,19 @@ def make_student(
     learn_clip: bool = True,
     learn_partition: bool | None = None,
 ) -> Architecture:
-    """Replace the linear layers of a model's decoder by :class:`FakeQuantLinear`, in place, and freeze all the rest.
+    """Replace the linear layers of a model's decoder by :class:`FakeQuantLinear`, in place, and freeze the rest.
 
     Args:
         model: float, rotated or not.
-        bits, group_size, learn_clip, learn_partition: as LearnableDirectPartitioning.
+        bits, group_size, learn_clip, learn_partition: as for LearnableDirectPartitioning.
         act_bits, act_clip: of the layers' inputs.
         init: one of `INITS`.
 
     Raises:
         ValueError: an unknown init, an architecture that :func:`describe` does not know, or a layer that is no
-            ``nn.Linear``, named.
+            ``nn.Linear``. The message names the layer.
     """
-    if init not in INITS:
-        raise ValueError(f"make_student: init must be one of {INITS}, got {init!r}; check the spelling")
+    check_one_of("make_student", "init", init, INITS, "check the spelling")
     architecture = describe(model)
     linears = float_linears(model, architecture, "make_student")
     model.requires_grad_(False)
@@ -203,34 +234,33 @@ def make_student(
             quantizer.init_kmeans(linear.weight)
         elif init == "clip":
             quantizer.init_clip_search(linear.weight)
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, FakeQuantLinear(linear, quantizer, act_bits, act_clip, name))
+        model.set_submodule(name, FakeQuantLinear(linear, quantizer, act_bits, act_clip, name))
     return architecture
 
 
 def students(model: nn.Module) -> list[FakeQuantLinear]:
-    """The trainable layers of a model, in its order."""
+    """The trainable layers of a model, in the model's order."""
     return [module for module in model.modules() if isinstance(module, FakeQuantLinear)]
 
 
 @contextlib.contextmanager
-def held(
+def with_quantized_weights(
     model: nn.Module,
     dtype: torch.dtype,
     run: Callable[[Callable[[Any], Any], Iterable[Any]], object] = lambda f, items: list(map(f, items)),
 ) -> Iterator[None]:
-    """All weights of a student quantized once, for the forward and backward passes inside the ``with`` block.
+    """Quantize all weights of a student once for all forward and backward passes inside the ``with`` block.
 
     Args:
-        model: with layers of :func:`make_student`.
+        model: of :func:`make_student`.
         dtype: of the quantized weights.
-        run: a map, which may use threads.
+        run: like ``map``; may use threads.
     """
     layers = students(model)
     gradients = torch.is_grad_enabled()
 
     def hold(layer: FakeQuantLinear) -> None:
-        with torch.set_grad_enabled(gradients):  # threads begin with gradients on
+        with torch.set_grad_enabled(gradients):  # in a new thread gradients are enabled
             layer.hold(dtype)
 
     run(hold, layers)
@@ -247,24 +277,23 @@ def export_student(model: nn.Module) -> None:
     """Replace every :class:`FakeQuantLinear` of a model by the packed layer, in place."""
     for name, module in list(model.named_modules()):
         if isinstance(module, FakeQuantLinear):
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, module.export().train(module.training))
+            model.set_submodule(name, module.export().train(module.training))
 
 
 def is_finite(value: Tensor) -> bool:
-    """Whether all of it, or of this process's part, is finite."""
+    """Whether the tensor, or this process's shard of it, is finite."""
     part = value.to_local() if isinstance(value, DTensor) else value
     return bool(torch.isfinite(part).all())
 
 
 @torch.no_grad()
 def first_bad_layer(model: nn.Module, forward: Callable[[], object], otherwise: str) -> str:
-    """Where NaN or Inf began: a weight, else the first output, else the gradient nearest to the loss.
+    """The layer where NaN or Inf began: in a weight, else in the first output, else in the gradient nearest the loss.
 
     Args:
-        model: with layers of :func:`make_student`.
-        forward: runs it on what gave the loss.
-        otherwise: the name if no layer has any.
+        model: of :func:`make_student`.
+        forward: runs the model on the tokens that gave the loss.
+        otherwise: the name to return if no layer has NaN or Inf.
     """
     layers = students(model)
     bad: list[str] = []
@@ -280,7 +309,7 @@ def first_bad_layer(model: nn.Module, forward: Callable[[], object], otherwise: 
         if not all(is_finite(value) for value in layer.parameters()):
             return layer.name
     handles = [watch(layer) for layer in layers]
-    with contextlib.suppress(ValueError):  # what refuses NaN comes after the layer that gave it
+    with contextlib.suppress(ValueError):  # quantizers refuse NaN after the layer that produced it
         forward()
     for handle in handles:
         handle.remove()

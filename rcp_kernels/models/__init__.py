@@ -1,4 +1,4 @@
-"""What a model is made of: module names by ``config.model_type``, as data. One entry a family, in `families`."""
+"""The module names of models by ``config.model_type``, one entry per family, and the loading of models."""
 
 from .architecture import Architecture, Layer, describe
 from .families import FAMILIES, Family

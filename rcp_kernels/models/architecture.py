@@ -1,8 +1,9 @@
-"""A family's names put to a model at hand: full module names and sizes, checked."""
+"""The parts of a given model: full module names and sizes, by the names of its family."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -13,7 +14,7 @@ __all__ = ["Architecture", "Layer", "describe"]
 
 @dataclass(frozen=True)
 class Layer:
-    """The full dotted names of one decoder layer and its modules; see :class:`Family` for what each is.
+    """Full dotted names of a decoder layer and its modules, described in :class:`Family`.
 
     ``model.get_submodule(layer.q)`` is the module.
     """
@@ -36,22 +37,22 @@ class Layer:
 
     @property
     def linears(self) -> tuple[str, ...]:
-        """The names of the seven linear layers, in the order in which their inputs are known: q k v o gate up down."""
+        """The names of the seven linear layers in the order of computation: q k v o gate up down."""
         return (self.q, self.k, self.v, self.o, self.gate, self.up, self.down)
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """A decoder-only language model by the names and sizes of its parts.
+    """Names and sizes of the parts of a decoder-only language model.
 
     Attributes:
-        model_type: the config's.
+        model_type: of the config.
         embed, final_norm, head: full dotted names.
         layers: of the decoder, in order.
-        hidden_size: entries of the residual stream.
-        intermediate_size: features into down.
-        num_heads, num_kv_heads, head_dim: of attention; q gives num_heads * head_dim features, k and v num_kv_heads *
-            head_dim.
+        hidden_size: features of the residual stream.
+        intermediate_size: input features of down.
+        num_heads, num_kv_heads, head_dim: of attention. q has num_heads * head_dim output features, k and v have
+            num_kv_heads * head_dim.
         gain_offset: a norm multiplies by ``gain_offset + weight``.
     """
 
@@ -69,14 +70,14 @@ class Architecture:
 
 
 def describe(model: nn.Module) -> Architecture:
-    """Name the parts of a model, by its ``config.model_type``.
+    """The architecture of a model, by its ``config.model_type``.
 
     Args:
-        model: with a ``config`` as in ``transformers``; on any device, meta too, with float or packed linear layers.
+        model: with a ``config`` as in ``transformers``. Any device, including meta, and float or packed linear layers.
 
     Raises:
-        ValueError: there is no config, its model_type is not one of `FAMILIES`, or the model lacks a module that the
-            family has, named.
+        ValueError: the model has no config, its model_type is not in `FAMILIES`, or it lacks a module of the family.
+            The message names the module.
     """
     config = getattr(model, "config", None)
     model_type = getattr(config, "model_type", None)
@@ -116,23 +117,6 @@ def describe(model: nn.Module) -> Architecture:
 
 
 def _layer(family: Family, name: str) -> Layer:
-    def full(part: str | None) -> str | None:
-        return None if part is None else f"{name}.{part}"
-
-    return Layer(
-        name=name,
-        attention=f"{name}.{family.attention}",
-        q=f"{name}.{family.q}",
-        k=f"{name}.{family.k}",
-        v=f"{name}.{family.v}",
-        o=f"{name}.{family.o}",
-        gate=f"{name}.{family.gate}",
-        up=f"{name}.{family.up}",
-        down=f"{name}.{family.down}",
-        attention_norm=f"{name}.{family.attention_norm}",
-        mlp_norm=f"{name}.{family.mlp_norm}",
-        attention_output_norm=full(family.attention_output_norm),
-        mlp_output_norm=full(family.mlp_output_norm),
-        q_norm=full(family.q_norm),
-        k_norm=full(family.k_norm),
-    )
+    parts = {part: getattr(family, part) for part in Layer.__dataclass_fields__ if part != "name"}
+    full: dict[str, Any] = {part: None if inner is None else f"{name}.{inner}" for part, inner in parts.items()}
+    return Layer(name, **full)

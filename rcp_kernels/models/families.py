@@ -1,7 +1,7 @@
-"""The families of decoder-only language models that the methods know, one entry each.
+"""The supported families of decoder-only language models.
 
-Names are those of ``transformers``; a model of another library works if it uses them too. To add a family, add an entry
-to `FAMILIES` (docs/rotate.md says what has to hold for it).
+Names are those of ``transformers``. A model of another library works if it uses the same names. To add a family, add an
+entry to `FAMILIES`; docs/rotate.md has the requirements.
 """
 
 from __future__ import annotations
@@ -13,19 +13,19 @@ __all__ = ["FAMILIES", "Family"]
 
 @dataclass(frozen=True)
 class Family:
-    """The names of a family's modules; those of a layer are relative to the layer.
+    """The module names of a family. Names inside a decoder layer are relative to the layer.
 
     Attributes:
-        embed, layers, final_norm, head: in the model: the token embedding, the list of layers, the norm before the
-            output head, and that head.
+        embed, layers, final_norm, head: the token embedding, the list of decoder layers, the norm before the output
+            head, and the output head.
         attention: the attention module, whose forward calls ``apply_rotary_pos_emb``.
-        q, k, v, o, gate, up, down: the linear layers of a layer.
-        attention_norm, mlp_norm: the norms whose output q, k, v and gate, up take.
-        attention_output_norm, mlp_output_norm: norms between o or down and the residual stream, None without.
-        q_norm, k_norm: norms of the entries of a head before RoPE, None without.
-        gain_offset: a norm multiplies by ``gain_offset + weight``: 0, or 1 where the weight is kept around zero.
-        attention_arguments: what the attention module gives to transformers' attention function beyond dropout and
-            scaling: pairs of the argument's name and the attribute of the module that is passed.
+        q, k, v, o, gate, up, down: the linear layers.
+        attention_norm, mlp_norm: the norms before q, k, v and before gate, up.
+        attention_output_norm, mlp_output_norm: norms between o or down and the residual stream, or None.
+        q_norm, k_norm: norms of each head before RoPE, or None.
+        gain_offset: a norm multiplies by ``gain_offset + weight``. 0, or 1 for families whose weights are around zero.
+        attention_arguments: arguments of transformers' attention function beyond dropout and scaling: pairs of an
+            argument's name and the attribute of the attention module that is passed.
     """
 
     embed: str = "model.embed_tokens"

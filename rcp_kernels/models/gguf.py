@@ -1,9 +1,9 @@
 """Language models from GGUF files, in one pass over the file.
 
 transformers reads a GGUF file three times. Each time ``gguf.GGUFReader`` makes an array of every token of the
-vocabulary. It also builds gguf's table of tensor names again for every module of the model. Here the header is parsed
-once, by ``struct``, and the table is built once. What the model is stays with transformers: ``AutoConfig`` reads the
-config from a copy of the header without the vocabulary, and transformers' own reader makes the tokenizer.
+vocabulary. transformers also builds gguf's table of tensor names again for every module of the model. This module
+parses the header once, with ``struct``, and builds the table once. transformers still defines the model: ``AutoConfig``
+reads the config from a copy of the header without the vocabulary, and transformers' own reader makes the tokenizer.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from torch import Tensor, nn
 
 __all__ = ["load_gguf"]
 
-# By the general.architecture of a file, the model_type that transformers gives to what it holds.
+# The model_type of transformers by the general.architecture of a file.
 _MODEL_TYPES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gemma2": "gemma2", "gemma3": "gemma3_text"}
-# llama.cpp stores the rows of q and k of these in the order of its own RoPE: pairs (0, 1), (2, 3), ... of a head.
+# Architectures whose rows of q and k are in the order of llama.cpp's own RoPE: pairs (0, 1), (2, 3), ... of a head.
 _PERMUTED = ("llama",)
-# llama.cpp stores the factor of a norm. transformers stores that factor minus one.
+# Architectures whose norms differ: llama.cpp stores the factor, transformers the factor minus one.
 _OFFSET_NORMS = ("gemma2", "gemma3")
 
 _MAGIC = b"GGUF"
@@ -37,7 +37,7 @@ _SCALARS = dict(enumerate(["<B", "<b", "<H", "<h", "<I", "<i", "<f", "<?"])) | {
 
 @dataclass(frozen=True)
 class _Stored:
-    """Where a tensor lies: shape in torch's order, type as in ``gguf.GGMLQuantizationType``, offset into the data."""
+    """A tensor's shape in torch's order, its type as in ``gguf.GGMLQuantizationType``, and its offset into the data."""
 
     shape: tuple[int, ...]
     type: int
@@ -49,11 +49,11 @@ class _Header:
     """The metadata of a GGUF file.
 
     Attributes:
-        values: of the scalar and string fields. The value of an array is its length.
-        fields: the bytes of each field, name and value, without the arrays of the tokenizer.
+        values: the values of scalar and string fields, and the lengths of arrays, by name.
+        fields: the bytes of each field (name and value) by name, without the arrays of the tokenizer.
         tensors: by name.
-        alignment: of the tensors' data, in bytes.
-        data_start: where in the file the tensors' data begin.
+        alignment: bytes; offsets of tensors are multiples of it.
+        data_start: the byte of the file at which the tensors' data begin.
     """
 
     values: dict[str, Any]
@@ -66,11 +66,11 @@ class _Header:
 def load_gguf(path: Path) -> tuple[nn.Module, Any]:
     """A language model in float32, in eval mode, and its tokenizer.
 
-    Weights, config and tokenizer are those that transformers makes of the file. An architecture that is not described
-    here, or a file with other tensors than the model has, goes through transformers' own loader.
+    Weights, config and tokenizer equal those of transformers' own loader. That loader reads the file if this module
+    does not know its architecture, or if the file's tensors are not the model's.
 
     Args:
-        path: of a .gguf file.
+        path: a .gguf file.
 
     Raises:
         ValueError, LookupError, TypeError, RuntimeError, struct.error: the file is damaged, or holds no language model
@@ -80,7 +80,7 @@ def load_gguf(path: Path) -> tuple[nn.Module, Any]:
 
     with path.open("rb") as file:
         data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-    # A file of another magic, version or byte order goes to transformers, which reads it or says what is wrong.
+    # transformers reads a file of another version or byte order, or names its fault.
     if data[:4] == _MAGIC and struct.unpack_from("<I", data, 4)[0] in _VERSIONS:
         header = _read_header(data)
         config = _config(header, path)
@@ -145,16 +145,16 @@ def _read_header(view: memoryview) -> _Header:
 
 
 def _config(header: _Header, path: Path) -> Any:
-    """What transformers reads from the file as a config; None for an architecture that is not described here.
+    """The config that transformers makes of the file; None for an architecture that `_MODEL_TYPES` does not have.
 
-    transformers parses a copy of the header without the vocabulary, which is almost all of it.
+    transformers parses a copy of the header without the vocabulary. The vocabulary is almost all of a header.
     """
     from transformers import AutoConfig
 
     architecture = header.values.get("general.architecture")
     if architecture not in _MODEL_TYPES:
         return None
-    # The config says that the head is tied if there is no such tensor.
+    # transformers takes the head for tied if the header has no such tensor.
     head = b"output.weight" if "output.weight" in header.tensors else None
     copy = struct.pack("<4sIQQ", _MAGIC, 3, int(head is not None), len(header.fields)) + b"".join(
         header.fields.values()
@@ -174,7 +174,7 @@ def _config(header: _Header, path: Path) -> Any:
 
 
 def _model(header: _Header, data: memoryview, config: Any) -> Any:
-    """The model with its weights; None if the file has other tensors than the model."""
+    """The model with its weights; None if the file's tensors are not the model's."""
     from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
     from transformers import AutoModelForCausalLM
     from transformers.initialization import no_init_weights
@@ -200,7 +200,7 @@ def _model(header: _Header, data: memoryview, config: Any) -> Any:
             values = pairs.swapaxes(1, 2).reshape(values.shape)
         if architecture in _OFFSET_NORMS and "norm.weight" in name:
             values = values - 1
-        # What is stored as float32 is still a part of the file.
+        # A tensor that is stored as float32 is a read-only view of the file.
         state[target] = torch.from_numpy(values if values.flags.writeable else values.copy())
     model.load_state_dict(state, strict=False, assign=True)
     model.tie_weights()
@@ -228,7 +228,7 @@ def _dequantized(name: str, header: _Header, data: memoryview) -> np.ndarray:
 
 
 def _tokenizer(header: _Header, path: Path, model_type: str) -> Any:
-    """The tokenizer that AutoTokenizer makes of the file, without reading the file again to see which class it is."""
+    """The tokenizer that AutoTokenizer makes of the file, without its extra pass over the file to find the class."""
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     where: dict[str, Any] = {"gguf_file": path.name, "local_files_only": True}
@@ -236,9 +236,9 @@ def _tokenizer(header: _Header, path: Path, model_type: str) -> Any:
         return AutoTokenizer.from_pretrained(path.parent, **where)
     if model_type != "llama":
         return AutoTokenizer.from_pretrained(path.parent, tokenizer_type=model_type, **where)
-    # AutoTokenizer of transformers 5.0 takes every such file for Code Llama's, and adds its special tokens.
+    # AutoTokenizer of transformers 5.0 takes every such file for one of Code Llama and adds special tokens.
     tokenizer = PreTrainedTokenizerFast.from_pretrained(path.parent, **where)
-    # transformers 5.0 gives the end of a text the token of its beginning.
+    # transformers 5.0 uses the token of the beginning of a text for its end too.
     for attribute, field in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
         index = header.values.get(f"tokenizer.ggml.{field}_token_id")
         if index is not None and index != getattr(tokenizer, f"{attribute}_token_id"):

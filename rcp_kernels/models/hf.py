@@ -1,9 +1,9 @@
-"""What the releases of ``transformers`` call things, in one place; every other module asks here.
+"""Differences between releases of ``transformers``. Other modules of this package do not depend on the release.
 
 Supported: transformers 5.0 and later (pyproject.toml). The differences so far:
 
 - 5.24 renames the cache argument of models and layers from ``past_key_values`` to ``cache``; 5.40 drops the old name.
-  A layer that gets the old name beside ``cache=None`` ignores it, with a warning only.
+  A layer that gets the old name beside ``cache=None`` only warns and ignores it.
 - Later releases than 5.0 have ``AttentionInterface.get_interface``.
 - 5.24 passes a layer's keyword arguments to ``Cache.update`` as ``kwargs``; 5.0 takes a dict of RoPE's tables.
 - ``_adjust_missing_and_unexpected_keys`` takes two sets and returns them in 5.0; it takes one report later.
@@ -36,12 +36,12 @@ __all__ = [
 
 
 def attention_function(registry: Any, implementation: str, eager: Callable[..., Any]) -> Callable[..., Any]:
-    """What computes attention under an implementation.
+    """The attention function of an implementation.
 
     Args:
         registry: ``ALL_ATTENTION_FUNCTIONS`` of transformers.
         implementation: of the model's config.
-        eager: the function of the model's source for ``"eager"``.
+        eager: the model's own function for ``"eager"``.
     """
     if hasattr(registry, "get_interface"):
         return registry.get_interface(implementation, eager)
@@ -49,16 +49,16 @@ def attention_function(registry: Any, implementation: str, eager: Callable[..., 
 
 
 def cache_keyword(module: nn.Module | Callable[..., Any]) -> str:
-    """The name of the argument that a model or a decoder layer takes its key/value cache by.
+    """The name of the key/value cache argument of a model or a decoder layer.
 
     Args:
-        module: a module, whose ``forward`` is looked at, or a function.
+        module: a module with a ``forward``, or a function.
 
     Returns:
-        ``"cache"`` or ``"past_key_values"``; the former also for a function that names neither but takes any keyword.
+        ``"cache"`` or ``"past_key_values"``. ``"cache"`` also for a function that takes any keyword and names neither.
 
     Raises:
-        ValueError: it takes neither.
+        ValueError: the function takes neither.
     """
     parameters = inspect.signature(module.forward if isinstance(module, nn.Module) else module).parameters
     for name in ("cache", "past_key_values"):
@@ -73,7 +73,7 @@ def cache_keyword(module: nn.Module | Callable[..., Any]) -> str:
 
 
 def cache_argument(module: nn.Module | Callable[..., Any], cache: Any) -> dict[str, Any]:
-    """The keyword argument that hands ``cache`` to a model or a decoder layer."""
+    """Keyword arguments that pass ``cache`` to a model or a decoder layer."""
     return {cache_keyword(module): cache}
 
 
@@ -83,7 +83,7 @@ def output_cache(output: Any) -> Any:
 
 
 def untie_head(model: nn.Module, head: str) -> None:
-    """Tell transformers that the output head has a weight of its own, so that nothing ties it to the embedding again.
+    """Mark the output head as untied, which keeps transformers from tying it to the embedding again.
 
     Args:
         model: of transformers.
@@ -97,14 +97,14 @@ def untie_head(model: nn.Module, head: str) -> None:
 
 
 def file_names(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
-    """The names of the tensors of a checkpoint's files by the names that the model has for them.
+    """Tensor names in a checkpoint's files by the model's own tensor names.
 
-    transformers renames modules of some families while it loads and saves (Mixtral's ``block_sparse_moe`` is ``mlp`` in
-    the model). Names that it leaves as they are stand for themselves. Merged or split tensors are not followed.
+    transformers renames modules of some families when it loads and saves (Mixtral's ``block_sparse_moe`` is ``mlp`` in
+    the model). Other names map to themselves. Merged or split tensors are not supported.
 
     Args:
         model: of transformers.
-        names: of the tensors in the files.
+        names: tensor names in the files.
 
     Returns:
         File names by model names.
@@ -118,12 +118,12 @@ def file_names(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
 
 
 def watch_loading(model: nn.Module, own: Collection[str], found: Callable[[set[str], set[str]], None]) -> None:
-    """Have a model that is being loaded report what the files lack, which transformers fills with random numbers.
+    """Report the tensors that the files of a model lack. transformers fills these with random numbers.
 
     Args:
         model: an instance under construction in ``from_pretrained``.
-        own: full names of modules whose tensors somebody else loads: transformers does not warn of these.
-        found: called once with the names that the files lack and those that the model lacks.
+        own: full names of modules that the caller loads; transformers does not warn about their tensors.
+        found: called once with the names that the files lack and the names that the model lacks.
     """
     adjust: Any = model._adjust_missing_and_unexpected_keys
     prefixes = tuple(f"{name}." for name in own)
@@ -142,7 +142,7 @@ def watch_loading(model: nn.Module, own: Collection[str], found: Callable[[set[s
 
 @contextmanager
 def without_bars() -> Iterator[None]:
-    """No progress bars of transformers on the terminal, where a caller has its own or wants none."""
+    """Suppress the progress bars of transformers."""
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()
@@ -165,18 +165,18 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 
 def skeleton(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """The model as its class makes it from its config, as ``from_pretrained(dtype=...)`` would, without values.
+    """A new model of the same class and config, without values, as ``from_pretrained(dtype=...)`` would make it.
 
     Args:
         model: of transformers.
-        dtype: of its parameters, and of those buffers that do not ask for another one.
+        dtype: of the parameters, and of buffers that do not choose another dtype.
     """
     with torch.device("meta"), _default_dtype(dtype):
         return type(model)(copy.deepcopy(model.config))
 
 
 def float32_modules(model: nn.Module) -> set[str]:
-    """Last or inner names of the modules that ``from_pretrained`` keeps in float32 whatever dtype is asked for."""
+    """Last or inner names of the modules that ``from_pretrained`` keeps in float32 for any requested dtype."""
     names: set[str] = set()
     for attribute in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"):
         names.update(getattr(model, attribute, None) or ())
@@ -184,7 +184,7 @@ def float32_modules(model: nn.Module) -> set[str]:
 
 
 def tensor_state(model: nn.Module) -> dict[str, Tensor]:
-    """The model's ``state_dict`` without the second names of tied tensors."""
+    """The model's ``state_dict`` with one name for each tied tensor."""
     from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
     state: dict[str, Tensor] = remove_tied_weights_from_state_dict(model.state_dict(), model)  # type: ignore[arg-type]

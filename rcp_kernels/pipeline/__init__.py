@@ -1,1 +1,15 @@
-"""Whole jobs: from a float model to a directory, and from a directory to figures."""
+"""Quantizing, evaluating and running a whole model by name; the command line parses and prints around this.
+
+Quantize a model from Python::
+
+    from rcp_kernels.pipeline import Recipe, quantize
+
+    summary = quantize(Recipe("demo"), "out")
+    print(summary)
+"""
+
+from .evaluate import evaluate, generate
+from .quantize import quantize
+from .recipe import Recipe
+
+__all__ = ["Recipe", "evaluate", "generate", "quantize"]

@@ -1,4 +1,4 @@
-"""``rcp-kernels eval`` and ``rcp-kernels generate``: how good a model is, and what it writes."""
+"""``rcp-kernels eval`` and ``rcp-kernels generate``: the perplexity of a model, and its continuation of a prompt."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from ..data.by_name import held_out_text
-from ..evaluation.divergence import divergence, greedy_tokens, prompt_windows
+from ..evaluation.decoding import greedy_tokens
+from ..evaluation.divergence import divergence, prompt_windows
 from ..evaluation.perplexity import perplexity
 from ..methods.layers import check_vocabulary
 from ..methods.student import FakeQuantKV
@@ -30,7 +31,7 @@ _PROMPT_TOKENS = 64
 
 @dataclasses.dataclass(frozen=True)
 class GreedyDivergence:
-    """Where greedy decoding leaves that of another model, as numbers."""
+    """A :class:`rcp_kernels.evaluation.divergence.Divergence` as numbers, with the model that it is measured from."""
 
     reference: str
     mean: float
@@ -43,7 +44,7 @@ class GreedyDivergence:
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """A perplexity and what it was measured on, and the divergence from another model if one was asked for."""
+    """A perplexity with its conditions, and a divergence where one was asked for."""
 
     model: str
     perplexity: float
@@ -55,7 +56,13 @@ class Measured:
 
 
 def with_quantized_cache(model: nn.Module, kv_bits: int, kv_clip: float = 1.0) -> Callable[[Tensor], Any]:
-    """The model as a function of token ids, with keys and values as a 4-bit cache gives them back; 16 for no cache."""
+    """The model as a function of token ids, with keys and values as a cache of kv_bits gives them back.
+
+    Args:
+        model: a causal language model of transformers.
+        kv_bits: 4, or 16 for keys and values as they are.
+        kv_clip: in (0, 1]: the share of a token's range that 4 bits cover.
+    """
     if kv_bits == 16:
         return lambda ids: model(ids, use_cache=False)
     keyword = cache_keyword(model)
@@ -63,16 +70,16 @@ def with_quantized_cache(model: nn.Module, kv_bits: int, kv_clip: float = 1.0) -
 
 
 def _say(text: str) -> None:
-    """A line on standard error: standard output holds the results only."""
+    """Print to standard error: standard output holds results only."""
     print(text, file=sys.stderr, flush=True)
 
 
 def _reading_packed(
     model: nn.Module, kv_clip: float, prompt_tokens: int, log: Callable[[str], None]
 ) -> Callable[[Tensor], Any]:
-    """The model as a function of token ids that reads its 4-bit cache as decoding does.
+    """The model as a function of token ids that reads its packed 4-bit cache as decoding does.
 
-    What follows the prompt goes through the model in as many tokens at a time as the packed attention takes.
+    The tokens after the prompt run through the model in pieces of as many tokens as the packed attention takes.
     """
     from ..nn.kv_cache import MOST_QUERIES, QuantizedKVCache
 
@@ -89,7 +96,7 @@ def _reading_packed(
 
 
 def _attend_packed(model: nn.Module, log: Callable[[str], None]) -> None:
-    """Let a model read its 4-bit cache packed, or say why it does not."""
+    """Let a model read its 4-bit cache packed. Log a line if its attention cannot."""
     from ..nn.kv_cache import use_packed_attention
 
     reason = use_packed_attention(model)
@@ -99,16 +106,17 @@ def _attend_packed(model: nn.Module, log: Callable[[str], None]) -> None:
 
 
 def _check_positions(where: str, model: nn.Module, tokens: int, what: str, log: Callable[[str], None]) -> None:
-    """Say that a sequence is longer than the model was made for."""
+    """Log a line if a sequence is longer than the model's max_position_embeddings."""
     config: Any = model.config
     positions = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
     if positions is not None and tokens > positions:
         log(
             f"{where}: warning: {what} should be at most {positions} tokens, the model's max_position_embeddings, got "
-            f"{tokens}; ask for fewer: the model was not trained on positions beyond them"
+            f"{tokens}; ask for fewer: the model was not trained on later positions"
         )
 
 
+# More than 60 lines: 23 are the docstring.
 def evaluate(
     name: str | Path,
     text: str | Path | None = None,
@@ -118,58 +126,67 @@ def evaluate(
     window: int = 512,
     divergence_from: str | Path | None = None,
     new_tokens: int = 128,
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[str, int, int, str], None] = lambda *_: None,
     log: Callable[[str], None] = _say,
 ) -> Measured:
-    """Perplexity of a model, quantized or float, with the cache that it is meant for; and its divergence from another.
+    """The perplexity of a quantized or float model, with the key/value cache that its config asks for.
 
-    Perplexity is measured with keys and values as a 4-bit cache gives them back. Divergence reads the cache itself, by
-    the attention that decoding uses.
+    For a 4-bit cache the perplexity has keys and values quantized and dequantized. The divergence reads the packed
+    cache with the attention that decoding uses.
 
     Args:
-        name: a directory that quantize wrote, or what it takes as MODEL.
-        text, dataset: see ``sources.held_out_text``.
-        tokens: how much of the text to use at most.
+        name: a directory that quantize wrote, or a float model as :class:`Recipe` takes it.
+        text: a UTF-8 file to measure on. None: the dataset, or the topics of pydoc without a dataset.
+        dataset: "wikitext", or the name of another dataset of the hub; its test split is used.
+        tokens: at most so many tokens of the text are used.
         window: tokens of a window.
-        divergence_from: a model, as `name`. Its greedy continuations of 16 parts of the text are compared with those
-            of the model that is measured. None for no comparison.
-        new_tokens: length of each of these continuations.
-        progress: called with the tokens of the text done.
-        log: called with a line if windows or continuations are longer than the model's ``max_position_embeddings``, or
-            if its attention cannot read the cache packed; standard error without it.
+        divergence_from: also compare greedy decoding with this model's, after 16 prompts from the text.
+        new_tokens: decoded after each of these prompts.
+        progress: called with a phase, the tokens done, their total, and the model's name.
+        log: called with a warning if a window or a continuation is longer than the model's max_position_embeddings, or
+            if its attention cannot read the packed cache. The default prints to standard error.
 
     Raises:
-        MissingExtra, ValueError, OSError: as loading and :func:`perplexity` raise them; or the other model has another
-            vocabulary, or tokenizes the text otherwise.
+        MissingExtra, ValueError, OSError: as loading and :func:`perplexity` raise them; or the model to diverge from
+            has another tokenizer or a 4-bit cache.
     """
     if new_tokens < 1:
         raise ValueError(f"eval: new_tokens must be at least 1, got {new_tokens}; ask for one token")
-    model, tokenizer, config = load_any(str(name))
     words, source = held_out_text(None if text is None else Path(text), dataset, tokens)
+    progress("reading the model", 0, 1, str(name))
+    model, tokenizer, config = load_any(str(name))
+    progress("reading the model", 1, 1, str(name))
     ids = encode(tokenizer, words)[:tokens]
     check_vocabulary(model, ids, "eval")
     _check_positions("eval", model, window, "window", log)
     kv_bits, clip = (16, 1.0) if config is None else (config.kv_bits, config.kv_clip)
     called = with_quantized_cache(model, kv_bits, clip)
-    value = perplexity(called, ids, window, progress)  # type: ignore[arg-type]
-    measured = Measured(str(name), value, source, ids.numel() // window * window, window, kv_bits)
+    used = ids.numel() // max(1, window) * window
+    value = perplexity(
+        called,  # type: ignore[arg-type]
+        ids,
+        window,
+        lambda done: progress("perplexity", done, used, source),
+    )
+    measured = Measured(str(name), value, source, used, window, kv_bits)
     if divergence_from is None:
         return measured
     prompts = prompt_windows(ids, _PROMPTS, min(_PROMPT_TOKENS, max(1, ids.numel() // _PROMPTS)))
     length = prompts.shape[1]
     _check_positions("eval", model, length + new_tokens, "prompt and new tokens", log)
-    tokens_there = _continued(str(divergence_from), words, ids, prompts, new_tokens)
+    reference = _reference(str(divergence_from), words, ids)
+    expected = greedy_tokens(reference, prompts, new_tokens, lambda done: progress("decoding", done, new_tokens, ""))
     if kv_bits != 16:
         called = _reading_packed(model, clip, length, log)
-    found = divergence(called, prompts, tokens_there)
+    found = divergence(called, prompts, expected)
     diverged = GreedyDivergence(
         str(divergence_from), found.mean, found.median, found.agreement, found.positions, length, new_tokens
     )
     return dataclasses.replace(measured, divergence=diverged)
 
 
-def _continued(name: str, words: str, ids: Tensor, prompts: Tensor, new_tokens: int) -> Tensor:
-    """Another model's greedy continuations, after a look at whether it means the same by a token."""
+def _reference(name: str, words: str, ids: Tensor) -> nn.Module:
+    """The model to diverge from, which must have the same tokenizer and a 16-bit cache."""
     model, tokenizer, config = load_any(name)
     if config is not None and config.kv_bits != 16:
         raise ValueError(
@@ -181,14 +198,14 @@ def _continued(name: str, words: str, ids: Tensor, prompts: Tensor, new_tokens: 
             f"eval: the model to diverge from must tokenize the text as the one that is measured, got other token ids "
             f"from {name}; pass the model that it was made of"
         )
-    return greedy_tokens(model, prompts, new_tokens)
+    return model
 
 
 def check_sampling(temperature: float | None, top_p: float | None, seed: int | None) -> None:
-    """Refuse options of sampling that cannot be; None is always an option.
+    """Refuse sampling options that are out of range; None is allowed for each.
 
     Raises:
-        ValueError: an option outside its range, named.
+        ValueError: names the option.
     """
     if temperature is not None and not 0.0 < temperature < math.inf:
         raise ValueError(
@@ -199,6 +216,22 @@ def check_sampling(temperature: float | None, top_p: float | None, seed: int | N
         raise ValueError(f"generate: top_p must be in (0, 1], got {top_p}; 1 keeps all tokens")
     if seed is not None and not 0 <= seed < 2**64:
         raise ValueError(f"generate: seed must be 0 to 2**64 - 1, got {seed}; pass another")
+
+
+def _prompt_ids(tokenizer: Any, prompt: str, chat: bool) -> Tensor:
+    """A prompt as int64 [1, tokens], in the chat template if asked for and there is one."""
+    if chat and tokenizer.chat_template:
+        messages = [{"role": "user", "content": prompt}]
+        found = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+    else:
+        # Unlike `encode`, with the special tokens that the model was trained to begin a text with.
+        found = tokenizer(prompt, return_tensors="pt")
+    ids: Tensor = found["input_ids"]
+    if not ids.numel():
+        raise ValueError(f"generate: the prompt must have a token at least, got {prompt!r}; pass what to continue")
+    return ids
 
 
 def generate(
@@ -212,43 +245,34 @@ def generate(
     seed: int | None = None,
     log: Callable[[str], None] = _say,
 ) -> str:
-    """The continuation of a prompt, with the cache that the model is meant for.
+    """The continuation of a prompt, with the key/value cache that the model's config asks for.
 
-    The likeliest token is taken each time, unless one of temperature, top_p and seed is given: then tokens are drawn by
-    chance.
+    Decoding is greedy unless temperature, top_p or seed is given; then the tokens are sampled.
 
     Args:
-        name: as :func:`evaluate`.
+        name: as for :func:`evaluate`.
         prompt: text.
-        new_tokens: at most.
+        new_tokens: at most so many tokens are added.
         chat: put the prompt into the model's chat template, if it has one.
-        temperature: logits are divided by it before a token is drawn: above 0, and 1 without it.
-        top_p: draw among the likeliest tokens that have this probability together: in (0, 1], and 1 without it.
-        seed: the same seed draws the same tokens; another text each time without it.
-        log: called with a line if the text may become longer than the model's ``max_position_embeddings``, or if its
-            attention cannot read the cache packed; standard error without it.
+        temperature: logits are divided by it before a token is sampled. None: 1.
+        top_p: sample among the likeliest tokens that together have this probability, in (0, 1]. None: 1.
+        seed: the same seed samples the same tokens. None: other tokens each time.
+        log: called with a warning if the text may become longer than the model's max_position_embeddings, or if its
+            attention cannot read the packed cache. The default prints to standard error.
 
     Raises:
-        MissingExtra, ValueError, OSError: as loading raises them; an option out of range, or a prompt without a token.
+        MissingExtra, ValueError, OSError: as loading raises them; an option out of range; a prompt without a token.
     """
     check_sampling(temperature, top_p, seed)
     if new_tokens < 1:
         raise ValueError(f"generate: new_tokens must be at least 1, got {new_tokens}; ask for one token")
     model, tokenizer, config = load_any(str(name))
-    if chat and tokenizer.chat_template:
-        messages = [{"role": "user", "content": prompt}]
-        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-        ids = ids["input_ids"]
-    else:
-        # With the special tokens that the model was trained to begin a text with, unlike `encode`.
-        ids = tokenizer(prompt, return_tensors="pt").input_ids
-    if not ids.numel():
-        raise ValueError(f"generate: the prompt must have a token at least, got {prompt!r}; pass what to continue")
+    ids = _prompt_ids(tokenizer, prompt, chat)
     _check_positions("generate", model, ids.shape[1] + new_tokens, "prompt and new tokens", log)
     options: dict[str, Any] = {
         "max_new_tokens": new_tokens,
         "do_sample": (temperature, top_p, seed) != (None, None, None),
-        # None overrides what the model's generation_config has, and transformers' own top_k of 50.
+        # None overrides the model's generation_config and transformers' own top_k of 50.
         "temperature": None if temperature is None else float(temperature),
         "top_p": None if top_p is None else float(top_p),
         "top_k": None,
@@ -258,7 +282,7 @@ def generate(
 
         _attend_packed(model, log)
         options[cache_keyword(model)] = QuantizedKVCache(model.config, clip=config.kv_clip)
-        # A generation_config may ask for another cache, or for none.
+        # The model's generation_config may ask for another cache, or for none.
         options.update(cache_implementation=None, use_cache=True)
     device = next(model.parameters()).device
     with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.inference_mode():

@@ -1,4 +1,4 @@
-"""What ``rcp-kernels quantize`` made, in a few lines at its end and as fields of report.json."""
+"""A description of a written model: the last lines of ``rcp-kernels quantize``, and fields of report.json."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ class Summary:
 
     Attributes:
         out: its directory.
-        storage: what it stores.
-        dtype: of what is not packed.
-        bytes_before: of the float model in that dtype, a tied head counted once.
-        bytes_source: of the weight files that were read; None where they are not on this machine's disk.
-        bytes_after: of the written weight files.
-        bytes_untied: of the output head, where the rotation gave it a weight of its own; else 0.
-        seconds, cpu_seconds: of the whole command.
+        storage: its packed layers and its parameters in floating point.
+        dtype: of the parameters in floating point.
+        bytes_before: the float model's size in that dtype, with a tied head counted once.
+        bytes_source: the size of the weight files that were read; None for a hub id.
+        bytes_after: the size of the written weight files.
+        bytes_untied: the size of an output head that was tied and has its own weight now; else 0.
+        seconds, cpu_seconds: wall clock and CPU time of the whole command.
     """
 
     out: Path
@@ -38,7 +38,7 @@ class Summary:
     cpu_seconds: float
 
     def fields(self) -> dict[str, Any]:
-        """For report.json; the directory's own path is left out."""
+        """The fields of report.json. The path of the directory is left out: it may be moved."""
         storage = dataclasses.asdict(self.storage)
         storage.update(bits_per_weight=self.storage.bits_per_weight, float_share=self.storage.float_share)
         del storage["parts"]
@@ -55,8 +55,8 @@ class Summary:
         ]
         if self.bytes_untied:
             lines.append(
-                f"the output head has a weight of its own now, {_size(self.bytes_untied)}: it was tied to the "
-                f"embedding before the rotation"
+                f"the output head was tied to the embedding; after the rotation it has its own weight of "
+                f"{_size(self.bytes_untied)}"
             )
         lines += [
             f"{self.seconds:.0f} s, {self.cpu_seconds:.0f} CPU seconds",

@@ -13,7 +13,6 @@ import pytest
 import torch
 
 pytest.importorskip("transformers")
-pytest.importorskip("typer")
 
 import transformers
 import yaml
@@ -22,8 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from rcp_kernels import checkpoint
 from rcp_kernels.checkpoint import load_quantized
-from rcp_kernels.methods.rcp import Diverged, RcpConfig
-from rcp_kernels.methods.rcp import run as rcp_run
+from rcp_kernels.methods.rcp import Diverged, RcpConfig, training
 from rcp_kernels.models.load import group_size_of
 from rcp_kernels.pipeline.load import is_quantized
 from rcp_kernels.pipeline.recipe import OWN, Recipe, read_recipe
@@ -99,13 +97,17 @@ def test_a_recipe_makes_the_same_model_again(run, model, text, tmp_path):
     # What the preset and the defaults gave is there as well: another version's may be others.
     assert set(stored) == {entry.name for entry in dataclasses.fields(RcpConfig)} - OWN
     assert (recipe["method"], recipe["a_bits"], recipe["rotation"], recipe["model"]) == ("rcp", 4, "gsr", str(model))
-    code, _, err = run("quantize", "--recipe", tmp_path / "one" / "recipe.yaml", "-o", tmp_path / "two", "--threads", 1)
+    assert "recipe: method rcp, 2-bit weights in groups of 32, 4-bit activations" in err
+    again = ["quantize", "--recipe", tmp_path / "one" / "recipe.yaml", "--threads", 1]
+    code, _, err = run(*again, "-o", tmp_path / "two")
     assert code == 0, err
     assert torch.equal(logits(tmp_path / "one"), logits(tmp_path / "two"))
     report = json.loads((tmp_path / "one" / "report.json").read_text())
     assert report["training"]["steps"] == 3
     assert "validation" in (tmp_path / "one" / "curve.csv").read_text()
     assert not (tmp_path / "one.training").exists()
+    assert run(*again, "-o", tmp_path / "three", "--steps", 2)[0] == 0
+    assert json.loads((tmp_path / "three" / "report.json").read_text())["training"]["steps"] == 2
 
 
 def test_two_processes_that_share_a_model_make_what_one_makes(run, model, text, tmp_path):
@@ -160,7 +162,7 @@ def test_a_training_that_stopped_goes_on_with_resume(run, model, text, tmp_path,
     arguments += ["--threads", 1]
     assert run(*arguments, "-o", tmp_path / "whole")[0] == 0
 
-    from rcp_kernels.pipeline import quantize as command
+    command = sys.modules["rcp_kernels.pipeline.quantize"]
 
     def stop(*_):
         raise Diverged("stopped before it was written")
@@ -192,10 +194,11 @@ def test_a_training_that_stopped_goes_on_with_resume(run, model, text, tmp_path,
         (["--method", "laquant", "--rotation", "gsr"], 2, "laquant is for weights only"),
         (["--method", "rtn", "--levels", "clip"], 2, "levels of rtn must be"),
         (["--method", "rtn", "--resume"], 1, "--resume is for method rcp"),
-        (["--group-size", 128], 1, "group_size must divide hidden_size"),
-        (["--text", "dataset:x", "--method", "best"], 2, "is not one of"),
+        (["--group-size", 128, "--rotation", "gsr"], 1, "group_size must divide hidden_size"),
+        (["--text", "dataset:x", "--method", "best"], 2, "method must be one of"),
         (["--method", "rtn", "--samples", 3, "--preset", "full"], 2, "rtn has no use for --preset, --samples"),
         (["--method", "rcp", "--levels", "uniform"], 2, "rcp has no use for --levels"),
+        (["--steps", 5], 2, "gptq has no use for --steps"),
     ],
 )
 def test_bad_options_are_named(run, model, tmp_path, arguments, code, message):
@@ -220,7 +223,7 @@ def test_bad_names_and_files_are_named(run, model, text, tmp_path):
     short.write_text("one two three")
     code, _, err = run("quantize", model, "-o", tmp_path / "out", "--text", short, "--group-size", 32)
     assert code == 1
-    assert "at least 1 windows of 512 tokens are needed" in err
+    assert "at least one window of 512 tokens is needed" in err
     assert not (tmp_path / "out").exists()
     assert run("quantize", model, "-o", tmp_path / "out", "--method", "rtn", "--group-size", 32)[0] == 0
     code, _, err = run("quantize", tmp_path / "out", "-o", tmp_path / "again")
@@ -323,7 +326,7 @@ def test_a_full_disk_is_named(run, model, text, tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(rcp_run, "save_state", full)
+        patch.setattr(training, "save_state", full)
         (tmp_path / "r.yaml").write_text(yaml.safe_dump({"training": TRAINING}))
         arguments = ["--method", "rcp", "--recipe", tmp_path / "r.yaml", *common(text)]
         code, _, err = run("quantize", model, "-o", tmp_path / "out", *arguments)
@@ -349,7 +352,7 @@ def test_a_config_is_read_as_json(run, model, text, tmp_path):
 
 def test_what_cannot_work_is_refused_before_the_model_is_loaded(run, model, tmp_path):
     for arguments, code, message in (
-        (["eval", model, "--json", tmp_path / "none" / "e.json"], 2, "--json needs a directory that exists"),
+        (["eval", model, "--json", tmp_path / "none" / "e.json"], 2, "cannot write"),
         (["generate", model, "--prompt", ""], 2, "--prompt needs a text"),
         (["eval", tmp_path / "none"], 1, "must be a model's directory, got no such directory"),
         (["generate", tmp_path / "none", "--prompt", "one"], 1, "must be a model's directory, got no such directory"),
@@ -364,8 +367,8 @@ def test_what_cannot_work_is_refused_before_the_model_is_loaded(run, model, tmp_
     [
         ({"model": 5}, "model must be of type str, got 5"),
         ({"seed": "a"}, "seed must be of type int, got 'a'"),
-        ({"w_bits": 2.0}, "w_bits must be of type int, got 2.0"),
-        ({"a_bits": True}, "a_bits must be of type int, got True"),
+        ({"w_bits": 2.0}, r"w_bits must be of type int .*got 2\.0"),
+        ({"a_bits": True}, "a_bits must be of type int .*got True"),
         ({"training": None}, r"training must be of type dict\[str, Any\], got None"),
         ({"method": "rtn", "training": {"steps": 1}}, "training must be empty with method rtn"),
         ({"training": {"seed": 1}}, "seed must be said by the recipe's own field"),
@@ -388,9 +391,9 @@ def test_group_size_is_the_largest_that_divides():
 
 def test_an_unknown_training_field_is_named():
     with pytest.raises(ValueError, match=r"\['stepz'\]"):
-        Recipe("demo", "rcp", training={"stepz": 1}).training_config(64)
+        Recipe("demo", "rcp", training={"stepz": 1})
     with pytest.raises(ValueError, match=r"training\.blocks"):
-        Recipe("demo", "rcp", training={"blocks": {"layers": 1}}).training_config(64)
+        Recipe("demo", "rcp", training={"blocks": {"layers": 1}})
 
 
 def test_an_old_config_without_a_dtype(run, model, tmp_path):

@@ -7,7 +7,6 @@ import pytest
 import torch
 
 pytest.importorskip("transformers")
-pytest.importorskip("typer")
 pytest.importorskip("matplotlib")
 
 import yaml
@@ -143,7 +142,7 @@ def test_reasoning_questions_are_all_different_and_the_same_each_time():
 
 
 def test_more_questions_than_there_are_is_an_error_and_not_an_endless_loop(monkeypatch):
-    monkeypatch.setattr(reasoning_text, "_MAKERS", (reasoning_text._sequence,))
+    monkeypatch.setattr(reasoning_text, "_TEMPLATES", (reasoning_text._sequence,))
     with pytest.raises(ValueError, match="got 5000 where the last 1000 draws repeated"):
         reasoning_questions(5000)
 

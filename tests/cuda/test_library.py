@@ -277,28 +277,3 @@ def test_benchmark_without_a_gpu_is_skipped_not_guessed(monkeypatch: pytest.Monk
     assert (done.exit_code, done.output) == (0, "skipped: no GPU\n")
     refused = typer.CliRunner().invoke(cli.app, ["bench", "--device", "cuda", "--isa", "avx2"])
     assert refused.exit_code == 2
-
-
-def test_benchmark_derives_its_columns(tmp_path: Path) -> None:
-    """The arithmetic of the columns, on the CPU with times that are made up; the peers are built and called."""
-    from rcp_kernels.bench import lut_linear_cuda as bench
-
-    def timer(calls, rounds):
-        for call, count in calls.values():
-            assert {tuple(call(i).shape) for i in range(min(count, 3))} <= {(2, 48), (bench_bytes,)}
-        return {bench.OURS: 2e-6, bench.COPY: 3e-6, bench.CUBLAS: 10e-6}
-
-    case = bench.Options(shapes=((48, 256),), batches=(2,), act_bits=8)
-    bench_bytes = 48 * 256 // 4 + 48 * 2 * (4 + 2) + 4
-    (row,) = bench.measure(case, "cpu", timer)
-    assert row.weight_bytes == bench_bytes
-    assert row.bytes_per_second == pytest.approx(bench_bytes / 2e-6)
-    assert row.of_device_copy == pytest.approx(3 / 2 / 2)  # a copy moves twice the bytes
-    assert row.speedup(bench.CUBLAS) == pytest.approx(5)
-    assert row.speedup(bench.HUMMING) is None
-    titles, line = bench.titles(), bench.line(row)
-    assert [len(cell) for cell in titles.split("|")] == [len(cell) for cell in line.split("|")]
-    assert line.split("|")[-1].strip() == "-"
-    bench.write_csv([row], case, tmp_path / "out.csv")
-    header, values = (text.split(",") for text in (tmp_path / "out.csv").read_text().splitlines())
-    assert dict(zip(header, values, strict=True))["x cuBLAS fp16"] == "5"

@@ -1,4 +1,4 @@
-"""The CUDA kernels on a GPU, through torch, against the references. Without a GPU tests/ptx executes them instead."""
+"""The CUDA kernels on a GPU, through torch, against the references. Without a GPU test_ptx_*.py executes them."""
 
 import copy
 import dataclasses
@@ -208,7 +208,7 @@ def test_a_wrong_weight_is_refused_or_nan_but_never_misread():
     with pytest.raises(ValueError, match="not packed for the CPU"):
         ops.lut_linear(x.cpu(), blob.cpu(), None, weight.geometry, 4)
     wrong = []
-    for byte in (0, 8, 40):  # magic, stamp, version
+    for byte in (0, 8, 40):  # magic, shape hash, version
         wrong.append(blob.clone())
         wrong[-1][byte] += 1
     for rows, columns, group in ((63, 512, 128), (64, 500, 128), (32, 1024, 128), (64, 512, 512)):
@@ -218,10 +218,10 @@ def test_a_wrong_weight_is_refused_or_nan_but_never_misread():
         for act_bits in (4, 8, 16):
             for tokens in (1, 2, 20):
                 y = ops.lut_linear(noise(tokens, 512).to(DEVICE), other, None, weight.geometry, act_bits)
-                # The kernels look at the stamp, which holds the version, and unpack_weight at the version itself.
+                # The kernels compare the shape hash, which includes the version. unpack_weight compares both.
                 assert bool(y.isnan().all()) or case == 2, (case, act_bits, tokens)
         assert bool(ops.dequantize(other, weight.geometry).isnan().all()) or case == 2
-        with pytest.raises(ValueError, match=r"unpack_weight: .*(magic|stamp|version|packed with)"):
+        with pytest.raises(ValueError, match=r"unpack_weight: .*(magic|hash|version|packed with)"):
             ops.unpack_weight(other, weight.geometry)
     with pytest.raises(ValueError, match="weight must have"):
         ops.lut_linear(x, blob[:-1], None, weight.geometry, 4)

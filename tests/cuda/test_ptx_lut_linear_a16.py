@@ -10,7 +10,11 @@ from functools import cache
 
 import numpy as np
 import pytest
+import torch
+from cuda_blob import pack
 from ptx import Buffer, Counters, HostProgram, Memory
+
+from rcp_kernels.formats import PackedWeight
 
 FLOAT32, FLOAT16, BFLOAT16 = 0, 1, 2
 SMALLEST_STEP = {FLOAT32: 2.0**-24, FLOAT16: 2.0**-11, BFLOAT16: 2.0**-8}  # of the cast to y
@@ -24,33 +28,31 @@ def program(bits: int, arch: str = "sm_80") -> HostProgram:
 #include "rcp/cuda/lut_linear_a16.cuh"
 using namespace rcp::cuda;
 extern "C" {
-int64_t total_bytes(int64_t rows, int64_t columns, int64_t group) {
-  return CudaLayout{rows, columns, group, WEIGHT_BITS}.total_bytes();
+static LutLinearCall call_of(int64_t tokens, int64_t rows, int64_t columns, int64_t group, int64_t type) {
+  LutLinearCall call{};
+  call.x_type = static_cast<rcp::FloatType>(type);
+  call.tokens = tokens, call.rows = rows, call.columns = columns;
+  call.bits = WEIGHT_BITS, call.group_size = static_cast<int>(group), call.act_bits = 16, call.clip = 1.0f;
+  return call;
 }
-void pack_on_host(const uint8_t* codes, const int8_t* levels, const uint16_t* scales, float tensor_scale, uint8_t* blob,
-                  int64_t rows, int64_t columns, int64_t group) {
-  pack_weight_host({rows, columns, group, WEIGHT_BITS}, codes, levels, scales, tensor_scale, blob);
+int64_t workspace_bytes(int64_t sms, int64_t capability, int64_t tokens, int64_t rows, int64_t columns, int64_t group,
+                        int64_t type) {
+  const LutLinearCall call = call_of(tokens, rows, columns, group, type);
+  return plan_lut_linear(call, static_cast<int>(sms), static_cast<int>(capability)).workspace_bytes();
 }
-static LutLinearArguments arguments_of(int64_t tokens, int64_t rows, int64_t columns, int64_t group, int64_t type) {
-  LutLinearArguments a{};
-  a.x_type = static_cast<rcp::FloatType>(type);
-  a.tokens = tokens, a.rows = rows, a.columns = columns;
-  a.bits = WEIGHT_BITS, a.group_size = static_cast<int>(group), a.act_bits = 16, a.clip = 1.0f;
-  return a;
-}
-int64_t workspace_bytes(int64_t sms, int64_t tokens, int64_t rows, int64_t columns, int64_t group, int64_t type) {
-  return lut_linear_a16_workspace_bytes(arguments_of(tokens, rows, columns, group, type), static_cast<int>(sms));
-}
-int64_t counter_bytes(int64_t sms, int64_t tokens, int64_t rows, int64_t columns, int64_t group, int64_t type) {
-  return lut_linear_a16_counter_bytes(arguments_of(tokens, rows, columns, group, type), static_cast<int>(sms));
+int64_t counter_bytes(int64_t sms, int64_t capability, int64_t tokens, int64_t rows, int64_t columns, int64_t group,
+                      int64_t type) {
+  const LutLinearCall call = call_of(tokens, rows, columns, group, type);
+  return plan_lut_linear(call, static_cast<int>(sms), static_cast<int>(capability)).counter_bytes;
 }
 int run(const uint8_t* weight, const void* x, const void* bias, int64_t bias_type, void* y, void* workspace,
-        void* counters, int64_t sms, int64_t capability, int64_t rotation, int64_t tokens, int64_t rows,
+        unsigned* counters, int64_t sms, int64_t capability, int64_t rotation, int64_t tokens, int64_t rows,
         int64_t columns, int64_t group, int64_t type) {
-  LutLinearArguments a = arguments_of(tokens, rows, columns, group, type);
-  a.weight = weight, a.x = x, a.bias = bias, a.bias_type = static_cast<rcp::FloatType>(bias_type), a.y = y;
-  a.workspace = workspace, a.counters = counters, a.rotation_group = static_cast<int>(rotation);
-  return lut_linear_a16<WEIGHT_BITS>(a, static_cast<int>(sms), static_cast<int>(capability));
+  LutLinearCall call = call_of(tokens, rows, columns, group, type);
+  call.weight = weight, call.x = x, call.bias = bias, call.bias_type = static_cast<rcp::FloatType>(bias_type);
+  call.y = y, call.workspace = workspace, call.counters = counters, call.rotation_group = static_cast<int>(rotation);
+  const LutLinearPlan plan = plan_lut_linear(call, static_cast<int>(sms), static_cast<int>(capability));
+  return lut_linear_a16<WEIGHT_BITS>(call, plan);
 }
 }
 """,
@@ -85,18 +87,11 @@ class Layer:
         levels = np.sort(rng.integers(-128, 128, (rows, groups, 1 << bits)), axis=-1).astype(np.int8)
         scales = (rng.random((rows, groups)) * (not equal_scales) * 200 + equal_scales).astype(np.float16)
         tensor_scale = 2.0**-15
-        stream = np.zeros((rows, groups * group, bits), np.uint8)
-        stream[:, :columns] = (codes[:, :, None] >> np.arange(bits)) & 1
-        packed = np.packbits(stream.reshape(rows, -1), axis=1, bitorder="little")
         of_columns = np.arange(columns) // group
         chosen = np.take_along_axis(levels[:, of_columns], codes[:, :, None].astype(np.int64), 2)[..., 0]
         self.weight = chosen * scales[:, of_columns].astype(np.float64) * tensor_scale
-        library = program(bits).library
-        library.total_bytes.restype = ctypes.c_int64
-        shape = [ctypes.c_int64(n) for n in (rows, columns, group)]
-        self.blob = np.zeros(library.total_bytes(*shape), np.uint8)
-        pointers = [a.ctypes.data_as(ctypes.c_void_p) for a in (packed, levels, scales)]
-        library.pack_on_host(*pointers, ctypes.c_float(tensor_scale), self.blob.ctypes.data_as(ctypes.c_void_p), *shape)
+        tensors = map(torch.from_numpy, (codes, levels, scales))
+        self.blob = pack(PackedWeight.pack(*tensors, tensor_scale, bits=bits, group_size=group))
         self.bias = rng.standard_normal(rows)
 
     def run(
@@ -109,7 +104,7 @@ class Layer:
         sizes = []
         for function in (compiled.library.workspace_bytes, compiled.library.counter_bytes):
             function.restype = ctypes.c_int64
-            sizes.append(function(ctypes.c_int64(sms), *map(ctypes.c_int64, shape)))
+            sizes.append(function(*map(ctypes.c_int64, (sms, int(arch[3:]), *shape))))
         memory = Memory()
         held = stored(x, kind)
         weight = memory.allocate("weight", self.blob if blob is None else blob)

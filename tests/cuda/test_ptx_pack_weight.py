@@ -5,7 +5,11 @@ from functools import cache
 
 import numpy as np
 import pytest
+import torch
+from cuda_blob import pack, shape_hash
 from ptx import HostProgram, Memory
+
+from rcp_kernels.formats import PackedWeight
 
 # rows, columns, group_size: tails in rows, columns, units and sub-blocks, each group size, one group a row.
 SHAPES = [(16, 512, 128), (17, 600, 128), (5, 33, 32), (33, 1100, 64), (3, 1, 32), (1, 96, 96), (18, 515, 515)]
@@ -21,24 +25,19 @@ using namespace rcp::cuda;
 extern "C" int64_t total_bytes(int64_t rows, int64_t columns, int64_t group, int64_t bits) {
   return CudaLayout{rows, columns, group, static_cast<int>(bits)}.total_bytes();
 }
-extern "C" void pack_on_host(const uint8_t* codes, const int8_t* levels, const uint16_t* scales, double tensor_scale,
-                             uint8_t* blob, int64_t rows, int64_t columns, int64_t group, int64_t bits) {
-  pack_weight_host({rows, columns, group, static_cast<int>(bits)}, codes, levels, scales,
-                   static_cast<float>(tensor_scale), blob);
-}
 extern "C" int pack(const uint8_t* codes, const int8_t* levels, const uint16_t* scales, double tensor_scale,
                     uint8_t* blob, int64_t rows, int64_t columns, int64_t group, int64_t bits) {
-  return pack_weight({codes, levels, scales, static_cast<float>(tensor_scale), blob, rows, columns, group,
-                      static_cast<int>(bits), nullptr});
+  return pack_weight({codes, levels, scales, static_cast<float>(tensor_scale), blob,
+                      {rows, columns, group, static_cast<int>(bits)}, nullptr});
 }
 extern "C" int unpack(const uint8_t* blob, uint8_t* codes, int8_t* levels, uint16_t* scales, float* tensor_scale,
                       int64_t rows, int64_t columns, int64_t group, int64_t bits) {
-  return unpack_weight({blob, codes, levels, scales, tensor_scale, rows, columns, group, static_cast<int>(bits),
+  return unpack_weight({blob, codes, levels, scales, tensor_scale, {rows, columns, group, static_cast<int>(bits)},
                         nullptr});
 }
 extern "C" int dequantize_to(const uint8_t* blob, void* y, int64_t type, int64_t rows, int64_t columns, int64_t group,
                              int64_t bits) {
-  return dequantize({blob, y, static_cast<rcp::FloatType>(type), rows, columns, group, static_cast<int>(bits),
+  return dequantize({blob, y, static_cast<rcp::FloatType>(type), {rows, columns, group, static_cast<int>(bits)},
                      nullptr});
 }
 """,
@@ -65,15 +64,9 @@ class Canonical:
         self.weight = levels * self.scales[:, of_columns].astype(np.float64) * self.tensor_scale
 
     def blob(self) -> np.ndarray:
-        library = program().library
-        library.total_bytes.restype = ctypes.c_int64
-        blob = np.full(library.total_bytes(*map(ctypes.c_int64, self.shape)), 0xAA, np.uint8)
-        arrays = [a.ctypes.data_as(ctypes.c_void_p) for a in (self.packed_codes, self.levels, self.scales)]
-        library.pack_on_host(
-            *arrays, ctypes.c_double(self.tensor_scale), blob.ctypes.data_as(ctypes.c_void_p),
-            *map(ctypes.c_int64, self.shape),
-        )  # fmt: skip
-        return blob
+        _, _, group, bits = self.shape
+        tensors = map(torch.from_numpy, (self.codes, self.levels, self.scales))
+        return pack(PackedWeight.pack(*tensors, self.tensor_scale, bits=bits, group_size=group))
 
 
 def cases() -> list[tuple[int, int, int, int]]:
@@ -81,7 +74,7 @@ def cases() -> list[tuple[int, int, int, int]]:
 
 
 @pytest.mark.parametrize(("rows", "columns", "group", "bits"), cases())
-def test_pack_equals_the_host_and_unpack_inverts_it(rows, columns, group, bits):
+def test_pack_follows_the_layout_and_unpack_inverts_it(rows, columns, group, bits):
     canonical = Canonical(rows, columns, group, bits)
     expected = canonical.blob()
     memory = Memory()
@@ -131,7 +124,7 @@ def test_dequantize_is_the_definition_rounded_once(rows, columns, group, bits):
         np.testing.assert_array_equal(y.numpy(), expected[index])
 
 
-@pytest.mark.parametrize("place", [0, 7, 8, 16, 20, 24, 32])  # magic, stamp, bits, group_size, rows, columns
+@pytest.mark.parametrize("place", [0, 7, 8, 16, 20, 24, 32])  # magic, shape hash, bits, group_size, rows, columns
 def test_a_foreign_blob_gives_nan(place):
     canonical = Canonical(16, 512, 128, 3)
     wrong = canonical.blob()
@@ -143,12 +136,6 @@ def test_a_foreign_blob_gives_nan(place):
     assert np.isnan(y.numpy()).all()
 
 
-def stamps(rows, columns, group, bits):
-    """Of arrays of shapes, from the description in lut_linear_cuda_layout.h."""
-    kind = (2 * 8 + bits) * 4 + {32: 0, 64: 1, 128: 2}.get(group, 3)
-    return (rows + columns * 65536 + columns // 65536) % 2**32 ^ kind * 0x85EBCA6B % 2**32
-
-
 def tile_bytes(sub_blocks, group, bits):
     """16 rows of a weight: codes of the units, and tables and scales for each."""
     slots, units = {32: 16, 64: 8}.get(group, 4), -(-sub_blocks // 4)
@@ -157,7 +144,7 @@ def tile_bytes(sub_blocks, group, bits):
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(4096, 4096), (11008, 4096), (4096, 14336), (128256, 4096)])
-def test_no_other_shape_of_the_same_size_has_the_same_stamp(rows, columns):
+def test_no_other_shape_of_the_same_size_has_the_same_hash(rows, columns):
     library = program().library
     library.total_bytes.restype = ctypes.c_int64
     kinds = [(group, bits) for group in (32, 64, 128, 0) for bits in (2, 3, 4)]
@@ -165,13 +152,13 @@ def test_no_other_shape_of_the_same_size_has_the_same_stamp(rows, columns):
         size = int(tile_bytes(np.array(-(-columns // 128)), group, bits)) * -(-rows // 16)
         shape = (rows, columns, group or columns, bits)
         assert library.total_bytes(*map(ctypes.c_int64, shape)) == 128 + size
-        mine = int(stamps(rows, columns, group, bits))
+        mine = int(shape_hash(rows, columns, group, bits))
         same = 0
         for other_group, other_bits in kinds:
             sub_blocks = np.arange(1, size // (256 * other_bits) + 2)
             bytes_of = tile_bytes(sub_blocks, other_group, other_bits)
             for some, tiles in zip(*((a[size % bytes_of == 0]) for a in (sub_blocks, size // bytes_of)), strict=True):
-                there = stamps(
+                there = shape_hash(
                     np.arange(16 * tiles - 15, 16 * tiles + 1)[:, None],
                     np.arange(128 * some - 127, 128 * some + 1),
                     other_group,

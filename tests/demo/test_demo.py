@@ -10,19 +10,16 @@ import pytest
 import torch
 
 pytest.importorskip("transformers")
-pytest.importorskip("rich")
 
 import transformers
 from rich.console import Console
-from rich.progress import Progress
 
 from rcp_kernels import QuantLinear, extras
-from rcp_kernels.demo import gptq as demo_gptq
 from rcp_kernels.demo import report as demo_report
 from rcp_kernels.demo import run as demo
-from rcp_kernels.demo.gptq import Calibration, calibrated, read_calibration
-from rcp_kernels.evaluation.decoding import decode_seconds, generate
+from rcp_kernels.evaluation.decoding import decode_seconds, greedy_tokens
 from rcp_kernels.evaluation.perplexity import perplexity
+from rcp_kernels.models import describe
 
 
 @pytest.fixture(scope="module")
@@ -41,32 +38,32 @@ def tiny():
     return transformers.LlamaForCausalLM(config).eval()
 
 
-def quiet():
-    return Progress(console=Console(file=io.StringIO()))
-
-
 class Tokenizer:
-    """Stands in for the real one where measure() needs it: turning tokens into text."""
+    """Stands in for the real one where measure() needs it: a question as tokens, and tokens as text."""
 
     eos_token_id = 2
+
+    def apply_chat_template(self, messages, **_):
+        return {"input_ids": torch.arange(3, 3 + len(messages[0]["content"]))[None]}
 
     def decode(self, tokens, skip_special_tokens):
         return " ".join(map(str, tokens))
 
 
 @pytest.fixture(scope="module")
-def report(tiny):
+def full_report(tiny):
+    """Calibrated and measured on windows of one random text, which a tiny model can only learn by heart."""
     ids = torch.randint(3, 128, (200,), generator=torch.Generator().manual_seed(1))
-    return demo.measure(tiny, Tokenizer(), ids, ids[None, :9], quiet(), 1.5, window=64, new_tokens=3, text_tokens=4)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(demo, "LONG_PROMPT", "why?")
+        patch.setattr(demo, "LONG_TEXT_TOKENS", 5)
+        return demo.measure(tiny, Tokenizer(), ids, ids[:192].view(3, 64), lambda *_: None, 1.5, 64, new_tokens=3)
 
 
 @pytest.fixture(scope="module")
-def full_report(tiny, report):
-    """With GPTQ: calibrated and measured on windows of one random text, which a tiny model can only learn by heart."""
-    ids = torch.randint(3, 128, (200,), generator=torch.Generator().manual_seed(1))
-    calibration = Calibration(ids[:192].view(3, 64), "0" * 64)
-    found = calibrated(tiny, Tokenizer(), ids, "why?", ids[None, :9], calibration, quiet(), 64, 64, new_tokens=5)
-    return dataclasses.replace(report, calibrated=found)
+def report(full_report):
+    """Without GPTQ."""
+    return dataclasses.replace(full_report, calibrated=[])
 
 
 class Uniform(torch.nn.Module):
@@ -97,13 +94,15 @@ def test_perplexity_rejects(tokens, window, message):
 def test_generate_is_greedy_decoding(tiny):
     prompt = torch.randint(3, 128, (1, 11))
     expected = tiny.generate(prompt, max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=0)[0, 11:]
-    assert generate(tiny, prompt, 8) == expected.tolist()
+    assert greedy_tokens(tiny, prompt, 8)[0].tolist() == expected.tolist()
 
 
 def test_generate_stops(tiny):
     prompt = torch.randint(3, 128, (1, 5))
-    tokens = generate(tiny, prompt, 6)
-    assert generate(tiny, prompt, 6, stop_token=tokens[0]) == []
+    tokens = greedy_tokens(tiny, prompt, 6)[0].tolist()
+    assert greedy_tokens(tiny, prompt, 6, stop_token=tokens[0]).shape == (1, 0)
+    last = tokens[5]
+    assert greedy_tokens(tiny, prompt, 6, stop_token=last)[0].tolist() == tokens[: tokens.index(last)]
 
 
 def test_decode_seconds_decodes_as_many_as_asked(tiny):
@@ -115,19 +114,21 @@ def test_decode_seconds_decodes_as_many_as_asked(tiny):
 
 @pytest.mark.parametrize("config", demo.CONFIGS, ids=lambda config: config.name)
 def test_convert(tiny, config):
-    model, result = demo.convert(tiny, config, 0.0, quiet())
+    model, result = demo.convert(tiny, config)
     layers = demo.linear_layers(model)
     weights = sum(layer.in_features * layer.out_features for layer in layers)
     assert len(layers) == 2 * 7
     assert model.lm_head.weight.dtype == config.dtype
     assert model.lm_head.weight is model.model.embed_tokens.weight
-    if config.bits is None:
+    if config.recipe is None:
         assert result.bits_per_weight == config.dtype.itemsize * 8
         assert result.linear_bytes == weights * config.dtype.itemsize
     else:
-        assert all(isinstance(layer, QuantLinear) and layer.act_bits == config.act_bits for layer in layers)
+        bits = config.recipe.w_bits
+        assert all(isinstance(layer, QuantLinear) for layer in layers)
+        assert {layer.act_bits for layer in layers} == {config.recipe.a_bits}
         # codes, an int8 level each, and one fp16 scale, per group of 64; a linear adds a few bytes of header
-        expected = config.bits + (8 * 2**config.bits + 16) / 64
+        expected = bits + (8 * 2**bits + 16) / 64
         assert result.bits_per_weight == pytest.approx(expected, rel=0.01)
     assert not any(isinstance(layer, QuantLinear) for layer in demo.linear_layers(tiny)), "the base is left alone"
 
@@ -147,37 +148,32 @@ def test_every_rotation_is_measured(report):
     assert list(report.rotated) == ["W4A4", "W2A4"]
     assert report.rotated["W2A4"]["none"] == report.results[4].perplexity
     for row in report.rotated.values():
-        assert list(row) == ["none", "natural global", "sequency global", "either grouped"]
+        assert list(row) == ["none", "hadamard", "walsh", "gsr"]
         assert all(value > 1 for value in row.values())
 
 
-def test_grouped_rotations_of_both_orders_are_one_model(tiny):
-    """What the table's column "either grouped" claims."""
-    ids = torch.randint(3, 128, (1, 20), generator=torch.Generator().manual_seed(2))
-    logits = []
-    for order in ("natural", "sequency"):
-        model = demo.rotate_and_convert(tiny, demo.ROTATED_CONFIGS[0], demo.Rotation(order, grouped=True), quiet())
-        with torch.inference_mode():
-            logits.append(model(ids).logits)
-    assert torch.equal(*logits)
+def test_grouped_rotations_of_both_orders_give_one_perplexity(tiny):
+    """The reason why the table has no column of local_hadamard."""
+    ids = torch.randint(3, 128, (200,), generator=torch.Generator().manual_seed(2))
+    values = []
+    for rotation in ("local_hadamard", "gsr"):
+        recipe = dataclasses.replace(demo.ROTATED[0].recipe, rotation=rotation)
+        model, _ = demo.convert(tiny, demo.Config(rotation, torch.float32, recipe))
+        values.append(perplexity(model, ids, 50))
+    assert values[0] == pytest.approx(values[1], rel=1e-3)
 
 
-@pytest.mark.parametrize("rotation", [None, *demo.ROTATIONS], ids=str)
+@pytest.mark.parametrize("rotation", demo.ROTATIONS)
 def test_a_rotated_model_is_the_same_model(tiny, rotation):
     """With 16-bit activations and 4-bit weights little is lost, whatever the rotation; unrotated inputs lose all."""
-    config = demo.Config("W4A16", torch.float32, bits=4, act_bits=16)
-    model = demo.rotate_and_convert(tiny, config, rotation, quiet())
+    recipe = dataclasses.replace(demo.ROTATED[0].recipe, a_bits=16, rotation=rotation)
+    model, _ = demo.convert(tiny, demo.Config("W4A16", torch.float32, recipe))
     ids = torch.randint(3, 128, (1, 20), generator=torch.Generator().manual_seed(2))
     with torch.inference_mode():
         found, expected = model(ids).logits, tiny(ids).logits
     assert float((found - expected).norm() / expected.norm()) < 0.2
-    for layer in demo.linear_layers(model):
-        assert isinstance(layer, QuantLinear)
-        if rotation is None:
-            assert layer.input_rotation is None
-        else:
-            assert layer.input_rotation.order == rotation.order
-            assert layer.input_rotation.group_size == (64 if rotation.grouped else layer.in_features)
+    for layer in describe(model).layers:
+        assert (model.get_submodule(layer.down).input_rotation is None) == (rotation == "none")
 
 
 def test_report_is_json(report):
@@ -189,41 +185,47 @@ def test_report_is_json(report):
 
 def test_calibrated_formats_are_measured_beside_the_float_model(tiny, report, full_report):
     found = full_report.calibrated
-    fp32, three, two = found.results
-    assert [result.name for result in found.results] == ["torch fp32", "W3A16 GPTQ", "W2A4 GPTQ"]
+    fp32, three, two = found
+    assert [result.name for result in found] == ["torch fp32", "W3A16 GPTQ", "W2A4 GPTQ"]
     assert fp32.perplexity == report.results[0].perplexity
     assert fp32.perplexity == pytest.approx(three.perplexity, rel=0.1)
-    assert [fp32.bits_per_weight, fp32.seconds] == [32, 0]
+    assert fp32.bits_per_weight == 32
     for result, bits in ((three, 3), (two, 2)):
         assert result.bits_per_weight == pytest.approx(bits + (8 * 2**bits + 16) / 64, rel=0.01)
         assert result.perplexity > 1
-        assert result.seconds > 0
+        assert result.swap_seconds > 0
         assert len(result.text.split()) == 5
-    assert (found.windows, found.window, found.prompt) == (3, 64, "why?")
+    assert (full_report.calibration_windows, full_report.calibration_window) == (3, 64)
     assert not any(isinstance(layer, QuantLinear) for layer in demo.linear_layers(tiny)), "the base is left alone"
-    assert json.loads(json.dumps(full_report.to_dict()))["calibrated"]["results"][1]["name"] == "W3A16 GPTQ"
-    assert report.to_dict()["calibrated"] is None
+    assert json.loads(json.dumps(full_report.to_dict()))["calibrated"][1]["name"] == "W3A16 GPTQ"
+    assert report.to_dict()["calibrated"] == []
 
 
-def test_calibration_text_is_windows_of_docstrings(monkeypatch):
+def test_calibration_text_is_windows_of_docstrings(tiny, monkeypatch):
     asked = []
-    corpus = SimpleNamespace(text="word " * 420, sha256="f" * 64)
-    monkeypatch.setattr(demo_gptq, "docstring_corpus", lambda packages: (asked.append(packages), corpus)[1])
 
     def tokenizer(text, **_):
         return SimpleNamespace(input_ids=torch.arange(len(text.split()))[None])
 
-    found = read_calibration(tokenizer, windows=3, window=50)
+    monkeypatch.setattr(demo, "WINDOWS", 3)
+    monkeypatch.setattr(demo, "WINDOW", 50)
+    monkeypatch.setattr(demo, "load_float", lambda name: (tiny, tokenizer))
+    monkeypatch.setattr(demo, "held_out_default", lambda: "word " * 100)
+    corpus = SimpleNamespace(text="word " * 420)
+    monkeypatch.setattr(demo, "docstring_corpus", lambda packages: (asked.append(packages), corpus)[1])
+    monkeypatch.setattr(demo, "measure", lambda base, tokenizer, ids, calibration, *_: (ids, calibration))
+    ids, found = demo.run(lambda *_: None, tokens=80, window=40)
+    assert ids.tolist() == list(range(80))
     assert asked == [("stdlib",)]
-    assert found.ids.shape == (3, 50)
-    assert all(torch.equal(row, torch.arange(int(row[0]), int(row[0]) + 50)) for row in found.ids)
-    assert found.sha256 == "f" * 64
+    assert found.shape == (3, 50)
+    assert all(torch.equal(row, torch.arange(int(row[0]), int(row[0]) + 50)) for row in found)
+    assert demo.run(lambda *_: None, tokens=80, window=40, calibrate=False)[1] is None
 
 
 def test_texts_have_every_prompt_and_answer(report, full_report):
     lines = demo_report.texts(full_report).splitlines()
     assert '"why?"' in lines
-    for result in (*full_report.results, *full_report.calibrated.results):
+    for result in (*full_report.results, *full_report.calibrated):
         assert any(line.endswith(f"{result.name}: {result.text}") for line in lines)
     assert '"why?"' not in demo_report.texts(report)
 
@@ -239,7 +241,7 @@ def test_table_fits_eighty_columns_and_hides_nothing(full_report):
     for result in full_report.results:
         assert result.name in text
         assert f"{1 / result.seconds_per_token:.1f}" in text
-    for result in full_report.calibrated.results:
+    for result in full_report.calibrated:
         assert f"{result.name} " in text
         assert f"{result.perplexity:.2f}" in text
     for row in changed.rotated.values():
@@ -260,9 +262,9 @@ def test_plot(report, tmp_path):
 def test_the_real_model_end_to_end(run, tmp_path, monkeypatch):
     """The command a stranger runs, with less text and two configurations."""
     wanted = [config for config in demo.CONFIGS if config.name in ("torch bf16", "W4A8")]
-    less = {"text_tokens": 8, "configs": wanted, "rotated_configs": ()}
-    measure = demo.run
-    monkeypatch.setattr(demo, "run", lambda *args, **kwargs: measure(*args, **kwargs, **less))
+    measure = demo.measure
+    monkeypatch.setattr(demo, "TEXT_TOKENS", 8)
+    monkeypatch.setattr(demo, "measure", lambda *args: measure(*args, configs=wanted, rotated=()))
     arguments = ["--tokens", 256, "--window", 256, "--new-tokens", 8, "--json", tmp_path / "demo.json"]
     code, out, err = run("demo", *arguments, "--no-calibrate")
     assert not code, err

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from rcp_kernels.evaluation import divergence as module
-from rcp_kernels.evaluation.divergence import Divergence, divergence, greedy_tokens, prompt_windows
+from rcp_kernels.evaluation.decoding import greedy_tokens
+from rcp_kernels.evaluation.divergence import Divergence, divergence, prompt_windows
 
 transformers = pytest.importorskip("transformers")
 

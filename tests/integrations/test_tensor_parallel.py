@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, init_device_mesh
 from torch.distributed.tensor.parallel import parallelize_module
 
 from rcp_kernels import OnlineRotation, PackedWeight, QuantLinear, ops
-from rcp_kernels.bench.common import random_packed_weight
+from rcp_kernels.bench.lut_linear import random_packed_weight
 from rcp_kernels.integrations.tensor_parallel import RcpColwiseParallel, RcpRowwiseParallel
 from rcp_kernels.nn.sharding import shard_columns, shard_rotation, shard_rows
 from rcp_kernels.ops.lut_linear import lut_linear_group_sums_reference

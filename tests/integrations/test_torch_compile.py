@@ -13,7 +13,6 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import StaticCache
 
 from rcp_kernels import quantize_model
-from rcp_kernels.bench import compiled_decode
 from rcp_kernels.methods.rotate import rotate_model
 from rcp_kernels.models.hf import cache_argument
 
@@ -91,31 +90,3 @@ def test_aot_inductor_runs_what_was_compiled(tmp_path):
         for rows in (5, 33):
             x = torch.randn(rows, 96)
             torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-4)
-
-
-def test_the_benchmark_lets_all_take_turns():
-    counter = CompileCounterWithBackend("aot_eager")
-    lines, called = [], []
-    result = compiled_decode.measure(
-        make_model("llama"),
-        IDS[:1],
-        group_size=32,
-        new_tokens=10,
-        backend=counter,
-        clock="cpu",
-        log=lines.append,
-        ready=lambda: called.append(counter.frame_count),
-    )
-    assert result.new_tokens == 16
-    assert len(lines) == 2
-    assert called == [counter.frame_count] == [2]  # one graph for each model, all of them before the first turn
-    assert set(result.seconds) == {
-        compiled_decode.EAGER_GROWING,
-        compiled_decode.EAGER,
-        compiled_decode.COMPILED,
-        compiled_decode.TORCH_EAGER,
-        compiled_decode.TORCH_COMPILED,
-    }
-    assert min(result.seconds.values()) > 0
-    assert result.eager_over_torch * result.compiled_over_eager == pytest.approx(result.compiled_over_torch)
-    assert "W2A4 in groups of 32, batch 1, 16 tokens after 12" in compiled_decode.text(result)

@@ -326,5 +326,5 @@ def test_bad_arguments() -> None:
             make((4,))
         with pytest.raises(ValueError, match=r"group_size must be one of"):
             make((4, 64), 2, 33)
-        with pytest.raises(ValueError, match=r"the shape \(4, 64\).*got \(64, 4\); make one"):
+        with pytest.raises(ValueError, match=r"weight must have .*\(4, 64\), got \(64, 4\)"):
             make((4, 64), 2, 32)(torch.zeros(64, 4))

@@ -27,9 +27,9 @@ from rcp_kernels import QuantLinear, ops
 from rcp_kernels.data import corpus
 from rcp_kernels.evaluation.perplexity import perplexity_of
 from rcp_kernels.methods import rcp
-from rcp_kernels.methods.rcp import block_reconstruction, training_state
-from rcp_kernels.methods.rcp import run as rcp_run
-from rcp_kernels.methods.rcp.block_reconstruction import BlockConfig, reconstruct_blocks, schedule
+from rcp_kernels.methods import student as student_module
+from rcp_kernels.methods.rcp import training_state
+from rcp_kernels.methods.rcp.block_reconstruction import BlockConfig, reconstruct_blocks
 from rcp_kernels.methods.rcp.distillation import (
     LOSSES,
     Head,
@@ -38,16 +38,17 @@ from rcp_kernels.methods.rcp.distillation import (
     reverse_weight,
     student_perplexity,
 )
-from rcp_kernels.methods.rcp.run import Run
+from rcp_kernels.methods.rcp.optimizer import schedule
+from rcp_kernels.methods.rcp.training import Training
 from rcp_kernels.methods.rotate import rotate_model
 from rcp_kernels.methods.student import (
     FakeQuantKV,
     FakeQuantLinear,
     export_student,
     fake_quantize_activation,
-    held,
     make_student,
     students,
+    with_quantized_weights,
 )
 from rcp_kernels.models.hf import cache_argument
 from rcp_kernels.nn.model_digest import model_digest
@@ -202,7 +203,7 @@ def test_held_weights_give_the_same_gradients():
     parts = tiny_windows(4).split(2)
     for ids in parts:
         one(ids).logits.square().mean().backward()
-    with held(other, torch.float32):
+    with with_quantized_weights(other, torch.float32):
         for ids in parts:
             other(ids).logits.square().mean().backward()
     for (name, a), (_, b) in zip(one.named_parameters(), other.named_parameters(), strict=True):
@@ -274,7 +275,7 @@ def test_the_cache_changes_phase_one(monkeypatch):
         students_.append([layer.weight.detach().clone() for layer in students(student)])
     # q, k and v of every layer learn from what comes after the cache too.
     assert not any(torch.equal(a, b) for a, b in zip(*students_, strict=True))
-    monkeypatch.setattr(block_reconstruction, "cache_argument", lambda *_: {})
+    monkeypatch.setattr(student_module, "cache_argument", lambda *_: {})
     student = tiny_model()
     make_student(student, group_size=32)
     with pytest.raises(RuntimeError, match=r"layer model\.layers\.0: .* cache of 4 bits, got .* never asked it"):
@@ -282,7 +283,7 @@ def test_the_cache_changes_phase_one(monkeypatch):
 
 
 def test_phase_two_asks_the_cache(monkeypatch):
-    monkeypatch.setattr(rcp_run, "cache_argument", lambda *_: {})
+    monkeypatch.setattr(student_module, "cache_argument", lambda *_: {})
     with pytest.raises(RuntimeError, match=r"train: .* cache of 4 bits, got .* never asked it"):
         rcp.train(tiny_model(), tiny_windows(), tiny_windows(2), dataclasses.replace(CONFIG, blocks=None))
 
@@ -518,12 +519,12 @@ def test_the_teacher_keeps_its_tables_in_float32(given):
     """Of RoPE: in bfloat16 the last of 64 positions would be off by a tenth of a radian."""
     model = tiny_model()
     teacher = copy.deepcopy(model) if given else None
-    run = Run(
+    run = Training(
         model, tiny_windows(), tiny_windows(3, 2), dataclasses.replace(CONFIG, bf16=True), teacher,
         {}, None, None, False, None,
     )  # fmt: skip
-    assert {p.dtype for p in run.teacher.parameters()} == {torch.bfloat16}
-    tables = dict(run.teacher.named_buffers())
+    assert {p.dtype for p in run.models.teacher_model.parameters()} == {torch.bfloat16}
+    tables = dict(run.models.teacher_model.named_buffers())
     assert tables
     for name, table in tiny_model().named_buffers():
         assert table.dtype == torch.float32
@@ -532,9 +533,9 @@ def test_the_teacher_keeps_its_tables_in_float32(given):
 
 @pytest.mark.parametrize("name", ["batch", "micro_batch", "workers", "validate_every", "checkpoint_every"])
 def test_counts_of_zero_are_refused_before_anything_is_done(name):
-    with pytest.raises(ValueError, match=f"RcpConfig: {name} must be at least 1, got 0"):
+    with pytest.raises(ValueError, match=f"RcpConfig: {name} must be an int of at least 1, got 0"):
         dataclasses.replace(CONFIG, **{name: 0})
-    with pytest.raises(ValueError, match="BlockConfig: epochs must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="BlockConfig: epochs must be an int of at least 1, got 0"):
         BlockConfig(epochs=0)
 
 
@@ -620,7 +621,7 @@ def test_the_corpus_shares_no_thirteen_words_with_the_held_out_text():
     assert len(text.text) > 500_000
     assert len(comments.text) > 100_000
     assert text.dropped > 0
-    assert corpus.overlap(text.text + comments.text, held_out) == 0.0
+    assert not corpus._ngrams(text.text + comments.text) & corpus._ngrams(held_out)
 
 
 def test_the_corpus_is_the_same_again():
@@ -653,11 +654,12 @@ def test_comments_are_taken_where_they_are_prose(tmp_path, monkeypatch):
     assert corpus.comment_corpus(("package",), exclude=words).documents == ()
 
 
-def test_overlap_counts_runs_of_thirteen_words():
+def test_ngrams_are_runs_of_thirteen_words():
     words = [f"w{i}" for i in range(20)]
-    assert corpus.overlap(" ".join(words), " ".join(words[:13])) == 1 / 8
-    assert corpus.overlap(" ".join(words), " ".join(words[:12])) == 0.0
-    assert corpus.overlap("too short", "too short") == 0.0
+    runs = corpus._ngrams(" ".join(words))
+    assert len(runs) == 8
+    assert len(runs & corpus._ngrams(" ".join(words[:13]))) == 1
+    assert not corpus._ngrams(" ".join(words[:12]))
 
 
 def test_an_unknown_package_is_refused():
@@ -665,17 +667,16 @@ def test_an_unknown_package_is_refused():
         corpus.docstring_corpus(("no_such_package_here",))
 
 
-@given(st.integers(1, 400), st.integers(1, 20), st.integers(0, 5))
-def test_windows_are_the_stream_cut_and_shuffled(tokens, length, validation):
+@given(st.integers(1, 400), st.integers(1, 20))
+def test_windows_are_the_stream_cut_and_shuffled(tokens, length):
     ids = torch.arange(tokens)
-    if tokens < (validation + 1) * length:
-        with pytest.raises(ValueError, match="windows of"):
-            corpus.split_windows(ids, length, validation=validation)
+    if tokens < length:
+        with pytest.raises(ValueError, match=f"window of {length} tokens"):
+            corpus.split_windows(ids, length)
         return
-    training, kept = corpus.split_windows(ids, length, validation=validation)
-    assert len(kept) == validation
-    both = torch.cat([training, kept]).flatten().sort().values
-    assert torch.equal(both, torch.arange(tokens // length * length))
+    windows = corpus.split_windows(ids, length)
+    assert windows.shape == (tokens // length, length)
+    assert torch.equal(windows[windows[:, 0].argsort()].flatten(), torch.arange(tokens // length * length))
 
 
 def test_text_files_must_be_utf8_and_not_empty(tmp_path):

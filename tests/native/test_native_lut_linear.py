@@ -234,7 +234,7 @@ def test_a_tampered_blob_is_refused(native):
         (lambda b: b[:-1], "truncated or padded"),
         (lambda b: np.concatenate([b, b[:1]]), "truncated or padded"),
         (lambda b: np.concatenate([b[:1] ^ 1, b[1:]]), "wrong magic"),
-        (lambda b: np.concatenate([b[:8], b[8:9] + 1, b[9:]]), "layout version 2"),
+        (lambda b: np.concatenate([b[:8], b[8:9] + 1, b[9:]]), "layout version 1, got 2"),
         (lambda b: np.concatenate([b[:12], b[12:13] + 1, b[13:]]), "was packed with"),
         (lambda b: np.concatenate([b[:16], b[16:17] + 1, b[17:]]), "was packed with out_features 21"),
         (lambda b: np.concatenate([b[:44], b[44:45] + 1, b[45:]]), "truncated or padded"),

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from rcp_kernels import OnlineRotation, QuantLinear, ops
-from rcp_kernels.bench.common import random_packed_weight
+from rcp_kernels.bench.lut_linear import random_packed_weight
 
 WORKERS = 8
 SECONDS = 120
@@ -246,7 +246,7 @@ FORK = """
     import torch
     torch.set_num_threads(1)
     from rcp_kernels import OnlineRotation, QuantLinear
-    from rcp_kernels.bench.common import random_packed_weight
+    from rcp_kernels.bench.lut_linear import random_packed_weight
 
     torch.manual_seed(0)
     layer = QuantLinear.from_packed(random_packed_weight(1024, 512, 2, 64), input_rotation=OnlineRotation(512))

@@ -93,7 +93,7 @@ def test_opcheck(dtype, batch, length):
         ({"sin": torch.ones(1, 1, 7)}, r"sin must have shape \[1, 1, 8\]"),
         ({"keys": torch.ones(2, 2, 9, 8).half()}, "keys must be Float, got Half"),
         ({"values": torch.ones(2, 2, 8, 8)}, r"values must have shape \[2, 2, 9, 8\]"),
-        ({"keys": torch.ones(2, 9, 2, 8).transpose(1, 2)}, "keys must be contiguous"),
+        ({"keys": torch.ones(2, 9, 2, 8).transpose(1, 2)}, "keys and values must be contiguous"),
         ({"length": 9}, r"length must be from 0 to capacity - 1 \(8\), got 9"),
         ({"length": -1}, "got -1"),
         ({"scale": float("nan")}, "scale must be finite"),

@@ -192,9 +192,6 @@ def multiply(instruction: str, a: np.ndarray, b: np.ndarray, c: np.ndarray, dtyp
         ("m16n8k16", ("s8", "u8")),
         ("m8n8k16", ("s8", "s8")),
         ("m8n8k16", ("u8", "u8")),
-        ("m16n8k64", ("s4", "s4")),
-        ("m16n8k32", ("u4", "s4")),
-        ("m8n8k32", ("s4", "s4")),
     ],
 )
 def test_integer_products(shape, kinds):

@@ -170,18 +170,7 @@ def _cvt(machine, instruction: Instruction) -> Callable:
             return (high << np.uint32(16)) | low
 
         return elementwise(machine, instruction, ["f32", "f32"], "b32", pair)
-    if result == "tf32" and name == "f32":
-        # rna: nearest, ties away from zero, of the 13 bits that tf32 lacks.
-        if tuple(words) not in (("rna",), ("rn",)):
-            raise PtxError("unknown form")
-
-        def tensor(a):
-            up = np.uint32(0x1000) if words[0] == "rna" else np.uint32(0xFFF) + ((a >> np.uint32(13)) & np.uint32(1))
-            special = (a & np.uint32(0x7F800000)) == np.uint32(0x7F800000)
-            return np.where(special, a, (a + up) & np.uint32(0xFFFFE000))
-
-        return elementwise(machine, instruction, ["b32"], "b32", tensor)
-    if result not in DTYPES or name not in DTYPES or "x2" in result + name or "tf32" in (result, name):
+    if result not in DTYPES or name not in DTYPES or "x2" in result + name:
         raise PtxError("unknown form")
     return elementwise(machine, instruction, [name], result, conversion(result, name, tuple(words)))
 

@@ -16,26 +16,18 @@ U32 = np.uint32
 
 
 def _elements(values: np.ndarray, count: int, name: str) -> np.ndarray:
-    """Registers [lanes] as elements [lanes, e] in float32, or float64 where products of float32 would be cut."""
+    """Registers [lanes] as elements [lanes, e]: integers in float32; floats in float64, where products are exact."""
     raw = np.ascontiguousarray(np.broadcast_to(values, (count,)))
     if name in ("s8", "u8"):
         return raw.view(np.int8 if name == "s8" else np.uint8).reshape(count, 4).astype(np.float32)
-    if name in ("s4", "u4"):
-        nibbles = (raw[:, None] >> (U32(4) * np.arange(8, dtype=U32))) & U32(15)
-        values = nibbles.astype(np.int32)
-        return (np.where(values > 7, values - 16, values) if name == "s4" else values).astype(np.float32)
     if name == "f16":
         return raw.view(np.float16).reshape(count, 2).astype(np.float64)
-    if name == "bf16":
-        return bfloat_value(raw.view(np.uint16)).reshape(count, 2).astype(np.float64)
-    return raw.view(np.float32).reshape(count, 1).astype(np.float64)
+    return bfloat_value(raw.view(np.uint16)).reshape(count, 2).astype(np.float64)
 
 
-# Shape and operand types -> registers of A and B. float32 sums of integer products are exact below 2^24.
-_INTEGER_SHAPES = {("m16n8k32", 8): (4, 2), ("m16n8k16", 8): (2, 1), ("m8n8k16", 8): (1, 1)}
-_INTEGER_SHAPES |= {("m16n8k64", 4): (4, 2), ("m16n8k32", 4): (2, 1), ("m8n8k32", 4): (1, 1)}
-_FLOAT_SHAPES = {("m16n8k16", "f16"): (4, 2), ("m16n8k8", "f16"): (2, 1), ("m16n8k16", "bf16"): (4, 2)}
-_FLOAT_SHAPES |= {("m16n8k8", "bf16"): (2, 1), ("m16n8k8", "tf32"): (4, 2), ("m16n8k4", "tf32"): (2, 1)}
+# Shape -> registers of A and B. float32 sums of integer products are exact below 2^24.
+_INTEGER_SHAPES = {"m16n8k32": (4, 2), "m16n8k16": (2, 1), "m8n8k16": (1, 1)}
+_FLOAT_SHAPES = {"m16n8k16": (4, 2), "m16n8k8": (2, 1)}
 
 
 @binds("mma")
@@ -45,16 +37,15 @@ def _mma(machine, instruction: Instruction) -> Callable:
     saturate = "satfinite" in words
     words = [word for word in words if word != "satfinite"]
     result, a_name, b_name, c_name = words
-    integers = a_name in ("s8", "u8", "s4", "u4")
+    integers = a_name in ("s8", "u8")
     if integers:
-        bits = int(a_name[1:])
-        if int(b_name[1:]) != bits or (result, c_name) != ("s32", "s32"):
-            raise PtxError("unknown form")
-        a_count, b_count = _INTEGER_SHAPES[shape, bits]
+        known = b_name in ("s8", "u8") and (result, c_name) == ("s32", "s32")
     else:
-        if a_name != b_name or result not in ("f16", "f32") or result != c_name or saturate:
-            raise PtxError("unknown form")
-        a_count, b_count = _FLOAT_SHAPES[shape, a_name]
+        known = a_name == b_name and a_name in ("f16", "bf16") and result in ("f16", "f32") and result == c_name
+        known = known and not saturate
+    if not known:
+        raise PtxError("unknown form")
+    a_count, b_count = (_INTEGER_SHAPES if integers else _FLOAT_SHAPES)[shape]
     rows = int(shape[1 : shape.index("n")])
     halves = result == "f16"
     c_registers = rows // 4 // (1 + halves)

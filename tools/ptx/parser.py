@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 __all__ = ["Address", "Immediate", "Instruction", "Kernel", "Module", "PtxError", "Symbol", "Variable", "parse"]
 
 TYPE_BYTES = {f"{kind}{bits}": bits // 8 for kind in "busf" for bits in (8, 16, 32, 64, 128)}
-TYPE_BYTES |= {"bf16": 2, "f16x2": 4, "bf16x2": 4, "tf32": 4, "pred": 1}
+TYPE_BYTES |= {"bf16": 2, "f16x2": 4, "bf16x2": 4, "pred": 1}
 
 
 class PtxError(Exception):

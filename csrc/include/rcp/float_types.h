@@ -1,4 +1,4 @@
-// The three floating-point types of activations, and their conversions to and from float32 without hardware help.
+// The three floating-point types of activations, and their conversions to and from float32 in plain C++.
 #pragma once
 
 #include <cstddef>
@@ -77,5 +77,22 @@ inline void store_float(void* y, FloatType type, int64_t i, float value) {
 inline const void* advance(const void* x, FloatType type, int64_t n) {
   return static_cast<const char*>(x) + n * static_cast<int64_t>(float_size(type));
 }
+
+inline void* advance(void* x, FloatType type, int64_t n) {
+  return static_cast<char*>(x) + n * static_cast<int64_t>(float_size(type));
+}
+
+// One function for each type. RCP_BY_TYPE(f) fills it with the instances of the template f<FloatType>.
+template <class Function>
+struct ByType {
+  Function* functions[3];
+  Function* operator[](FloatType type) const { return functions[static_cast<int>(type)]; }
+};
+#define RCP_BY_TYPE(f)                                                                          \
+  {                                                                                             \
+    {                                                                                           \
+      f<::rcp::FloatType::float32>, f<::rcp::FloatType::float16>, f<::rcp::FloatType::bfloat16> \
+    }                                                                                           \
+  }
 
 }  // namespace rcp

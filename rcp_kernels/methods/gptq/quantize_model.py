@@ -1,13 +1,13 @@
-"""GPTQ (Frantar et al. 2023, arXiv 2210.17323) of a language model: layer by layer, on already quantized inputs.
+"""GPTQ (Frantar et al. 2023, arXiv 2210.17323) of a language model, layer by layer, on inputs of quantized layers.
 
-docs/gptq.md has the formulas and what is ours.
+docs/gptq.md has the formulas and names the choices that are ours.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from numbers import Real
 from typing import Any
 
 import torch
@@ -16,12 +16,11 @@ from torch.nn import functional
 
 from ...formats import PackedWeight
 from ...models import Layer, describe
-from ...models.hf import cache_argument
 from ...nn.quant_linear import QuantLinear
+from ...ops.checks import check_clip, check_one_of
 from ...ops.quantize_activation import quantize_activation
 from ..layers import check_calibration_ids, check_vocabulary, first_layer_inputs, float_linears, run_layer
-from ..student import FakeQuantKV
-from .kept_outputs import KeptOutputs
+from ..student import fake_quantized_kv
 from .quantize_weight import (
     Chooser,
     add_gram,
@@ -36,20 +35,20 @@ from .quantize_weight import (
 __all__ = ["LayerError", "QuantizedLayers", "gptq_quantize_model", "gptq_quantize_weight"]
 
 _BATCH_TOKENS = 2048
-# Bytes of outputs inside one decoder layer that are kept from one pass over the text to the next. The others are
-# computed again, so that memory does not grow with the text.
+# Bytes of outputs inside one decoder layer that are kept between passes over the text. Other outputs are computed
+# again, which bounds memory for any length of text.
 _KEPT_BYTES = 1 << 30
 
 
 @dataclass(frozen=True)
 class LayerError:
-    """The squared error of a layer's output on the calibration tokens, relative to the output's own square.
+    """Squared error of a layer's output on the calibration tokens, relative to the squared output.
 
     Attributes:
         name: of the linear layer.
-        rtn: with the same kind of levels, each weight rounded to the nearest.
-        gptq: with error feedback.
-        damping: that was used, as a share of the mean of the Hessian's diagonal.
+        rtn: error with the same kind of levels and each weight rounded to the nearest.
+        gptq: error with error feedback.
+        damping: the damping that was used, as a share of the mean of the Hessian's diagonal.
     """
 
     name: str
@@ -59,7 +58,11 @@ class LayerError:
 
 
 class QuantizedLayers(dict[str, PackedWeight]):
-    """Packed weights by the name of the layer, with ``errors``, a :class:`LayerError` for each, in the same order."""
+    """Packed weights by layer name.
+
+    Attributes:
+        errors: a :class:`LayerError` for each layer, in the same order.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -82,51 +85,48 @@ def gptq_quantize_model(
     simulate: bool = False,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> QuantizedLayers:
-    """Quantize the seven linear layers of every decoder layer, in order, each on the inputs that it will see.
+    """Quantize the seven linear layers of every decoder layer in order, each on the inputs that it gets at run time.
 
-    The calibration text runs through the model one decoder layer at a time, and inside a layer in four steps, q k v, o,
-    gate up, down, so that every Hessian is of inputs that come from layers quantized before, weights and activations
-    alike. Beyond the model, memory holds the hidden states of the text, one layer's weights, one Hessian, and at most
-    1 GB of outputs inside the layer.
+    The calibration text runs through the model one decoder layer at a time. Inside a layer there are four steps: q k v,
+    o, gate up, down. Every Hessian is therefore computed from the outputs of quantized layers, with quantized
+    activations. Beyond the model, memory holds the hidden states of the text, one layer's weights, one Hessian, and at
+    most 1 GB of outputs inside the layer.
 
     Args:
-        model: a causal language model that :func:`rcp_kernels.models.describe` knows, in floating point, rotated by
-            :func:`rcp_kernels.methods.rotate.rotate_model` or not; changed in place at the very end, so that an error
-            leaves it as it was.
+        model: a floating point causal language model that :func:`rcp_kernels.models.describe` knows, rotated by
+            :func:`rcp_kernels.methods.rotate.rotate_model` or not. It is changed in place at the very end, so an error
+            leaves it unchanged.
         calibration_ids: int64 [sequences, tokens].
-        bits, group_size, levels, damping, block: as :func:`gptq_quantize_weight`.
-        act_bits: 4, 8 or 16 bits an activation while calibrating, and of the packed layers.
+        bits, group_size, levels, damping, block: as for :func:`gptq_quantize_weight`.
+        act_bits: 4, 8 or 16 bits per activation, during calibration and in the packed layers.
         act_clip: in (0, 1].
-        kv_bits: 16, or the bits of keys and values while calibrating.
-        kv_clip: in (0, 1], of these.
-        simulate: keep the linear layers and write the dequantized weights into them, in their dtype, instead of
-            replacing them by packed ones. Activations are then not quantized any more.
-        progress: called after each linear layer with the layers done, their total and the name of this one.
+        kv_bits: bits of keys and values during calibration; 16 leaves them in float.
+        kv_clip: in (0, 1].
+        simulate: write the dequantized weights into the linear layers, in their dtype, instead of replacing these by
+            packed layers. The model then no longer quantizes activations.
+        progress: called after each linear layer with the number of finished layers, their total and the layer's name.
 
     Returns:
         The packed weights by full name, and each layer's error.
 
     Raises:
         TypeError: calibration_ids are no integers.
-        ValueError: an unknown architecture, bits or a clip outside its set, a layer that is packed already, a parameter
-            on the meta device, where accelerate keeps what it has offloaded, calibration text shorter than one sequence
-            or with an id outside the vocabulary, NaN or Inf on the way (names the layer), or a Hessian that no damping
-            makes positive definite (same).
+        ValueError: an unknown architecture; bits or a clip outside its set; a layer that is packed already; a parameter
+            on the meta device; calibration text shorter than one sequence, or with an id outside the vocabulary. With
+            the name of the layer: NaN or Inf, or a Hessian that no damping makes positive definite.
     """
     where = "gptq_quantize_model"
     check_calibration_ids(calibration_ids, where)
-    for name, value, allowed in (("act_bits", act_bits, (4, 8, 16)), ("kv_bits", kv_bits, (*range(2, 9), 16))):
-        if type(value) is not int or value not in allowed:
-            raise ValueError(f"{where}: {name} must be one of {allowed}, got {value!r}; 16 leaves them unquantized")
-    clips: dict[str, Any] = {"act_clip": act_clip, "kv_clip": kv_clip}
-    for name, clip in clips.items():
-        if isinstance(clip, bool) or not isinstance(clip, Real) or not 0.0 < clip <= 1.0:  # type: ignore[operator]
-            raise ValueError(f"{where}: {name} must be a number in (0, 1], got {clip!r}; 1.0 keeps the largest value")
+    check_one_of(where, "act_bits", act_bits, (4, 8, 16), "16 leaves activations in float")
+    check_one_of(where, "kv_bits", kv_bits, (*range(2, 9), 16), "16 leaves keys and values in float")
+    check_clip(where, act_clip, "act_clip")
+    check_clip(where, kv_clip, "kv_clip")
     architecture = describe(model)
     check_vocabulary(model, calibration_ids, where)
     linears = float_linears(model, architecture, where)
+    options = (bits, group_size, levels, damping, block)
     for name, linear in linears.items():
-        check_arguments(linear.weight, bits, group_size, levels, damping, block, f"{where}: layer {name}")
+        check_arguments(linear.weight, *options, f"{where}: layer {name}")
     result = QuantizedLayers()
     training = model.training
     model.eval()
@@ -135,33 +135,17 @@ def gptq_quantize_model(
             hidden, keywords = first_layer_inputs(model, calibration_ids)
             for layer, extra in zip(architecture.layers, keywords, strict=True):
                 module = model.get_submodule(layer.name)
-                cache = None if kv_bits == 16 else FakeQuantKV(kv_bits, kv_clip)
-                if cache is not None:
-                    extra = {**extra, **cache_argument(module, cache)}
-                kept = KeptOutputs(_KEPT_BYTES)
-                taps = {name: _Tap(name, linears[name], act_bits, act_clip, kept) for name in layer.linears}
-                run = _LayerRun(model, layer, taps, extra, kept)
-                with run:
+                with (
+                    fake_quantized_kv(module, kv_bits, kv_clip, f"{where}: layer {layer.name}") as cache,
+                    _captured_layer(model, layer, linears, {**extra, **cache}, act_bits, act_clip) as captured,
+                ):
                     for names in _steps(layer):
-                        hessian = run.hessian(hidden, names)
-                        factor = factor_hessian(hessian, damping, f"{where}: layer {names[0]}")
-                        weights = [taps[name].linear.weight for name in names]
-                        try:
-                            rounded = quantize_rows(weights, factor, bits, group_size, levels, block)
-                        except ValueError as error:
-                            raise ValueError(f"{where}: layer {names[0]}: {error}") from error
-                        for name, packed in zip(names, rounded, strict=True):
-                            tap = taps[name]
-                            tap.weight = packed.dequantize()
-                            rtn = round_to_nearest(tap.linear.weight, bits, group_size, levels)
-                            before, after = relative_errors(tap.linear.weight, (rtn, tap.weight), hessian)
-                            result[name] = packed
-                            result.errors.append(LayerError(name, before, after, factor.damping))
+                        for packed, error in _quantize_step(captured, hidden, names, *options):
+                            result[error.name] = packed
+                            result.errors.append(error)
                             if progress is not None:
-                                progress(len(result), len(linears), name)
-                    run.forward(hidden)
-                if cache is not None:
-                    cache.check_asked(f"{where}: layer {layer.name}")
+                                progress(len(result), len(linears), error.name)
+                    captured.forward(hidden)
     finally:
         model.train(training)
     for name, packed in result.items():
@@ -169,149 +153,209 @@ def gptq_quantize_model(
         if simulate:
             with torch.no_grad():
                 linear.weight.copy_(packed.dequantize())
-            continue
-        rotation = getattr(linear, "input_rotation", None)
-        module = QuantLinear.from_packed(packed, linear.bias, act_bits, act_clip, rotation).train(linear.training)
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, module)
+        else:
+            rotation = getattr(linear, "input_rotation", None)
+            quantized = QuantLinear.from_packed(packed, linear.bias, act_bits, act_clip, rotation)
+            model.set_submodule(name, quantized.train(linear.training))
     return result
 
 
 def _steps(layer: Layer) -> tuple[tuple[str, ...], ...]:
-    """The linear layers of a decoder layer in the order of computation; those of a step share their input."""
+    """The linear layers of a decoder layer in the order of computation. Those of one step share their input."""
     return (layer.q, layer.k, layer.v), (layer.o,), (layer.gate, layer.up), (layer.down,)
 
 
-class _Captured(Exception):
-    """A step's input has been taken; the rest of the forward pass is not needed."""
+def _quantize_step(
+    captured: _CapturedLayer,
+    hidden: Tensor,
+    names: Sequence[str],
+    bits: int,
+    group_size: int,
+    levels: str | Chooser,
+    damping: float,
+    block: int,
+) -> Iterator[tuple[PackedWeight, LayerError]]:
+    """Quantize the linear layers of one step. Later passes use the dequantized weights."""
+    where = f"gptq_quantize_model: layer {names[0]}"
+    hessian = captured.hessian(hidden, names)
+    factor = factor_hessian(hessian, damping, where)
+    linears = [captured.linears[name] for name in names]
+    try:
+        packed = quantize_rows([each.linear.weight for each in linears], factor, bits, group_size, levels, block)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+    for each, weight in zip(linears, packed, strict=True):
+        each.quantized = weight.dequantize()
+        nearest = round_to_nearest(each.linear.weight, bits, group_size, levels)
+        rtn, gptq = relative_errors(each.linear.weight, (nearest, each.quantized), hessian)
+        yield weight, LayerError(each.name, rtn, gptq, factor.damping)
 
 
-class _Hessian:
-    def __init__(self, features: int, device: torch.device) -> None:
-        self.sum = torch.zeros((features, features), dtype=torch.float32, device=device)
-        self.tokens = 0
+class KeptOutputs:
+    """Outputs by module name and batch, up to a number of bytes.
 
-    def add(self, x: Tensor) -> None:
-        x = x.reshape(-1, x.shape[-1]).to(torch.float32)
-        add_gram(self.sum, x)
-        self.tokens += x.shape[0]
+    Attributes:
+        batch: number of the current batch.
+    """
 
-    def mean(self) -> Tensor:
-        upper = self.sum.triu().div_(self.tokens)
-        return upper + upper.triu(1).T
+    def __init__(self, limit: int) -> None:
+        """Keep at most ``limit`` bytes."""
+        self.batch = 0
+        self._room = limit
+        self._kept: dict[tuple[str, int], tuple[Any, Tensor, int]] = {}
+
+    def get(self, name: str) -> Any:
+        """The output of a module for the current batch, or None if it was not kept or was changed in place."""
+        output, tensor, version = self._kept.get((name, self.batch), (None, None, 0))
+        return output if tensor is not None and tensor._version == version else None
+
+    def keep(self, name: str, output: Any) -> None:
+        """Keep a module's output: a tensor, or a tuple of a tensor and entries that are small or None."""
+        self.drop([name])
+        tensor = output[0] if isinstance(output, tuple) else output
+        if isinstance(tensor, Tensor) and tensor.nbytes <= self._room:
+            self._room -= tensor.nbytes
+            self._kept[name, self.batch] = output, tensor, tensor._version
+
+    def drop(self, names: Iterable[str]) -> None:
+        """Drop the outputs of these modules for the current batch."""
+        for name in names:
+            entry = self._kept.pop((name, self.batch), None)
+            if entry is not None:
+                self._room += entry[1].nbytes
 
 
-class _Tap:
-    """Stands in for the forward of a linear layer while its decoder layer is quantized: as at run time, in float."""
+class _InputCaptured(Exception):
+    """Ends a forward pass whose only purpose is the input of one step."""
 
-    def __init__(self, name: str, linear: nn.Module, act_bits: int, act_clip: float, kept: KeptOutputs) -> None:
-        assert isinstance(linear, nn.Linear)
+
+class _CapturedLinear:
+    """Replaces the forward of a linear layer while its decoder layer is quantized.
+
+    Attributes:
+        quantized: the dequantized weight to compute with, once there is one.
+        collect: takes the input, rotated and quantized, instead of the computation, or None.
+    """
+
+    def __init__(self, name: str, linear: nn.Linear, act_bits: int, act_clip: float, kept: KeptOutputs) -> None:
         self.name = name
-        self.kept = kept
         self.linear = linear
-        self.act_bits = act_bits
-        self.act_clip = act_clip
-        self.weight: Tensor | None = None
-        self.hessian: _Hessian | None = None
+        self.quantized: Tensor | None = None
+        self.collect: Callable[[Tensor], None] | None = None
+        self._act_bits = act_bits
+        self._act_clip = act_clip
+        self._kept = kept
 
     def __call__(self, x: Tensor) -> Tensor:
-        output: Tensor | None = self.kept.get(self.name)
+        output: Tensor | None = self._kept.get(self.name)
         if output is not None:
             return output
         rotation = getattr(self.linear, "input_rotation", None)
         if rotation is not None:
             x = rotation(x)
-        if self.act_bits != 16:
+        if self._act_bits != 16:
             try:
-                q, scale = quantize_activation(x, self.act_bits, self.act_clip)
+                q, scale = quantize_activation(x, self._act_bits, self._act_clip)
             except ValueError as error:
                 raise ValueError(f"gptq_quantize_model: input of layer {self.name}: {error}") from error
             x = (q.to(torch.float32) * scale[..., None]).to(x.dtype)
-        if self.hessian is not None:
-            self.hessian.add(x)
-            raise _Captured
-        assert self.weight is not None
-        output = functional.linear(x, self.weight.to(x.dtype), self.linear.bias)
-        self.kept.keep(self.name, output)
+        if self.collect is not None:
+            self.collect(x)
+            raise _InputCaptured
+        assert self.quantized is not None
+        output = functional.linear(x, self.quantized.to(x.dtype), self.linear.bias)
+        self._kept.keep(self.name, output)
         return output
 
 
 class _KeptAttention:
-    """Stands in for the forward of an attention: the output of a batch is kept, and those of its linear layers are not
-    needed any more."""
+    """Replaces the forward of an attention module: keeps its output per batch and drops those of its linear layers."""
 
-    def __init__(self, name: str, attention: nn.Module, inside: Sequence[str], kept: KeptOutputs) -> None:
-        self.module = attention
+    def __init__(self, name: str, attention: nn.Module, linears: Sequence[str], kept: KeptOutputs) -> None:
         self._name = name
         self._forward = attention.forward
-        self._inside = inside
+        self._linears = linears
         self._kept = kept
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         output = self._kept.get(self._name)
         if output is None:
             output = self._forward(*args, **kwargs)
-            self._kept.drop(self._inside)
+            self._kept.drop(self._linears)
             self._kept.keep(self._name, output)
         return output
 
 
-class _LayerRun:
-    """One decoder layer with taps in place of its linear layers, for as long as the ``with`` block lasts."""
+@contextlib.contextmanager
+def _replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    installed = vars(module).get("forward")  # by a hook, for example accelerate's
+    module.forward = forward
+    try:
+        yield
+    finally:
+        del module.forward
+        if installed is not None:
+            module.forward = installed
 
-    def __init__(
-        self, model: nn.Module, layer: Layer, taps: dict[str, _Tap], keywords: dict[str, Any], kept: KeptOutputs
-    ) -> None:
-        self._layer = model.get_submodule(layer.name)
-        self._taps = taps
-        self._keywords = keywords
-        self._forwards: list[tuple[nn.Module, Any]] = []
-        self._kept = kept
-        self._attention = None
+
+@contextlib.contextmanager
+def _captured_layer(
+    model: nn.Module,
+    layer: Layer,
+    linears: dict[str, nn.Linear],
+    keywords: dict[str, Any],
+    act_bits: int,
+    act_clip: float,
+) -> Iterator[_CapturedLayer]:
+    """A decoder layer whose linear layers and attention have replaced forwards inside the ``with`` block."""
+    kept = KeptOutputs(_KEPT_BYTES)
+    captured = {name: _CapturedLinear(name, linears[name], act_bits, act_clip, kept) for name in layer.linears}
+    with contextlib.ExitStack() as stack:
+        for each in captured.values():
+            stack.enter_context(_replaced_forward(each.linear, each))
         name = layer.o.rpartition(".")[0]
         if name != layer.name:
+            attention = model.get_submodule(name)
             inside = (layer.q, layer.k, layer.v, layer.o)
-            self._attention = _KeptAttention(name, model.get_submodule(name), inside, kept)
+            stack.enter_context(_replaced_forward(attention, _KeptAttention(name, attention, inside, kept)))
+        yield _CapturedLayer(model.get_submodule(layer.name), captured, keywords, kept)
 
-    def __enter__(self) -> None:
-        stand_ins: list[tuple[nn.Module, Any]] = [(tap.linear, tap) for tap in self._taps.values()]
-        if self._attention is not None:
-            stand_ins.append((self._attention.module, self._attention))
-        for module, stand_in in stand_ins:
-            # A forward of its own is one that hooks have installed, accelerate's for example.
-            self._forwards.append((module, vars(module).get("forward")))
-            module.forward = stand_in
 
-    def __exit__(self, *_: object) -> None:
-        for module, forward in self._forwards:
-            if forward is None:
-                del module.forward
-            else:
-                module.forward = forward
-        self._forwards.clear()
+@dataclass(frozen=True)
+class _CapturedLayer:
+    module: nn.Module
+    linears: dict[str, _CapturedLinear]
+    keywords: dict[str, Any]
+    kept: KeptOutputs
 
     def hessian(self, hidden: Tensor, names: Sequence[str]) -> Tensor:
-        """Mean of x x^T over the inputs of layers that share theirs, float32 [K, K]."""
-        linear = self._taps[names[0]].linear
-        hessian = _Hessian(linear.in_features, hidden.device)
+        """Mean of x x^T over the inputs of linear layers that share their input, float32 [K, K]."""
+        features = self.linears[names[0]].linear.in_features
+        total = torch.zeros((features, features), dtype=torch.float32, device=hidden.device)
+        tokens = 0
+
+        def add(x: Tensor) -> None:
+            nonlocal tokens
+            x = x.reshape(-1, features).to(torch.float32)
+            add_gram(total, x)
+            tokens += x.shape[0]
+
         for name in names:
-            self._taps[name].hessian = hessian
-        for batch, part in enumerate(self._batches(hidden)):
-            self._kept.batch = batch
-            try:
-                run_layer(self._layer, part, self._keywords)
-            except _Captured:
-                pass
+            self.linears[name].collect = add
+        for part in self._batches(hidden):
+            with contextlib.suppress(_InputCaptured):
+                run_layer(self.module, part, self.keywords)
         for name in names:
-            self._taps[name].hessian = None
-        return hessian.mean()
+            self.linears[name].collect = None
+        upper = total.triu().div_(tokens)
+        return upper + upper.triu(1).T
 
     def forward(self, hidden: Tensor) -> None:
         """Replace the hidden states by the layer's output."""
-        for batch, part in enumerate(self._batches(hidden)):
-            self._kept.batch = batch
-            part.copy_(run_layer(self._layer, part, self._keywords))
+        for part in self._batches(hidden):
+            part.copy_(run_layer(self.module, part, self.keywords))
 
-    @staticmethod
-    def _batches(hidden: Tensor) -> tuple[Tensor, ...]:
-        return hidden.split(max(1, _BATCH_TOKENS // hidden.shape[1]))
+    def _batches(self, hidden: Tensor) -> Iterator[Tensor]:
+        for batch, part in enumerate(hidden.split(max(1, _BATCH_TOKENS // hidden.shape[1]))):
+            self.kept.batch = batch
+            yield part

@@ -1,6 +1,6 @@
 """GPTQ of one weight (Frantar et al. 2023, arXiv 2210.17323): rounding with error feedback, to any levels per group.
 
-docs/gptq.md has the formulas and what is ours.
+docs/gptq.md has the formulas and names the choices that are ours.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from ...formats import LEVEL_MAX, PackedWeight, check_bits, check_group_size, num_groups
+from ...ops.checks import check_int
 from ...ops.clip_search import clip_search
 from ...ops.gptq_round import gptq_round
 from ...ops.kmeans_levels import kmeans_levels
 from ...ops.quantize_weight import quantize_weight, uniform_levels
-from ..level_search import for_each_group
+from ..group_quantizer import for_each_group
 
 __all__ = [
     "Chooser",
@@ -34,12 +35,12 @@ __all__ = [
 Chooser = Callable[[Tensor, Tensor | None], Tensor]
 """(groups float32 [C, length], importance float32 [C, length] or None) -> ascending levels float32 [C, 2**bits]."""
 
-# Damping is raised tenfold until the Hessian is positive definite, but not beyond its mean diagonal.
+# Damping is raised tenfold until the Hessian is positive definite, at most to the mean of its diagonal.
 _MAX_DAMPING = 1.0
 _FIRST_DAMPING = 1e-3
-# Columns of a triangle that are multiplied at once: of a large matrix, half of the work is saved.
+# Columns per product of a triangle. On a large matrix the triangle saves half of the work.
 _TRIANGLE_BLOCK = 256
-# Where the largest scale of the weight as given is put: 2**12 below float16's largest, as feedback can only enlarge it.
+# The largest scale of the original weight gets this exponent, 2**12 below float16's largest: feedback enlarges scales.
 _SCALE_EXPONENT = 3
 _DIVERGED = "error feedback diverged; raise damping"
 
@@ -54,27 +55,27 @@ def gptq_quantize_weight(
     damping: float = 0.01,
     block: int = 128,
 ) -> PackedWeight:
-    """Quantize one weight so that its output, not itself, changes least: column by column, with error feedback.
+    """Quantize one weight column by column, with feedback of the rounding errors, to minimize the output's error.
 
     Args:
         weight: floating point [N, K], finite.
-        hessian: floating point [K, K]: X^T X of the layer's inputs [tokens, K], in any scale.
+        hessian: floating point [K, K]: X^T X of the layer's inputs X [tokens, K], times any factor.
         bits: 2, 3 or 4.
         group_size: 32, 64, 128 or K.
-        levels: of each group: ``"uniform"``: evenly spaced from its minimum to its maximum; ``"clip"``: evenly spaced
-            over the range of least weighted squared error; ``"kmeans"``: weighted k-means; a tensor of fixed levels
-            [N, groups, 2**bits]; or a function (`Chooser`). All but the fixed ones are chosen from the weights as they
-            are when the group is reached, with the feedback from the groups before it.
-        damping: share of the mean of the Hessian's diagonal that is added to it; raised tenfold, up to 1, as long as
-            the Hessian is not positive definite.
-        block: columns after which the feedback reaches the rest of the weight.
+        levels: the levels of each group. ``"uniform"``: evenly spaced from minimum to maximum. ``"clip"``: evenly
+            spaced over the range of least weighted squared error. ``"kmeans"``: weighted k-means. Or a function
+            (`Chooser`), or a tensor of fixed levels [N, groups, 2**bits]. All but fixed levels are chosen when the
+            group is reached, from weights that contain the feedback of all groups before.
+        damping: this share of the mean of the Hessian's diagonal is added to the diagonal. It is raised tenfold, up to
+            1, until the Hessian is positive definite.
+        block: number of columns after which the feedback is added to the rest of the weight.
 
     Returns:
         The packed weight, on the device of ``weight``.
 
     Raises:
-        ValueError: shapes, bits, group_size, levels, damping or block out of their sets, NaN or Inf, or a Hessian that
-            no damping makes positive definite.
+        ValueError: a shape, bits, group_size, levels, damping or block that is not allowed, NaN or Inf, or a Hessian
+            that no damping makes positive definite.
     """
     check_arguments(weight, bits, group_size, levels, damping, block, "gptq_quantize_weight")
     factor = factor_hessian(hessian, damping, "gptq_quantize_weight")
@@ -82,7 +83,7 @@ def gptq_quantize_weight(
 
 
 def add_gram(total: Tensor, x: Tensor) -> None:
-    """Add x^T x to a float32 matrix, in the upper triangle only; what is below it means nothing.
+    """Add x^T x to the upper triangle of a float32 matrix. The lower triangle is undefined.
 
     Args:
         total: float32 [K, K].
@@ -98,7 +99,7 @@ def _column_blocks(features: int) -> Iterator[slice]:
 
 
 def _squared_output(weight: Tensor, hessian: Tensor) -> float:
-    """``tr(W H W^T)`` of a symmetric H, whose upper triangle is read."""
+    """``tr(W H W^T)`` of a symmetric H. Reads the upper triangle of H only."""
     total = 0.0
     for columns in _column_blocks(weight.shape[1]):
         part = weight[:, columns]
@@ -114,7 +115,7 @@ def relative_errors(weight: Tensor, quantized: Sequence[Tensor], hessian: Tensor
 
     Args:
         weight: floating point [N, K].
-        quantized: of the same shape, one for each result.
+        quantized: one or more Q, of the weight's shape.
         hessian: floating point [K, K], symmetric.
     """
     weight = weight.detach().to(hessian)
@@ -125,7 +126,7 @@ def relative_errors(weight: Tensor, quantized: Sequence[Tensor], hessian: Tensor
 def check_arguments(
     weight: Tensor, bits: int, group_size: int, levels: object, damping: float, block: int, where: str
 ) -> None:
-    """Raise ValueError, naming ``where``, unless these are arguments that :func:`gptq_quantize_weight` takes."""
+    """Raise ValueError unless :func:`gptq_quantize_weight` takes these arguments. ``where`` begins the message."""
     if weight.dim() != 2 or weight.numel() == 0 or not weight.is_floating_point():
         raise ValueError(
             f"{where}: weight must be floating point [out_features, in_features], both at least 1, got {weight.dtype} "
@@ -140,17 +141,22 @@ def check_arguments(
         raise ValueError(f"{where}: {error}") from None
     if not (isinstance(levels, Tensor) or callable(levels) or levels in _CHOOSERS):
         raise ValueError(
-            f"{where}: levels must be one of {tuple(_CHOOSERS)}, or a function, got {levels!r}; check the spelling"
+            f"{where}: levels must be one of {tuple(_CHOOSERS)} or a function, got {levels!r}; check the spelling"
         )
     if not 0.0 <= damping <= _MAX_DAMPING:
-        raise ValueError(f"{where}: damping must be in [0, {_MAX_DAMPING}], got {damping}; the usual one is 0.01")
-    if isinstance(block, bool) or not isinstance(block, int) or block < 1:
-        raise ValueError(f"{where}: block must be at least 1 column, got {block!r}; the usual one is 128")
+        raise ValueError(f"{where}: damping must be in [0, {_MAX_DAMPING}], got {damping}; 0.01 is usual")
+    check_int(where, "block", block, 1, "128 columns are usual")
 
 
 @dataclass
 class Factor:
-    """Upper triangular U with (H + damping)^-1 = U^T U, float32 [K, K]; rounding column j costs 1 / U_jj^2 (K)."""
+    """The inverse of a damped Hessian.
+
+    Attributes:
+        upper: upper triangular U, float32 [K, K], with (H + damping)^-1 = U^T U.
+        importance: float32 [K]: 1 / U_jj^2, the factor of the squared error of column j.
+        damping: the damping that was used.
+    """
 
     upper: Tensor
     importance: Tensor = field(init=False)
@@ -161,30 +167,34 @@ class Factor:
 
 
 def factor_hessian(hessian: Tensor, damping: float, where: str) -> Factor:
-    """The factor of a Hessian [K, K], damped, of which the mean diagonal is divided out; errors as GPTQ's."""
+    """The factor of a Hessian [K, K], divided by the mean of its diagonal and damped.
+
+    Raises:
+        ValueError: as :func:`gptq_quantize_weight`.
+    """
     features = hessian.shape[-1]
     if hessian.dim() != 2 or hessian.shape[0] != features:
         raise ValueError(f"{where}: hessian must be [K, K], got shape {tuple(hessian.shape)}; pass X^T X")
     damped = hessian.detach().to(torch.float64).clone()
     if not bool(torch.isfinite(damped).all()):
         raise ValueError(
-            f"{where}: the Hessian of its inputs must be finite, got NaN or Inf; look for overflow in the layers "
-            f"before it, or calibrate in float32"
+            f"{where}: the Hessian of its inputs must be finite, got NaN or Inf; look for overflow in earlier layers, "
+            f"or calibrate in float32"
         )
     lowest = float(damped.diagonal().min())
     if lowest < 0.0:
         raise ValueError(
-            f"{where}: the diagonal of the Hessian must be at least 0, got {lowest}; it is no X^T X: pass one"
+            f"{where}: the diagonal of the Hessian must be at least 0, got {lowest}; pass X^T X of the inputs"
         )
     mean = float(damped.diagonal().mean())
-    if mean == 0.0:  # no input at all: plain rounding
+    if mean == 0.0:  # all inputs are zero: round to nearest
         return Factor(torch.eye(features, dtype=torch.float32, device=hessian.device), damping)
     damped.div_(mean)
     added = 0.0
     while True:
         damped.diagonal().add_(damping - added)
         added = damping
-        # With the order of the columns turned round, H = L L^T becomes R R^T with an upper R, and U is its inverse.
+        # With the columns in reverse order, H = L L^T becomes R R^T with an upper triangular R. U is the inverse of R.
         lower, info = torch.linalg.cholesky_ex(damped.flip(0, 1))
         if not int(info) and float(lower.diagonal().min()) ** 2 > features * torch.finfo(torch.float64).eps:
             identity = torch.eye(features, dtype=torch.float64, device=hessian.device)
@@ -192,8 +202,8 @@ def factor_hessian(hessian: Tensor, damping: float, where: str) -> Factor:
             return Factor(upper.to(torch.float32).contiguous(), damping)
         if damping >= _MAX_DAMPING:
             raise ValueError(
-                f"{where}: the Hessian must be positive definite once {_MAX_DAMPING} of its mean diagonal is added, "
-                f"got one that is not; it is no X^T X, or the activations overflowed"
+                f"{where}: the Hessian must be positive definite with damping {_MAX_DAMPING}, got an indefinite one; "
+                f"pass X^T X of the inputs, and look for overflow in the activations"
             )
         damping = min(max(10 * damping, _FIRST_DAMPING), _MAX_DAMPING)
 
@@ -228,7 +238,7 @@ def _chooser(levels: str | Chooser, bits: int) -> Chooser:
 
 
 def round_to_nearest(weight: Tensor, bits: int, group_size: int, levels: str | Chooser) -> Tensor:
-    """The baseline: the same kind of levels, chosen from the weight as it is, each weight to the nearest; float32."""
+    """The baseline, float32: levels of the same kind for the original weight, and every weight's nearest level."""
     chosen = for_each_group(weight, group_size, _chooser(levels, bits))
     return quantize_weight(weight, bits, group_size, chosen).dequantize()
 
@@ -241,13 +251,13 @@ def quantize_rows(
     levels: str | Tensor | Chooser,
     block: int,
 ) -> list[PackedWeight]:
-    """Quantize weights that share a Hessian, stacked: the rows of a weight never see each other."""
+    """Quantize weights that share a Hessian as one stacked weight. Rows do not affect each other."""
     stacked = torch.cat([weight.detach().to(torch.float32) for weight in weights])
     rows, in_features = stacked.shape
     if factor.upper.shape[0] != in_features:
         raise ValueError(
             f"the Hessian must be [{in_features}, {in_features}] for a weight of {in_features} columns, got "
-            f"{tuple(factor.upper.shape)}; pass the one of this layer's inputs"
+            f"{tuple(factor.upper.shape)}; pass the Hessian of this layer's inputs"
         )
     groups = num_groups(in_features, group_size)
     if isinstance(levels, Tensor) and tuple(levels.shape) != (rows, groups, 2**bits):
@@ -282,7 +292,10 @@ def _tensor_scale(weight: Tensor, levels: object) -> float:
 
 
 def _normalize(scales: Tensor, tensor_scale: float) -> tuple[Tensor, float]:
-    """The same products of scale and tensor scale with the largest scale in [128, 256), where no scale is changed."""
+    """Move a power of two between the scales and the tensor scale: the largest scale is then in [128, 256).
+
+    Returns the arguments if a scale would be rounded.
+    """
     peak = float(scales.max())
     if peak == 0.0:
         return scales, tensor_scale
@@ -299,10 +312,10 @@ def _solve(
 
     Args:
         weight: float32 [N, K], overwritten.
-        factor: of its inputs.
+        factor: of the Hessian.
         group_size: columns that share a table.
-        levels: float32 [N, groups, 2**bits], or what chooses them.
-        block: columns after which the feedback reaches the rest of the weight as one matrix product.
+        levels: float32 [N, groups, 2**bits], or a function that chooses them.
+        block: number of columns after which one matrix product adds the feedback to the rest of the weight.
         tensor_scale: float32 [N].
 
     Returns:
@@ -312,7 +325,7 @@ def _solve(
     upper = factor.upper
     codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
     tables, scales = [], []
-    # A group's table needs its columns with all feedback from before it, so blocks end where groups do.
+    # A group's table is chosen from columns with the feedback of all earlier groups, so blocks end where groups end.
     block = max(block // group_size * group_size, group_size)
     for start in range(0, in_features, block):
         stop = min(start + block, in_features)
@@ -331,7 +344,7 @@ def _solve(
             table, scale = _snap(chosen, tensor_scale)
             tables.append(table)
             scales.append(scale)
-            # Error feedback sees the very values that are stored: their products are exact.
+            # These products are exact, so the feedback is computed from the values that are stored.
             values = table.to(torch.float32) * scale.to(torch.float32)[:, None] * tensor_scale[:, None]
             codes[:, start + first : start + last], errors[:, first:last] = gptq_round(
                 current, inside, values, first, last
@@ -342,7 +355,7 @@ def _solve(
 
 
 def _snap(levels: Tensor, tensor_scale: Tensor) -> tuple[Tensor, Tensor]:
-    """Levels [N, L] -> int8 [N, L] and float16 [N], as formats.snap_levels but with a tensor scale that is given."""
+    """Levels [N, L] -> int8 [N, L] and float16 [N], as formats.snap_levels but with a given tensor scale."""
     levels = levels.to(torch.float64)
     largest = levels.abs().amax(1)
     ratio = torch.where(largest > 0, LEVEL_MAX / largest, 0.0)

@@ -12,7 +12,7 @@ __all__ = ["losses_csv", "losses_png"]
 
 
 def losses_csv(losses: Sequence[Mapping[str, float]]) -> str:
-    """A row a layer: ``layer,before,after``, the losses of :class:`LaquantResult`."""
+    """CSV with a row ``layer,before,after`` for each layer: the losses of :class:`LaquantResult`."""
     text = io.StringIO()
     writer = csv.DictWriter(text, ["layer", "before", "after"], lineterminator="\n")
     writer.writeheader()
@@ -21,7 +21,7 @@ def losses_csv(losses: Sequence[Mapping[str, float]]) -> str:
 
 
 def losses_png(runs: Mapping[str, Sequence[Mapping[str, float]]]) -> bytes:
-    """A PNG of each run's losses against the layer, before training dashed and after it solid.
+    """A PNG plot of each run's losses against the layer: dashed before training, solid after it.
 
     Args:
         runs: the losses of :class:`LaquantResult` by the run's name.

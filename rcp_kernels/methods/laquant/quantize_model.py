@@ -1,12 +1,12 @@
 """Layer-wise quantization-aware training with a lookahead loss, weight only: LAQuant (arXiv 2605.08755).
 
-Layer after layer, the weights and the quantizer of layer l are trained so that the output of the *next* layer, frozen
-in floating point, stays what it was; the error that layer l+1 would amplify is thus the error that layer l avoids. The
-form is ours, since the equations are not public::
+Layer after layer, the weights and the quantizers of layer l are trained to preserve the output of the *next* layer,
+which is frozen in floating point. Layer l thus avoids the errors that layer l+1 would amplify. The equations are not
+public, and this form of the loss is ours::
 
     L_l = smooth_l1(F_{l+1}(F_l(h_q; Q(W_l))), F_{l+1}(F_l(h_fp)))        h_q: quantized path, h_fp: floating point path
 
-and the last layer is held against its own output. ``lookahead=0`` is the plain layer-wise loss, after every layer.
+The last layer is compared by its own output. With ``lookahead=0`` every layer is.
 """
 
 from __future__ import annotations
@@ -30,30 +30,32 @@ from ...formats import PackedWeight
 from ...models import Layer, describe
 from ...nn import QuantLinear
 from ...nn.model_digest import model_digest
+from ...ops.checks import check_int, check_one_of
 from ..layers import Diverged, check_calibration_ids, first_layer_inputs, float_linears, run_layer
 from ..uniform import UniformQuantizer
 
 __all__ = ["LaquantConfig", "LaquantResult", "laquant_quantize_model"]
 
-# Of a stream that go through a layer at once.
+# Tokens of a stream that go through a layer at once.
 _PASS_TOKENS = 2048
 
 
 @dataclass(frozen=True)
 class LaquantConfig:
-    """What is trained and how.
+    """The settings of a training.
 
     Attributes:
         bits: 2, 3 or 4.
         group_size: 32, 64, 128 or the input features of a layer.
         lookahead: 1 for the loss behind the next layer, 0 for the layer's own output.
-        epochs: passes over the calibration text, a layer.
-        batch_size: sequences a step.
-        lr_weights, lr_quantizer: of AdamW (betas 0.9 and 0.95, no decay), falling to zero along a cosine.
-        dtype: that the layers compute in while they are trained; bfloat16 takes a quarter of the time on CPUs with
-            AVX512-BF16 or AMX. Weights, quantizers and streams are float32 all the same.
+        epochs: passes over the calibration text per layer.
+        batch_size: sequences per step.
+        lr_weights, lr_quantizer: learning rates of AdamW (betas 0.9 and 0.95, no decay). They fall to zero along a
+            cosine.
+        dtype: dtype that the layers compute in during training. bfloat16 takes a quarter of the time on CPUs with
+            AVX512-BF16 or AMX. Weights, quantizers and streams are float32 in both cases.
         seed: of the order of the sequences.
-        act_bits: of the QuantLinear layers made; 16 for weight only.
+        act_bits: of the resulting QuantLinear layers; 16 for weight only.
     """
 
     bits: int = 3
@@ -68,29 +70,21 @@ class LaquantConfig:
     act_bits: int = 16
 
     def __post_init__(self) -> None:
-        if self.lookahead not in (0, 1):
-            raise ValueError(
-                f"LaquantConfig: lookahead must be 0 (the layer's own output) or 1 (behind the next layer), got "
-                f"{self.lookahead}; the published method looks one layer ahead"
-            )
-        for name in ("epochs", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(
-                    f"LaquantConfig: {name} must be at least 1, got {getattr(self, name)}; 2 epochs of batches of 4 "
-                    f"are usual"
-                )
-        if self.dtype not in ("float32", "bfloat16"):
-            raise ValueError(f"LaquantConfig: dtype must be float32 or bfloat16, got {self.dtype!r}; pass one of them")
+        where = "LaquantConfig"
+        check_one_of(where, "lookahead", self.lookahead, (0, 1), "0 compares the layer's own output, 1 the next one's")
+        check_int(where, "epochs", self.epochs, 1, "2 are usual")
+        check_int(where, "batch_size", self.batch_size, 1, "4 sequences are usual")
+        check_one_of(where, "dtype", self.dtype, ("float32", "bfloat16"))
 
 
 @dataclass
 class LaquantResult:
-    """The packed weights and how each layer's loss went.
+    """The packed weights and the losses.
 
     Attributes:
         weights: by the full name of each linear layer.
-        losses: a dict a layer: ``layer``, ``before`` and ``after``, the mean loss over the calibration text with the
-            quantizer as initialised and as trained.
+        losses: a dict for each decoder layer with its number ``layer``, and ``before`` and ``after``, the mean losses
+            over the calibration text with the initial and with the trained quantizers.
     """
 
     weights: dict[str, PackedWeight] = field(default_factory=dict)
@@ -106,17 +100,17 @@ def laquant_quantize_model(
     memory_budget: float = 4.0,
     progress: Callable[[int, int, float], None] | None = None,
 ) -> LaquantResult:
-    """Quantize the decoder layers of a model in place, each trained on what the layers before it really give.
+    """Quantize the decoder layers of a model in place. Each is trained on the outputs of the quantized layers before.
 
-    Two streams of hidden states go along, the quantized path's and the floating point path's: they are kept in memory
-    up to the budget, and in temporary files above it.
+    Two streams of hidden states, of the quantized and of the floating point path, are kept in memory up to a budget,
+    and in temporary files above it.
 
     Args:
         model: a float language model that :func:`rcp_kernels.models.describe` knows, without online rotations.
         calibration_ids: int64 [sequences, tokens].
         config: LaquantConfig() if None.
-        directory: where a finished layer is kept, so that a call with the same arguments goes on after the last one, to
-            the same bits. None keeps nothing.
+        directory: keeps finished layers. A call with the same arguments continues after the last finished layer and
+            gives the same bits. None keeps nothing.
         memory_budget: GiB for the two streams.
         progress: called with (layer, step, loss) after each step.
 
@@ -126,8 +120,8 @@ def laquant_quantize_model(
     Raises:
         ValueError: calibration_ids has another shape or no full sequence, directory holds a run of another config,
             model or text, or the model is unknown.
-        Diverged: a loss is not finite; names the layer, and the layers before it are kept. The model then holds
-            their quantized weights: load it anew before another try.
+        Diverged: a loss is not finite. The message names the layer. The directory keeps the layers before it. The
+            model then holds their quantized weights: load it again before another try.
     """
     config = LaquantConfig() if config is None else config
     check_calibration_ids(calibration_ids, "laquant")
@@ -136,27 +130,27 @@ def laquant_quantize_model(
     result, was_training = LaquantResult(), model.training
     learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
     model.eval().requires_grad_(False)
-    store = None if directory is None else _Store(Path(directory), model, calibration_ids, config)
+    finished = None if directory is None else _FinishedLayers(Path(directory), model, calibration_ids, config)
     layers = [model.get_submodule(layer.name) for layer in architecture.layers]
     hidden, keywords = first_layer_inputs(model, calibration_ids)
     streams = _Streams(hidden, memory_budget)
-    # Or it would stay in memory to the end, beside streams that are in files for want of memory.
-    del hidden
+    del hidden  # the streams may be in files because memory is short
     exact_layers = 0
     for index, names in enumerate(architecture.layers):
         last = min(index + config.lookahead, len(layers) - 1)
-        # The floating point stream goes ahead of the other one: it holds what the loss compares with. The layers that
-        # it goes through are not quantized yet.
+        # The floating point stream runs ahead: the loss compares with its output of layer ``last``, and the layers that
+        # it passes are not quantized yet.
         for ahead in range(exact_layers, last + 1):
             streams.advance(streams.exact, layers[ahead], keywords[ahead])
         exact_layers = last + 1
-        done = None if store is None else store.load(index)
-        if done is None:
+        trained = None if finished is None else finished.load(index)
+        if trained is None:
             following = (layers[last], keywords[last]) if last > index else None
-            done = _train_layer(layers[index], names, index, keywords[index], following, streams, config, progress)
-            if store is not None:
-                store.save(index, *done)
-        weights, losses = done
+            training = _LayerTraining(layers[index], names, index, keywords[index], following, streams, config)
+            trained = training.run(progress)
+            if finished is not None:
+                finished.save(index, *trained)
+        weights, losses = trained
         for name, packed in weights.items():
             model.get_parameter(f"{name}.weight").data.copy_(packed.dequantize())
         streams.advance(streams.quantized, layers[index], keywords[index])
@@ -171,85 +165,104 @@ def laquant_quantize_model(
     return result
 
 
-def _train_layer(
-    layer: nn.Module,
-    names: Layer,
-    index: int,
-    keywords: dict[str, Any],
-    following: tuple[nn.Module, dict[str, Any]] | None,
-    streams: _Streams,
-    config: LaquantConfig,
-    progress: Callable[[int, int, float], None] | None,
-) -> tuple[dict[str, PackedWeight], dict[str, float]]:
-    weights: dict[str, nn.Parameter] = {}
-    quantizers: dict[str, UniformQuantizer] = {}
-    dtype = getattr(torch, config.dtype)
-    computes_in = torch.autocast(streams.exact.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
-    with computes_in:
-        inputs = _input_squares(layer, names, keywords, streams)
-    for full in names.linears:
-        name = full.removeprefix(names.name + ".")
-        weight = layer.get_parameter(f"{name}.weight").detach()
-        weights[name] = nn.Parameter(weight.to(torch.float32, copy=True))
-        quantizers[name] = UniformQuantizer(weight.shape, config.bits, config.group_size, device=weight.device)
-        quantizers[name].init_clip_search(weight, inputs[name])
+class _LayerTraining:
+    """The training of one decoder layer."""
 
-    def rounded() -> dict[str, Tensor]:
-        return {f"{name}.weight": quantizers[name](weight, dtype) for name, weight in weights.items()}
+    def __init__(
+        self,
+        layer: nn.Module,
+        names: Layer,
+        index: int,
+        keywords: dict[str, Any],
+        following: tuple[nn.Module, dict[str, Any]] | None,
+        streams: _Streams,
+        config: LaquantConfig,
+    ) -> None:
+        self.layer, self.names, self.index, self.keywords = layer, names, index, keywords
+        self.following = following
+        self.streams = streams
+        self.config = config
+        self.dtype = getattr(torch, config.dtype)
+        with self._autocast():
+            squares = _input_squares(layer, names, keywords, streams)
+        self.weights: dict[str, nn.Parameter] = {}
+        self.quantizers: dict[str, UniformQuantizer] = {}
+        for name, square in squares.items():
+            weight = layer.get_parameter(f"{name}.weight").detach()
+            self.weights[name] = nn.Parameter(weight.to(torch.float32, copy=True))
+            quantizer = UniformQuantizer(weight.shape, config.bits, config.group_size, device=weight.device)
+            quantizer.init_clip_search(weight, square)
+            self.quantizers[name] = quantizer
 
-    def loss_of(batch: Tensor, values: dict[str, Tensor]) -> Tensor:
-        def quantized(hidden: Tensor, **keywords: Any) -> Any:
-            return functional_call(layer, values, (hidden,), keywords)
+    def run(
+        self, progress: Callable[[int, int, float], None] | None
+    ) -> tuple[dict[str, PackedWeight], dict[str, float]]:
+        """Train the layer. Returns its packed weights by full name, and its losses as in `LaquantResult`."""
+        config = self.config
+        steps = config.epochs * math.ceil(self.streams.sequences / config.batch_size)
+        quantizer_parameters = [p for quantizer in self.quantizers.values() for p in quantizer.parameters()]
+        optimizer = torch.optim.AdamW(
+            [
+                {"params": list(self.weights.values()), "lr": config.lr_weights},
+                {"params": quantizer_parameters, "lr": config.lr_quantizer},
+            ],
+            betas=(0.9, 0.95),
+            weight_decay=0.0,
+        )
+        rates = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5 + 0.5 * math.cos(math.pi * step / steps))
+        # Every layer has its own generator: a run that resumes at this layer draws the same batches.
+        generator = torch.Generator().manual_seed(config.seed * 1_000_003 + self.index)
+        before, step = self._mean_loss(), 0
+        for _ in range(config.epochs):
+            for batch in _batches(self.streams.sequences, config.batch_size, generator):
+                loss = self._loss(batch, self._quantized())
+                value = loss.item()
+                if not math.isfinite(value):
+                    raise Diverged(
+                        f"laquant: the loss of {self.names.name} must be finite, got {value} at step {step}; lower "
+                        f"lr_weights ({config.lr_weights}) or lr_quantizer ({config.lr_quantizer})"
+                    )
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                optimizer.step()
+                rates.step()
+                step += 1
+                if progress is not None:
+                    progress(self.index, step, value)
+        packed = {f"{self.names.name}.{name}": self.quantizers[name].export(w) for name, w in self.weights.items()}
+        return packed, {"layer": self.index, "before": before, "after": self._mean_loss()}
 
-        with computes_in:
-            out = run_layer(quantized, streams.quantized[batch], keywords)
-            if following is not None:
-                out = run_layer(following[0], out, following[1])
-        return F.smooth_l1_loss(out.float(), streams.exact[batch].float())
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.streams.exact.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
 
-    def mean_loss() -> float:
-        with torch.no_grad():
-            values = rounded()
-            batches = _batches(streams.sequences, config.batch_size)
-            parts = [(len(batch), loss_of(batch, values).item()) for batch in batches]
-        return sum(count * loss for count, loss in parts) / streams.sequences
+    def _quantized(self) -> dict[str, Tensor]:
+        return {f"{name}.weight": self.quantizers[name](weight, self.dtype) for name, weight in self.weights.items()}
 
-    steps = config.epochs * math.ceil(streams.sequences / config.batch_size)
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": list(weights.values()), "lr": config.lr_weights},
-            {"params": [p for q in quantizers.values() for p in q.parameters()], "lr": config.lr_quantizer},
-        ],
-        betas=(0.9, 0.95),
-        weight_decay=0.0,
-    )
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5 + 0.5 * math.cos(math.pi * step / steps))
-    # A generator a layer: a run that is resumed at this layer sees the same batches as one that came all the way.
-    generator = torch.Generator().manual_seed(config.seed * 1_000_003 + index)
-    before, step = mean_loss(), 0
-    for _ in range(config.epochs):
-        for batch in _batches(streams.sequences, config.batch_size, generator):
-            loss = loss_of(batch, rounded())
-            value = loss.item()
-            if not math.isfinite(value):
-                raise Diverged(
-                    f"laquant: the loss of {names.name} must be finite, got {value} at step {step}; lower "
-                    f"lr_weights ({config.lr_weights}) or lr_quantizer ({config.lr_quantizer})"
-                )
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            step += 1
-            if progress is not None:
-                progress(index, step, value)
-    packed = {f"{names.name}.{name}": quantizers[name].export(weight) for name, weight in weights.items()}
-    return packed, {"layer": index, "before": before, "after": mean_loss()}
+    def _loss(self, batch: Tensor, weights: dict[str, Tensor]) -> Tensor:
+        def layer(hidden: Tensor, **keywords: Any) -> Any:
+            return functional_call(self.layer, weights, (hidden,), keywords)
+
+        with self._autocast():
+            out = run_layer(layer, self.streams.quantized[batch], self.keywords)
+            if self.following is not None:
+                out = run_layer(self.following[0], out, self.following[1])
+        return F.smooth_l1_loss(out.float(), self.streams.exact[batch].float())
+
+    @torch.no_grad()
+    def _mean_loss(self) -> float:
+        weights = self._quantized()
+        batches = _batches(self.streams.sequences, self.config.batch_size)
+        parts = [(len(batch), self._loss(batch, weights).item()) for batch in batches]
+        return sum(count * loss for count, loss in parts) / self.streams.sequences
 
 
 @torch.no_grad()
 def _input_squares(layer: nn.Module, names: Layer, keywords: dict[str, Any], streams: _Streams) -> dict[str, Tensor]:
-    """Of each linear layer the sum of its inputs' squares over the calibration text, float32 [in_features]."""
+    """For each linear layer, by its name in the layer: the sum of squared inputs over the calibration text.
+
+    Returns:
+        float32 [in_features] each, in the order of ``names.linears``.
+    """
     sums: dict[str, Tensor] = {}
 
     def add(name: str) -> Callable[..., None]:
@@ -267,7 +280,7 @@ def _input_squares(layer: nn.Module, names: Layer, keywords: dict[str, Any], str
     finally:
         for handle in handles:
             handle.remove()
-    return sums
+    return {name: sums[name] for name in linears}
 
 
 def _batches(count: int, size: int, generator: torch.Generator | None = None) -> Iterator[Tensor]:
@@ -276,7 +289,7 @@ def _batches(count: int, size: int, generator: torch.Generator | None = None) ->
 
 
 class _Streams:
-    """The hidden states before a layer, of both paths: [sequences, tokens, hidden] each, in memory or in a file."""
+    """The hidden states before a layer on both paths: [sequences, tokens, hidden] each, in memory or in files."""
 
     def __init__(self, hidden: Tensor, memory_budget: float) -> None:
         self.sequences = hidden.shape[0]
@@ -288,7 +301,7 @@ class _Streams:
         both = []
         for name in ("quantized", "exact"):
             path = str(Path(self._file.name) / name)
-            # A mapped file that finds the disk full kills the process: its blocks are taken first, or refused by name.
+            # Writing to a mapped file on a full disk kills the process. Allocating the blocks first raises OSError.
             with open(path, "wb") as file:
                 os.posix_fallocate(file.fileno(), 0, hidden.numel() * hidden.element_size())
             stream = torch.from_file(path, shared=True, size=hidden.numel(), dtype=hidden.dtype).view(hidden.shape)
@@ -297,22 +310,22 @@ class _Streams:
 
     @torch.no_grad()
     def advance(self, stream: Tensor, layer: nn.Module, keywords: dict[str, Any]) -> None:
-        """Replace a stream by the layer's output, some sequences at a time."""
+        """Replace a stream by the layer's output."""
         for part in self.parts(stream):
             part.copy_(run_layer(layer, part, keywords))
 
     @staticmethod
     def parts(stream: Tensor) -> tuple[Tensor, ...]:
-        """The stream, some sequences at a time."""
+        """Views of a stream with some sequences each."""
         return stream.split(max(1, _PASS_TOKENS // stream.shape[1]))
 
 
-# Of what a layer's training computes: layers of two versions are not mixed.
+# Version of the training's arithmetic. A run must not mix layers of two versions.
 _VERSION = 1
 
 
-class _Store:
-    """A directory with one safetensors file a finished layer, and a record of the run that it belongs to."""
+class _FinishedLayers:
+    """A directory with a safetensors file for each finished layer, and the settings of their run."""
 
     def __init__(self, directory: Path, model: nn.Module, ids: Tensor, config: LaquantConfig) -> None:
         self.directory = directory
@@ -331,7 +344,7 @@ class _Store:
             stored = dict(json.loads(path.read_text()))
         except (ValueError, TypeError):
             raise ValueError(
-                f"laquant: {path} must be the record of a run, got a damaged file; delete the directory to start anew"
+                f"laquant: {path} must be the record of a run, got a damaged file; delete the directory to start over"
             ) from None
         if stored != record:
             keys = [key for key in record if stored.get(key) != record[key]]
@@ -363,8 +376,8 @@ class _Store:
                 tensors = {key: file.get_tensor(key) for key in file.keys()}
         except SafetensorError as error:
             raise ValueError(
-                f"laquant: {self._path(index)} must be a whole safetensors file, got {error}; delete it to train this "
-                f"layer again"
+                f"laquant: {self._path(index)} must be a complete safetensors file, got {error}; delete it to train "
+                f"this layer again"
             ) from None
         names = json.loads(metadata["linears"])
         weights = {name: PackedWeight.from_state_dict(tensors, name + ".") for name in names}

@@ -1,4 +1,4 @@
-"""The settings of an RCP training, its presets, and how it ends."""
+"""The settings of an RCP training, its presets, and its result."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from ...ops.checks import check_int
 from .block_reconstruction import BlockConfig
 
 __all__ = ["PRESETS", "RcpConfig", "TrainResult"]
@@ -14,30 +15,31 @@ __all__ = ["PRESETS", "RcpConfig", "TrainResult"]
 
 @dataclass(frozen=True)
 class RcpConfig:
-    """A whole training run, but for the model and the text.
+    """All settings of a training except the model and the text.
 
     Attributes:
         bits, group_size: of the weights.
-        act_bits, act_clip: of the inputs of the linear layers; 16 bits for none.
-        kv_bits, kv_clip: of keys and values; 16 bits for none.
+        act_bits, act_clip: of the inputs of the linear layers; 16 bits leave them in float.
+        kv_bits, kv_clip: of keys and values; 16 bits leave them in float.
         init: of the levels: "uniform", "clip" or "kmeans".
-        learn_clip, learn_partition: which of the quantizer's numbers are trained; None: the partition with 2 bits.
+        learn_clip, learn_partition: whether clip and partition of the quantizers are trained. None trains the partition
+            with 2 bits.
         loss: one of ``distillation.LOSSES``.
-        blocks: phase one, layer by layer; None for none.
+        blocks: settings of phase one, layer by layer; None skips phase one.
         steps: updates of phase two, end to end.
-        batch: sequences an update, over all processes.
-        micro_batch: sequences at a time.
+        batch: sequences per update, over all processes.
+        micro_batch: sequences per forward pass.
         weight_lr, quantizer_lr: peak learning rates of AdamW.
         beta2: of AdamW; beta1 is 0.9, the weight decay 0.
-        warmup, floor: steps up to the peak rate, and the share of it at the end of the cosine.
-        max_grad_norm: of all gradients together.
-        workers: threads that each take a micro-batch at a time, on one core: on CPUs, where two cores that work on one
-            matrix wait for each other at every operator, and for each other's other jobs. 1 leaves it to torch. A sum
-            of two gradients does not depend on their order, so with ``batch = 2 * micro_batch`` and two workers a run
-            gives the same bits again.
-        bf16: compute in bfloat16 where autocast does; weights, quantizers and AdamW stay float32.
+        warmup, floor: steps up to the peak rate, and the share of the peak at the end of the cosine.
+        max_grad_norm: limit for the norm of all gradients together.
+        workers: number of threads on CPUs. Each thread computes one micro-batch at a time on one core; 1 leaves threads
+            to torch. Two cores that share one matrix wait for each other at every operator, and for other jobs on
+            either core. A sum of two gradients does not depend on their order: with ``batch = 2 * micro_batch`` and two
+            workers a run repeats bit for bit.
+        bf16: compute in bfloat16 where autocast does. Weights, quantizers and AdamW stay float32.
         validate_every, checkpoint_every: steps.
-        seed: of everything random.
+        seed: of all random numbers.
     """
 
     bits: int = 2
@@ -69,8 +71,7 @@ class RcpConfig:
     def __post_init__(self) -> None:
         least = {"steps": 0, "batch": 1, "micro_batch": 1, "workers": 1, "validate_every": 1, "checkpoint_every": 1}
         for name, value in least.items():
-            if getattr(self, name) < value:
-                raise ValueError(f"RcpConfig: {name} must be at least {value}, got {getattr(self, name)}; raise it")
+            check_int("RcpConfig", name, getattr(self, name), value, "raise it")
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain JSON types."""
@@ -78,7 +79,7 @@ class RcpConfig:
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> RcpConfig:
-        """The inverse of :meth:`to_dict`; missing fields have their defaults.
+        """The inverse of :meth:`to_dict`. Missing fields get their defaults.
 
         Raises:
             ValueError: an unknown field.
@@ -93,33 +94,33 @@ class RcpConfig:
         return cls(**fields)
 
 
-# Windows as long as those that perplexity is measured on: a student that was trained on 256 tokens gained less from
-# the other 256 than the float model does (2.50 times its perplexity in windows of 256, 2.63 times in windows of 512).
+# Windows have the length of those for perplexity: a student trained on 256 tokens gained less from a second 256 than
+# the float model does (2.50 times the float model's perplexity in windows of 256, 2.63 times in windows of 512).
 _SEQUENCES = {"sequence": 512, "batch": 4, "micro_batch": 2, "blocks": {"sequences": 48, "batch": 2}}
 
-# Perplexity on validation windows (held out) after 40 updates, global Walsh, by weight and quantizer rates: 4e-4 and
-# 2e-3 83.2 (62.6), 2e-4 and 1e-3 77.7 (57.0), 1e-4 and 1e-3 77.1 (55.3); 1.2e-3 and 2e-3 rose, to 554 at update 20.
-# Between the last two, for a run fifteen times as long.
+# Perplexity on validation windows (held out) after 40 updates with a global Walsh rotation, for three pairs of weight
+# and quantizer rates: 4e-4 and 2e-3 83.2 (62.6), 2e-4 and 1e-3 77.7 (57.0), 1e-4 and 1e-3 77.1 (55.3). With 1.2e-3 and
+# 2e-3 it rose, to 554 at update 20. The rates here lie between the last two pairs, for a run fifteen times as long.
 _RATES = {"weight_lr": 1.5e-4, "quantizer_lr": 1e-3}
 
 PRESETS: dict[str, dict[str, Any]] = {
     "quick": {**_SEQUENCES, "steps": 340, "validate_every": 40},
     "full": {**_SEQUENCES, **_RATES, "steps": 600, "validate_every": 100, "checkpoint_every": 100},
 }
-"""Budgets: tokens of a sequence, and the fields of `RcpConfig` that differ from its defaults (docs/rcp.md)."""
+"""Training budgets: tokens per sequence, and fields of `RcpConfig` that differ from its defaults (docs/rcp.md)."""
 
 
 @dataclass
 class TrainResult:
-    """What :func:`train` did.
+    """Result of :func:`train`.
 
     Attributes:
-        steps: updates made, those before a resume included.
+        steps: updates, including those before a resume.
         tokens: trained on in phase two.
-        best_step: with the lowest validation perplexity; the student has its weights.
+        best_step: update with the lowest validation perplexity. The student has the weights of this update.
         best_perplexity: on the validation windows.
-        confidence: mean largest probability of the teacher: CAKLD's m.
-        cpu_seconds: of this process, those before a resume included.
+        confidence: mean largest probability of the teacher, the m of CAKLD.
+        cpu_seconds: of this process, including those before a resume.
     """
 
     steps: int

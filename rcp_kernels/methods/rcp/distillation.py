@@ -1,4 +1,4 @@
-"""Losses of next-token distributions without keeping logits in memory: a student's on its teacher's, and on text."""
+"""Losses of next-token distributions, against a teacher and against text, without all logits in memory."""
 
 from __future__ import annotations
 
@@ -7,23 +7,24 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from ...evaluation.perplexity import perplexity_of
+from ...ops.checks import check_one_of
 
-__all__ = ["LOSSES", "Head", "cast_parameters", "distillation_loss", "mean_confidence", "student_perplexity"]
+__all__ = ["LOSSES", "Head", "distillation_loss", "mean_confidence", "student_perplexity"]
 
 LOSSES = ("cakld", "forward_kl", "reverse_kl", "symmetric_kl")
-"""What :func:`reverse_weight` knows."""
+"""The losses of :func:`reverse_weight`."""
 
-# 256 x 49152 float32 is 50 MB; four such arrays exist at once.
+# Tokens. 256 x 49152 float32 logits are 50 MB; four such arrays exist at once.
 _CHUNK = 256
 
 
 @dataclass(frozen=True)
 class Head:
-    """An output head, frozen: logits are ``hidden @ weight.T``, softly capped where the family does that.
+    """A frozen output head: logits are ``hidden @ weight.T``, softly capped in some families.
 
     Attributes:
         weight: floating point [vocabulary, hidden_size].
@@ -34,19 +35,9 @@ class Head:
     softcap: float | None = None
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """[tokens, hidden_size] -> float32 [tokens, vocabulary], the product in the dtype of the weight."""
+        """[tokens, hidden_size] -> float32 [tokens, vocabulary]. The product has the dtype of the weight."""
         values = (hidden.to(self.weight.dtype) @ self.weight.T).to(torch.float32)
         return values if self.softcap is None else torch.tanh(values / self.softcap) * self.softcap
-
-
-def cast_parameters(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """The model with its parameters, in place, in another dtype, and its buffers as they were.
-
-    ``model.to(dtype)`` takes the frequencies of RoPE along: in bfloat16 the angle at position 4095 is wrong by 5.7.
-    """
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)
-    return model
 
 
 def reverse_weight(loss: str, confidence: float) -> float:
@@ -61,21 +52,20 @@ def reverse_weight(loss: str, confidence: float) -> float:
         ValueError: an unknown loss.
     """
     weights = {"cakld": confidence, "forward_kl": 0.0, "reverse_kl": 1.0, "symmetric_kl": 0.5}
-    if loss not in weights:
-        raise ValueError(f"distillation: loss must be one of {LOSSES}, got {loss!r}; check the spelling")
+    check_one_of("distillation", "loss", loss, LOSSES, "check the spelling")
     return weights[loss]
 
 
 def distillation_loss(student: Tensor, teacher: Tensor, student_head: Head, teacher_head: Head, m: float) -> Tensor:
-    """Mean over tokens of ``m KL(S||T) + (1 - m) KL(T||S)`` of the next-token distributions, over all tokens.
+    """Mean over all tokens of ``m KL(S||T) + (1 - m) KL(T||S)`` of the next-token distributions.
 
-    Computed for 256 tokens at a time, the gradient at once with the value: neither the logits (49152 float32 a token)
-    nor their graph stays in memory. The heads get no gradient.
+    Value and gradient are computed together for 256 tokens at a time. Neither the logits (49152 float32 per token) nor
+    their graph stays in memory. The heads get no gradient.
 
     Args:
         student: floating point [tokens, hidden_size], after the final norm.
         teacher: the same tokens' hidden states, in the dtype of the teacher's head.
-        student_head, teacher_head: over one vocabulary.
+        student_head, teacher_head: with the same vocabulary.
         m: 0 to 1.
 
     Returns:
@@ -118,11 +108,11 @@ class _Distillation(torch.autograd.Function):
 
 @torch.no_grad()
 def mean_confidence(hidden_states: Callable[[Tensor], Tensor], head: Head, batches: list[Tensor]) -> float:
-    """Mean over all tokens of the teacher's largest next-token probability: the m of CAKLD, over ten batches there.
+    """Mean over all tokens of the teacher's largest next-token probability: the m of CAKLD, which uses ten batches.
 
     Args:
-        hidden_states: int64 [sequences, tokens] -> [sequences * tokens, hidden_size], of the teacher.
-        head: the teacher's.
+        hidden_states: the teacher: int64 [sequences, tokens] -> [sequences * tokens, hidden_size].
+        head: of the teacher.
         batches: int64 [sequences, tokens] each.
     """
     largest: list[Tensor] = []
@@ -139,13 +129,13 @@ def student_perplexity(
     windows: Tensor,
     run: Callable[[Callable[[Any], Any], Iterable[Any]], list[Any]] = lambda f, items: list(map(f, items)),
 ) -> float:
-    """exp of the mean negative log-likelihood of the windows' tokens, the first of each excepted.
+    """exp of the mean negative log-likelihood of all tokens of the windows except each window's first.
 
     Args:
         decoder: int64 [1, tokens] -> hidden states [tokens, hidden_size] after the final norm.
         head: of the model.
         windows: int64 [windows, tokens].
-        run: a map, which may use threads.
+        run: like ``map``; may use threads.
     """
 
     @torch.no_grad()

@@ -1,29 +1,18 @@
-"""What a training changes of a student, by name: to copy, to check, and to tell from that of another model.
-
-A tensor may be split over processes by FSDP2; a checkpoint holds the whole of it.
-"""
+"""The values of a student that training changes, by name: for checkpoints, and for copies of the best student."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ...models import Architecture
 from ..student import FakeQuantLinear, make_student
 from .config import RcpConfig
+from .optimizer import full_tensor, split_like
 
-__all__ = [
-    "copy_student",
-    "split_optimizer_state",
-    "start_student",
-    "student_values",
-    "whole",
-    "whole_optimizer_state",
-]
+__all__ = ["copy_student", "full_student_values", "start_student"]
 
 
 def start_student(model: nn.Module, config: RcpConfig, init: str) -> Architecture:
@@ -40,8 +29,8 @@ def start_student(model: nn.Module, config: RcpConfig, init: str) -> Architectur
     )
 
 
-def student_values(layers: list[FakeQuantLinear]) -> dict[str, Tensor]:
-    """What training changes, and the buffers that stand for what it does not, by name."""
+def _student_values(layers: list[FakeQuantLinear]) -> dict[str, Tensor]:
+    """The parameters of layers, and the buffers of quantizers whose parameters are not all trained, by name."""
     return {
         f"{layer.name}.{name}": value.detach()
         for layer in layers
@@ -49,40 +38,18 @@ def student_values(layers: list[FakeQuantLinear]) -> dict[str, Tensor]:
     }
 
 
+def full_student_values(layers: list[FakeQuantLinear]) -> dict[str, Tensor]:
+    """The values of layers as full tensors. All processes that hold shards must call this."""
+    return {name: full_tensor(value) for name, value in _student_values(layers).items()}
+
+
 def copy_student(layers: list[FakeQuantLinear], state: Mapping[str, Tensor]) -> None:
-    """Give layers the values of a checkpoint, in place; ValueError if it is of another model."""
+    """Copy the values of a checkpoint into layers. ValueError if the checkpoint is of another model."""
     with torch.no_grad():
-        for name, value in student_values(layers).items():
+        for name, value in _student_values(layers).items():
             if name not in state or state[name].shape != value.shape:
                 raise ValueError(
-                    f"train: the checkpoint must have {name} of shape {list(value.shape)}; it is another's"
+                    f"train: the checkpoint must have {name} of shape {list(value.shape)}, got one of another model; "
+                    f"pass the model that the training began with"
                 )
             value.copy_(split_like(state[name], value))
-
-
-def whole(value: Tensor) -> Tensor:
-    """The whole of a tensor that may be split over processes, all of which have to ask for it."""
-    return value.full_tensor() if isinstance(value, DTensor) else value
-
-
-def split_like(value: Tensor, other: Tensor) -> Tensor:
-    """A whole tensor, split as another is."""
-    if not isinstance(other, DTensor):
-        return value
-    return distribute_tensor(value.to(other.device), other.device_mesh, other.placements)
-
-
-def whole_optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Its ``state_dict`` with whole tensors, for which all processes have to ask."""
-    state = optimizer.state_dict()
-    entries = {index: {name: whole(value) for name, value in entry.items()} for index, entry in state["state"].items()}
-    return {**state, "state": entries}
-
-
-def split_optimizer_state(state: dict[str, Any], parameters: list[nn.Parameter]) -> dict[str, Any]:
-    """The inverse: what ``load_state_dict`` of an optimizer of these parameters, split or not, takes."""
-    entries = {
-        index: {name: split_like(value, parameters[index]) if value.dim() else value for name, value in entry.items()}
-        for index, entry in state["state"].items()
-    }
-    return {**state, "state": entries}

@@ -1,7 +1,7 @@
 """RCP: quantization-aware training of a low-bit student on its float teacher (Choi et al. 2025, arXiv 2502.15779).
 
-Rotate first (:mod:`rcp_kernels.methods.rotate`); clip and partition are learned here, together with the weights.
-docs/rcp.md has the method, which choices are ours, and the measured curves.
+Rotate the model first (:mod:`rcp_kernels.methods.rotate`). Clip and partition are learned here, with the weights.
+docs/rcp.md describes the method, the choices that are ours, and the measured curves.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from ..layers import Diverged, check_vocabulary
 from ..student import students
 from .config import PRESETS, RcpConfig, TrainResult
 from .distillation import student_perplexity
-from .run import Run
 from .student_state import copy_student, start_student
+from .training import Training
 from .training_state import load_state
 
 __all__ = ["PRESETS", "Diverged", "RcpConfig", "TrainResult", "load_trained", "student_perplexity", "train"]
@@ -37,34 +37,34 @@ def train(
     shard: bool = False,
     progress: Callable[[str, int, int, str], None] | None = None,
 ) -> TrainResult:
-    """Turn a float model into a trained low-bit student, in place; ``export_student(model)`` then packs it.
+    """Turn a float model into a trained low-bit student, in place. ``export_student(model)`` then packs it.
 
-    Phase one trains layer by layer (:func:`reconstruct_blocks`), phase two all weights and quantizers end to end on the
-    teacher's next-token distribution. With a directory, ``state.pt`` there is the checkpoint, ``log.jsonl`` the log and
-    ``best.pt`` the best weights so far: a run that was killed at any moment goes on from the checkpoint when it is
-    started again with the same arguments, and ends with the same bits.
+    Phase one trains layer by layer (:func:`reconstruct_blocks`). Phase two trains all weights and quantizers end to end
+    on the teacher's next-token distribution. A directory gets a checkpoint ``state.pt``, a log ``log.jsonl`` and the
+    best weights so far, ``best.pt``. After a kill at any moment, a call with the same arguments continues from the
+    checkpoint and ends with the same bits.
 
     Args:
-        model: a causal language model that :func:`rcp_kernels.models.describe` knows, float32, rotated or not.
-        training: int64 [windows, tokens], taken in order, from the front again when used up.
-        validation: int64 [windows, tokens]: its perplexity decides which weights are kept.
-        config: see there.
-        teacher: a float model of the same basis; None for a copy of ``model``.
-        probes: more windows by name, measured with every validation and logged; nothing depends on them.
+        model: a float32 causal language model that :func:`rcp_kernels.models.describe` knows, rotated or not.
+        training: int64 [windows, tokens], used in order, and again from the start when used up.
+        validation: int64 [windows, tokens]. The weights with the lowest perplexity on these windows are kept.
+        config: the settings.
+        teacher: a float model in the same basis; None for a copy of ``model``.
+        probes: more windows by name. Their perplexity is logged with every validation and affects nothing.
         directory: an existing folder for checkpoint and log; None for neither.
-        accelerator: of ``accelerate``, for several processes, each of which calls this with the same arguments and
-            takes its share of every batch; None for one process.
+        accelerator: of ``accelerate``, for several processes. Each process calls this function with the same arguments
+            and takes its share of every batch. None for one process.
         shard: in phase two, split the decoder layers of student and teacher and the optimizer's state over the
-            processes (FSDP2). The model is then of no use afterwards: :func:`load_trained` makes one of the directory.
-        progress: called with the phase, steps done, steps in all, and a text.
+            processes (FSDP2). The model is then unusable afterwards; :func:`load_trained` makes one from the directory.
+        progress: called with the phase, finished steps, total steps, and a message.
 
     Raises:
-        ValueError: too little text, a batch that the processes cannot share, a checkpoint of another run, or what
-            make_student and reconstruct_blocks raise.
-        Diverged: the loss became NaN or Inf; names the layer and the checkpoint.
+        ValueError: too little text, a batch that the processes cannot share, a checkpoint of another run, or as
+            make_student and reconstruct_blocks.
+        Diverged: the loss became NaN or Inf. The message names the layer and the checkpoint.
     """
     _check(model, training, validation, config, directory, accelerator, shard)
-    return Run(
+    return Training(
         model, training, validation, config, teacher, probes or {}, directory, accelerator, shard, progress
     ).run()
 
@@ -92,22 +92,22 @@ def _check(
     for name, windows in (("training", training), ("validation", validation)):
         if windows.dim() != 2 or windows.shape[0] < 1 or windows.shape[1] < 2:
             raise ValueError(
-                f"train: {name} must be int64 [windows, tokens] with a window at least, got shape "
+                f"train: {name} must be int64 [windows, tokens] with at least one window of 2 tokens, got shape "
                 f"{tuple(windows.shape)}; pass more text or shorter windows"
             )
         check_vocabulary(model, windows, f"train: {name}")
 
 
 def load_trained(model: nn.Module, config: RcpConfig, directory: Path) -> None:
-    """Turn a float model into the best student that a training kept in its directory, in place.
+    """Turn a float model into the best student of a training, in place.
 
     Args:
-        model: the one that the training began with, rotated alike.
+        model: the model that the training began with, rotated alike.
         config: of the training.
         directory: of the training.
 
     Raises:
-        ValueError: no such file, or of another model.
+        ValueError: the directory has no ``best.pt``, or the file is of another model.
     """
     path = directory / "best.pt"
     if not path.is_file():

@@ -1,62 +1,53 @@
-"""Files of a training run: a checkpoint that is whole or the one before, and a log that continues."""
+"""The files of a training, a checkpoint and a log, and its clock."""
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
-import os
 import pickle
-import tempfile
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
-__all__ = ["LogFile", "load_state", "save_state", "write_curve"]
+from ...atomic import atomic_file
+
+__all__ = ["Clock", "LogFile", "load_state", "save_state", "write_curve"]
 
 VERSION = 1
 
 
 def save_state(path: Path, state: dict[str, Any]) -> None:
-    """Write a training state so that a kill or a full disk at any moment leaves the old file or the new one.
+    """Write tensors, numbers, strings, and lists and dictionaries of them, as :func:`rcp_kernels.atomic.atomic_file`.
 
-    Streamed to a temporary file beside it, flushed to the disk, then renamed: the state is never twice in memory.
-
-    Args:
-        path: in a directory that exists.
-        state: tensors, numbers, strings, and lists and dictionaries of them.
+    The state is streamed: memory does not hold a second copy.
 
     Raises:
-        OSError: as writing does; what was there before is untouched.
+        OSError: the file cannot be written; the old file is unchanged.
     """
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            try:
-                torch.save({"version": VERSION, **state}, file)
-            except RuntimeError as error:
-                # torch's zip writer reports a failed write as its own error, from the destructor of the archive.
-                raise OSError(f"cannot write {path}: {error}; free space on the disk and resume") from error
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    with atomic_file(path) as file:
+        try:
+            torch.save({"version": VERSION, **state}, file)
+        except RuntimeError as error:
+            # torch's zip writer turns a failed write into a RuntimeError.
+            raise OSError(f"cannot write {path}: {error}; free space on the disk and resume") from error
 
 
 def load_state(path: Path) -> dict[str, Any]:
-    """Read what :func:`save_state` wrote.
+    """Read a file of :func:`save_state`.
 
     Raises:
-        ValueError: not such a file, damaged, or of a later version.
+        ValueError: the file is no training state, is damaged, or has another version.
     """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         version = state["version"]
     except (RuntimeError, KeyError, TypeError, EOFError, ValueError, pickle.UnpicklingError) as error:
         raise ValueError(
-            f"resume: {path} must be a training state, got {type(error).__name__}; delete it to start anew"
+            f"resume: {path} must be a training state, got {type(error).__name__}; delete it to start over"
         ) from None
     if version != VERSION:
         raise ValueError(
@@ -66,10 +57,10 @@ def load_state(path: Path) -> dict[str, Any]:
 
 
 class LogFile:
-    """One JSON object a line; on resume what was logged after the checkpoint is cut off, so no step is there twice."""
+    """A log with one JSON object per line. On resume, lines after the checkpoint are cut off: no step occurs twice."""
 
     def __init__(self, path: Path | None, lines: int = 0) -> None:
-        """Keep the first ``lines`` lines of the file and append after them; None for no file."""
+        """Keep the first ``lines`` lines of the file and append after them. None writes no file."""
         self.path = path
         self.lines = lines
         if path is not None:
@@ -84,8 +75,34 @@ class LogFile:
             self.lines += 1
 
 
+class Clock:
+    """Wall clock and CPU seconds of this process, from construction on, without pauses."""
+
+    def __init__(self) -> None:
+        self._seconds, self._cpu_seconds = -time.perf_counter(), -time.process_time()
+
+    def add(self, seconds: float, cpu_seconds: float) -> None:
+        """Add the time before a resume."""
+        self._seconds += seconds
+        self._cpu_seconds += cpu_seconds
+
+    def fields(self) -> dict[str, float]:
+        """``seconds`` and ``cpu_seconds``, for a log or a checkpoint."""
+        return {
+            "seconds": self._seconds + time.perf_counter(),
+            "cpu_seconds": self._cpu_seconds + time.process_time(),
+        }
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        before = self.fields()
+        yield
+        after = self.fields()
+        self.add(before["seconds"] - after["seconds"], before["cpu_seconds"] - after["cpu_seconds"])
+
+
 def write_curve(log: Path, out: Path) -> None:
-    """The validation rows of a log as CSV: what was measured, against tokens trained."""
+    """Write the validation rows of a log as CSV."""
     rows = [row for row in map(json.loads, log.read_text().splitlines()) if row["kind"] == "validation"]
     fields = list(dict.fromkeys(key for row in rows for key in row if key != "kind"))
     with out.open("w", newline="") as file:

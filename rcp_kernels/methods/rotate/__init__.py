@@ -1,4 +1,4 @@
-"""Rotations of a whole model that leave its function as it is. docs/rotate.md explains them."""
+"""Rotations of a whole model that preserve its function. docs/rotate.md explains them."""
 
 from .rotate_model import (
     ROTATIONS,

@@ -1,4 +1,4 @@
-"""The record of a model's rotation, and the rotations that follow from it and from the sizes of the model."""
+"""The record of a model's rotation, and the rotation matrices for a record and a model's sizes."""
 
 from __future__ import annotations
 
@@ -14,12 +14,18 @@ from ...models import Architecture
 from ...nn.online_rotation import OnlineRotation
 from ...ops.walsh_matrices import factor_size
 
-__all__ = ["GIVEN", "KINDS", "ROTATIONS", "GivenRotation", "Plan", "Rotated", "make_plan"]
+__all__ = ["KINDS", "MATRIX", "ROTATIONS", "MatrixRotation", "Plan", "Rotated", "make_plan"]
 
 
 @dataclass(frozen=True)
-class _Kind:
-    """One kind of R1: rows in `order`, over all entries or in groups, of a token with random signs or without."""
+class RotationKind:
+    """One kind of R1.
+
+    Attributes:
+        order: of the rows, "natural" or "sequency".
+        grouped: whether R1 mixes the entries of each group only, or all entries.
+        signs: whether random signs multiply the token first.
+    """
 
     order: str
     grouped: bool = False
@@ -27,36 +33,38 @@ class _Kind:
 
 
 KINDS = {
-    "hadamard": _Kind("natural", signs=True),
-    "walsh": _Kind("sequency"),
-    "local_hadamard": _Kind("natural", grouped=True),
-    "gsr": _Kind("sequency", grouped=True),
+    "hadamard": RotationKind("natural", signs=True),
+    "walsh": RotationKind("sequency"),
+    "local_hadamard": RotationKind("natural", grouped=True),
+    "gsr": RotationKind("sequency", grouped=True),
 }
-GIVEN = "matrix"
-# What R2 to R4 are where R1 does not say: QuaRot's.
-_OTHER = _Kind("natural")
+MATRIX = "matrix"
+"""The name of R1 for a matrix that the caller passes."""
+
+# Kind of R2 to R4 without one for R1: QuaRot's.
+_DEFAULT_KIND = RotationKind("natural")
 
 ROTATIONS = ("none", *KINDS)
 """The names of R1 that :func:`rotate_model` takes."""
 
-# A float32 matrix from QR or Cayley steps is within 1e-6 of orthogonal, and the model's logits should stay within 1e-4.
+# A float32 matrix from QR or Cayley steps is orthogonal within 1e-6. The model's logits should stay within 1e-4.
 _ORTHOGONAL_WITHIN = 1e-5
 
 
 @dataclass(frozen=True)
 class Rotated:
-    """What :func:`rotate_model` did to a model, for a checkpoint: :func:`apply_structure` does its part again.
+    """The record of :func:`rotate_model` for a checkpoint. :func:`apply_structure` builds the same structure from it.
 
     Attributes:
         model_type: of the model's config.
-        rotation: R1: one of `ROTATIONS`, or ``"matrix"`` for a given one.
-        group_size: entries that R1 mixes; None where it mixes all of them, is none, or is a given matrix.
-        r2, r3, r4: which of these there are.
-        r4_group_size: entries that R4 mixes; None where it mixes all of them, or there is no R4.
+        rotation: R1: one of `ROTATIONS`, or ``"matrix"`` for a matrix that the caller passed.
+        group_size: entries that R1 mixes. None if it mixes all of them, is ``"none"``, or is a matrix.
+        r2, r3, r4: which of these rotations the model has.
+        r4_group_size: entries that R4 mixes. None if it mixes all of them, or there is no R4.
         seed: of R1's random signs.
-        untied: whether the output head was tied to the embedding and no longer is.
-        tied: whether the output head is tied to the rotated embedding, and the final norm leaves the rotated basis and
-            comes back to it: ``R norm(R^T x)``.
+        untied: whether the output head was tied to the embedding before, and is not now.
+        tied: whether the output head is tied to the rotated embedding. The final norm then works in the original basis:
+            ``R norm(R^T x)``.
     """
 
     model_type: str
@@ -84,10 +92,10 @@ class Rotated:
         """The inverse of :meth:`to_dict`.
 
         Raises:
-            ValueError: a field is missing, unknown, or of another type, or rotation is no name of one.
+            ValueError: a field is missing, unknown, or of another type, or the rotation is unknown.
         """
         names = [field.name for field in dataclasses.fields(cls)]
-        fields = {"tied": False, **fields}  # written before 0.2 without it
+        fields = {"tied": False, **fields}  # versions before 0.2 did not write it
         if set(fields) != set(names):
             raise ValueError(
                 f"Rotated: fields must be {names}, got {sorted(fields)}; the file is damaged, or was written by "
@@ -98,16 +106,16 @@ class Rotated:
             value = fields[field.name]
             if type(value) not in types[str(field.type)]:
                 raise ValueError(f"Rotated: {field.name} must be {field.type}, got {value!r}; the file is damaged")
-        if fields["rotation"] not in (*ROTATIONS, GIVEN):
+        if fields["rotation"] not in (*ROTATIONS, MATRIX):
             raise ValueError(
-                f"Rotated: rotation must be one of {(*ROTATIONS, GIVEN)}, got {fields['rotation']!r}; the file is "
+                f"Rotated: rotation must be one of {(*ROTATIONS, MATRIX)}, got {fields['rotation']!r}; the file is "
                 f"damaged, or was written by another version of rcp-kernels"
             )
         return cls(**fields)
 
 
-class GivenRotation:
-    """A given R1: the part of OnlineRotation that fusing needs."""
+class MatrixRotation:
+    """R1 as a matrix of the caller, with the method of OnlineRotation that fuses it into weights."""
 
     def __init__(self, matrix: Tensor) -> None:
         self.matrix = matrix
@@ -120,9 +128,17 @@ class GivenRotation:
 
 @dataclass(frozen=True)
 class Plan:
-    """The rotations of a model, each None without; a weight's side of R2 is as wide as its heads."""
+    """The rotations of a model; None for those that it does not have.
 
-    residual: OnlineRotation | GivenRotation | None
+    Attributes:
+        residual: R1.
+        v_output: R2 for the output of v, as wide as all key/value heads.
+        o_input: R2 for the input of o, as wide as all query heads.
+        qk: R3, of one head.
+        down_input: R4.
+    """
+
+    residual: OnlineRotation | MatrixRotation | None
     v_output: OnlineRotation | None
     o_input: OnlineRotation | None
     qk: OnlineRotation | None
@@ -130,18 +146,18 @@ class Plan:
 
 
 def make_plan(record: Rotated, architecture: Architecture, matrix: Tensor | None = None) -> Plan:
-    """The rotations of a record; raises for sizes that have none."""
-    kind = KINDS.get(record.rotation, _OTHER)
+    """The rotations of a record. Raises ValueError for sizes without a Walsh matrix."""
+    kind = KINDS.get(record.rotation, _DEFAULT_KIND)
     hidden, intermediate = architecture.hidden_size, architecture.intermediate_size
     head_dim, order = architecture.head_dim, kind.order
     _check_groups(record, architecture)
-    residual: OnlineRotation | GivenRotation | None = None
+    residual: OnlineRotation | MatrixRotation | None = None
     if matrix is not None:
-        residual = GivenRotation(_check_matrix(matrix, architecture))
+        residual = MatrixRotation(_check_matrix(matrix, architecture))
     elif record.rotation != "none":
         signs = None
         if kind.signs:
-            # On the CPU by name: a checkpoint's structure is built under torch.device("meta").
+            # Explicitly on the CPU: a checkpoint's structure is built under torch.device("meta").
             generator = torch.Generator("cpu").manual_seed(record.seed)
             signs = torch.randint(2, (hidden,), generator=generator, device="cpu") * 2 - 1
         factor_size(record.group_size or hidden, "rotate_model: R1 of hidden_size")
@@ -173,7 +189,7 @@ def _check_groups(record: Rotated, architecture: Architecture) -> None:
     for argument, (group, names) in uses.items():
         if group is None or (group > 0 and not any(sizes[name] % group for name in names)):
             continue
-        # Of powers of two only, as the groups of packed weights are.
+        # Only powers of two, like the group sizes of packed weights.
         works = [1 << k for k in range(1, 20) if not any(sizes[name] % (1 << k) for name in names)]
         remedy = "no power of two does: use all entries (rotation='walsh')"
         if works:
@@ -185,12 +201,12 @@ def _check_groups(record: Rotated, architecture: Architecture) -> None:
 
 
 def _check_matrix(matrix: Tensor, architecture: Architecture) -> Tensor:
-    """The matrix in float64, if it is a rotation that can be fused."""
+    """The matrix in float64. Raises ValueError unless it is a rotation that can be fused."""
     size = architecture.hidden_size
     if tuple(matrix.shape) != (size, size) or not matrix.is_floating_point():
         raise ValueError(
             f"rotate_model: a rotation must be floating point [{size}, {size}] (hidden_size), got {matrix.dtype} "
-            f"{list(matrix.shape)}; make it for this model"
+            f"{list(matrix.shape)}; pass a matrix of this size"
         )
     matrix = matrix.detach().to(torch.float64)
     error = float((matrix @ matrix.T - torch.eye(size, dtype=torch.float64, device=matrix.device)).abs().max())
@@ -202,6 +218,6 @@ def _check_matrix(matrix: Tensor, architecture: Architecture) -> Tensor:
     if any(layer.attention_output_norm or layer.mlp_output_norm for layer in architecture.layers):
         raise ValueError(
             f"rotate_model: rotation must be one of {ROTATIONS} for a model of type {architecture.model_type!r}, got a "
-            f"tensor; R1 runs online after its output norms, and a dense matrix would cost as much as a linear layer"
+            f"tensor; after output norms R1 runs online, where a dense matrix costs as much as a linear layer"
         )
     return matrix

@@ -1,9 +1,9 @@
-"""Rotations of a whole language model that leave its function as it was and make it easier to quantize.
+"""Rotations of a language model that preserve its function and make it easier to quantize.
 
-R1 to R4 are those of QuaRot (Ashkboos et al. 2024) and SpinQuant (Liu et al. 2024) as RCP uses them (arXiv 2502.15779):
-R1 of the residual stream and R2 of each head's values are fused into weights, in float64; R3 of queries and keys after
-RoPE and R4 of down's input run online. R1 in blocks of the quantization group, in sequency order, is GSR (arXiv
-2505.03810). docs/rotate.md has the definitions and the costs.
+R1 to R4 are those of QuaRot (Ashkboos et al. 2024) and SpinQuant (Liu et al. 2024), as RCP uses them (arXiv
+2502.15779). R1 rotates the residual stream and R2 the values of each head; both are fused into weights in float64. R3
+rotates queries and keys after RoPE and R4 the input of down; both run online. R1 in blocks of the quantization group,
+in sequency order, is GSR (arXiv 2505.03810). docs/rotate.md has the definitions and the costs.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from ...models.hf import untie_head
 from ...nn.online_rotation import OnlineRotation
 from ...nn.quant_linear import type_of
 from ...nn.rotated_linear import RotatedLinear, rotate_around, rotate_output, rotate_queries_and_keys
-from .plan import GIVEN, KINDS, ROTATIONS, GivenRotation, Plan, Rotated, make_plan
+from .plan import KINDS, MATRIX, ROTATIONS, MatrixRotation, Plan, Rotated, make_plan
 
 __all__ = ["ROTATIONS", "Rotated", "apply_structure", "rotate_model", "rotation_of"]
 
-# Attribute of a rotated model: R1 and R2 alone leave nothing in it that a second call could see.
+# Attribute of a rotated model. A second call could not detect R1 and R2 otherwise.
 _RECORD = "_rcp_rotated"
 
 
@@ -39,49 +39,48 @@ def rotate_model(
     seed: int = 0,
     untie: bool = False,
 ) -> Rotated:
-    """Rotate a language model, in place; its logits stay what they were, up to rounding.
+    """Rotate a language model in place. Its logits stay the same up to rounding.
 
-    Where R1 is not ``"none"``, the gains of the norms before linear layers are folded into these (and set to one), and
-    R1 into the embedding, the linear layers and the output head. Every weight is computed in float64 and rounded once.
-    down becomes a :class:`RotatedLinear` for R4, and attention gets R3 by :func:`rotate_queries_and_keys`. In families
-    with a norm between o or down and the residual stream (gemma2, gemma3), whose gains no weight can take, R1 runs
-    online after these norms instead of in o and down.
+    With R1, the gains of the norms before linear layers are folded into these layers and set to one. R1 is fused into
+    the embedding, the linear layers and the output head. Every weight is computed in float64 and rounded once. For R4,
+    down becomes a :class:`RotatedLinear`; attention gets R3 by :func:`rotate_queries_and_keys`. Some families (gemma2,
+    gemma3) have a norm between o or down and the residual stream. No weight can take the gains of such a norm, so R1
+    runs online after it instead of in o and down.
 
-    A head that is tied to the embedding stays so, or a quantized model could take more bytes than its source. The
-    weight that both share cannot take the gain of the final norm. That norm keeps its gain then and works in the old
-    basis, ``R norm(R^T x)`` (ours): two fast transforms a token.
+    A head that is tied to the embedding stays tied; otherwise a quantized model could take more bytes than its source.
+    The shared weight cannot take the gain of the final norm. That norm keeps its gain and works in the original basis,
+    ``R norm(R^T x)`` (ours), which costs two fast transforms per token.
 
     Args:
-        model: of a family in :data:`rcp_kernels.models.FAMILIES`, in floating point, not rotated yet.
+        model: of a family in :data:`rcp_kernels.models.FAMILIES`, floating point, not rotated.
         rotation: R1. ``"none"``; ``"hadamard"``: all entries, natural order, random signs (QuaRot); ``"walsh"``: all
-            entries, sequency order; ``"local_hadamard"`` and ``"gsr"``: groups in natural and in sequency order; or R
-            as a floating point tensor [hidden_size, hidden_size], orthogonal, with which a token becomes R x
-            (embedding @ R^T).
+            entries, sequency order; ``"local_hadamard"`` and ``"gsr"``: groups in natural and in sequency order. Or an
+            orthogonal floating point tensor R [hidden_size, hidden_size]: a token x becomes R x, the embedding
+            ``embedding @ R^T``.
         group_size: of ``"local_hadamard"`` and ``"gsr"``: the quantization group of the weights.
-        r2: rotate the values of each head. The order of the rows of R2, R3 and R4 is R1's. None: where R1 is not
-            ``"none"``.
-        r3: rotate queries and keys after RoPE; of use only if keys are quantized. None: as r2.
+        r2: rotate the values of each head. R2, R3 and R4 have R1's order of rows. None: if R1 is not ``"none"``.
+        r3: rotate queries and keys after RoPE, which helps only if keys are quantized. None: as r2.
         r4: rotate the input of down. None: as r2.
-        r4_group_size: entries that R4 mixes. None: group_size where R1 is in groups, else all of them.
+        r4_group_size: entries that R4 mixes. None: group_size if R1 is in groups, else all of them.
         seed: of the random signs of ``"hadamard"``.
-        untie: give a tied head a weight of its own instead, for engines that cannot run the rotations around the final
-            norm. A given matrix always does.
+        untie: give a tied head its own weight, for engines that cannot run the rotations around the final norm. A
+            matrix as R1 always unties.
 
     Returns:
-        The record that a checkpoint needs to build the same structure again.
+        The record from which a checkpoint rebuilds the structure.
 
     Raises:
-        ValueError: an unsupported architecture or a missing module, named; an unknown rotation; a size without a
-            Hadamard matrix; a group that does not divide a size, with the nearest that does; a matrix of another shape,
-            not orthogonal, or for a family in which R1 runs online; a model that is rotated already, has no values, or
-            NaN or Inf among them, with the name of the module.
-        TypeError: a layer to be rotated is not an ``nn.Linear`` of float32, float16 or bfloat16, named; float64 is
-            taken where nothing runs online.
+        ValueError: an unsupported architecture, a missing module, an unknown rotation, a size without a Hadamard
+            matrix, a group that does not divide a size, or a matrix of another shape, not orthogonal, or for a family
+            in which R1 runs online. Also a model that is rotated already, has no values, or has NaN or Inf; the message
+            names the module.
+        TypeError: a layer to rotate is no ``nn.Linear`` of float32, float16 or bfloat16; the message names it. float64
+            is allowed if nothing runs online.
     """
     architecture = describe(model)
     matrix = rotation if isinstance(rotation, Tensor) else None
-    name = GIVEN if isinstance(rotation, Tensor) else rotation
-    if name not in (*ROTATIONS, GIVEN) or (name == GIVEN and matrix is None):
+    name = MATRIX if isinstance(rotation, Tensor) else rotation
+    if name not in (*ROTATIONS, MATRIX) or (name == MATRIX and matrix is None):
         raise ValueError(
             f"rotate_model: rotation must be one of {ROTATIONS} or a tensor, got {rotation!r}; check the spelling"
         )
@@ -93,9 +92,9 @@ def rotate_model(
     head, embed = model.get_submodule(architecture.head), model.get_submodule(architecture.embed)
     if rotation_of(model) is not None:
         raise ValueError(
-            f"rotate_model: the model must not be rotated yet, got one with {rotation_of(model)}; load the model anew"
+            f"rotate_model: the model must not be rotated yet, got one with {rotation_of(model)}; load it again"
         )
-    # Where the final norm has no gain, the shared weight needs no more than the embedding's rotation.
+    # Without a gain in the final norm, the embedding's rotation is all that a shared weight needs.
     shared = rotates and head.weight is embed.weight and _has_gain(model, architecture)
     record = Rotated(
         model_type=architecture.model_type,
@@ -120,17 +119,17 @@ def rotate_model(
 
 
 def rotation_of(model: nn.Module) -> Rotated | None:
-    """What :func:`rotate_model` or :func:`apply_structure` did to this model; None where neither has."""
+    """The record of :func:`rotate_model` or :func:`apply_structure` for this model, or None."""
     record = getattr(model, _RECORD, None)
     assert record is None or isinstance(record, Rotated)
     return record
 
 
 def apply_structure(model: nn.Module, record: Rotated) -> None:
-    """Give a model as its family makes it the structure of a rotated one, in place; its weights are left alone.
+    """Give an original model the structure of a rotated one, in place, without changing its weights.
 
-    Unties the output head, and installs the rotations that run online: the model is then ready for the ``state_dict``
-    of the rotated model. Works on the meta device. Packed layers are not made here: where the checkpoint has one for a
+    Unties the output head and installs the online rotations. The model then takes the ``state_dict`` of the rotated
+    model. Works on the meta device. Does not make packed layers: if the checkpoint has a packed layer for a
     :class:`RotatedLinear`, make it with ``input_rotation=layer.input_rotation``.
 
     Raises:
@@ -142,7 +141,8 @@ def apply_structure(model: nn.Module, record: Rotated) -> None:
             f"apply_structure: the model must be of the record's type {record.model_type!r}, got "
             f"{architecture.model_type!r}; build it from the checkpoint's own config"
         )
-    plan = make_plan(dataclasses.replace(record, rotation="none") if record.rotation == GIVEN else record, architecture)
+    without_matrix = dataclasses.replace(record, rotation="none") if record.rotation == MATRIX else record
+    plan = make_plan(without_matrix, architecture)
     _check_layers(model, architecture, values=False)
     if record.untied:
         _untie(model, architecture)
@@ -151,7 +151,7 @@ def apply_structure(model: nn.Module, record: Rotated) -> None:
 
 
 def _check_layers(model: nn.Module, architecture: Architecture, values: bool = True) -> None:
-    """Refuse what cannot be rotated before anything is."""
+    """Raise ValueError or TypeError for layers that cannot be rotated, before any layer is."""
     a = architecture
     widths = {
         "q": (a.hidden_size, a.num_heads * a.head_dim),
@@ -166,7 +166,7 @@ def _check_layers(model: nn.Module, architecture: Architecture, values: bool = T
     for name, (in_features, out_features) in {**linears, a.head: (a.hidden_size, None)}.items():
         linear = model.get_submodule(name)
         if isinstance(linear, RotatedLinear):
-            raise ValueError(f"rotate_model: {name} must not be rotated yet, got one that is; load the model anew")
+            raise ValueError(f"rotate_model: {name} must not be rotated yet, got one that is; load the model again")
         if not isinstance(linear, nn.Linear) or not linear.weight.is_floating_point():
             raise TypeError(
                 f"rotate_model: {name} must be a floating point nn.Linear, got {type_of(linear)}; rotate before "
@@ -176,10 +176,10 @@ def _check_layers(model: nn.Module, architecture: Architecture, values: bool = T
         if found != (in_features, out_features or linear.out_features):
             raise ValueError(
                 f"rotate_model: {name} must have {in_features} input and {out_features} output features by the config, "
-                f"got {found[0]} and {found[1]}; load the config that belongs to the weights"
+                f"got {found[0]} and {found[1]}; load the weights' own config"
             )
         if values and linear.weight.is_meta:
-            raise ValueError(f"rotate_model: {name} has no values, it is on the meta device; load the weights first")
+            raise ValueError(f"rotate_model: {name} must have values, got the meta device; load the weights first")
     for layer in a.layers:
         for name, attribute in (
             (layer.attention, "qk_rotation"),
@@ -189,12 +189,12 @@ def _check_layers(model: nn.Module, architecture: Architecture, values: bool = T
         ):
             if name is not None and hasattr(model.get_submodule(name), attribute):
                 raise ValueError(
-                    f"rotate_model: {name} must not be rotated yet, got one with {attribute}; load the model anew"
+                    f"rotate_model: {name} must not be rotated yet, got one with {attribute}; load the model again"
                 )
 
 
 def _check_values(model: nn.Module, architecture: Architecture, plan: Plan, tied: bool) -> None:
-    """Refuse weights that a rotation would spread over a whole layer, and types that no online rotation takes."""
+    """Refuse NaN and Inf, which a rotation would spread over a layer, and dtypes that online rotations do not take."""
     residual_online = isinstance(plan.residual, OnlineRotation) and any(
         layer.attention_output_norm or layer.mlp_output_norm for layer in architecture.layers
     )
@@ -221,7 +221,7 @@ def _check_values(model: nn.Module, architecture: Architecture, plan: Plan, tied
 
 
 def _fuse(model: nn.Module, architecture: Architecture, plan: Plan, record: Rotated) -> None:
-    """Fold the gains of the norms, R1, R2 and R4 into the weights, each weight in one go."""
+    """Fold the gains of the norms, R1, R2 and R4 into the weights. Each weight is rounded once."""
     residual = plan.residual
     if record.untied:
         _untie(model, architecture)
@@ -244,17 +244,17 @@ def _fuse(model: nn.Module, architecture: Architecture, plan: Plan, record: Rota
         _rewrite(_linear(model, layer.up), gain, residual, None)
         _rewrite(_linear(model, layer.down), None, plan.down_input, None if layer.mlp_output_norm else residual)
     head = _linear(model, architecture.head)
-    if head.weight is not model.get_submodule(architecture.embed).weight:  # a tied head is rotated with the embedding
+    if head.weight is not model.get_submodule(architecture.embed).weight:  # the embedding's rotation covers a tied head
         _rewrite(head, fold(architecture.final_norm), residual, None)
 
 
 def _rewrite(
     linear: nn.Linear,
     gain: Tensor | None,
-    input_rotation: OnlineRotation | GivenRotation | None,
-    output_rotation: OnlineRotation | GivenRotation | None,
+    input_rotation: OnlineRotation | MatrixRotation | None,
+    output_rotation: OnlineRotation | MatrixRotation | None,
 ) -> None:
-    """Make a layer take x / gain, rotated, and give rotated output: in float64, with one rounding."""
+    """Make a layer take rotated x / gain and give rotated output. Computed in float64 and rounded once."""
     if gain is None and input_rotation is None and output_rotation is None:
         return
     weight = linear.weight.detach().to(torch.float64)
@@ -271,14 +271,14 @@ def _rewrite(
 
 
 def _has_gain(model: nn.Module, architecture: Architecture) -> bool:
-    """Whether the norm before the output head multiplies by anything but ones, which the head would have to take."""
+    """Whether the final norm's gain differs from one, and the output head would have to take it."""
     weight = model.get_submodule(architecture.final_norm).weight
     assert isinstance(weight, Tensor)
     return weight.is_meta or not bool((weight == 1.0 - architecture.gain_offset).all())
 
 
 def _take_gain(norm: nn.Module, offset: float) -> Tensor:
-    """The gain of a norm in float64, which is set to one."""
+    """Set the gain of a norm to one. Returns the old gain in float64."""
     assert isinstance(norm.weight, Tensor)
     gain = norm.weight.detach().to(torch.float64) + offset
     with torch.no_grad():
@@ -298,31 +298,30 @@ def _linear(model: nn.Module, name: str) -> nn.Linear:
 
 
 def _untie(model: nn.Module, architecture: Architecture) -> None:
-    """Give the output head a weight of its own, and tell transformers so, which would tie it again."""
+    """Give the output head its own weight, and keep transformers from tying it again."""
     head = _linear(model, architecture.head)
     head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=head.weight.requires_grad)
     untie_head(model, architecture.head)
 
 
 def _install(model: nn.Module, architecture: Architecture, plan: Plan, tied: bool) -> None:
-    """Put the rotations that run online into the model, each place its own."""
+    """Install the online rotations, a separate module for each place."""
     device = _linear(model, architecture.head).weight.device
 
-    def own(rotation: OnlineRotation) -> OnlineRotation:
-        copied = copy.deepcopy(rotation)
-        # On the meta device the signs, which no weight holds, would lose their values.
-        return copied if device.type == "meta" else copied.to(device)
+    def copied(rotation: OnlineRotation) -> OnlineRotation:
+        rotation = copy.deepcopy(rotation)
+        # On the meta device the signs would lose their values, and no weight has a copy of them.
+        return rotation if device.type == "meta" else rotation.to(device)
 
     if tied:
         assert isinstance(plan.residual, OnlineRotation)
-        rotate_around(model.get_submodule(architecture.final_norm), own(plan.residual))
+        rotate_around(model.get_submodule(architecture.final_norm), copied(plan.residual))
     for layer in architecture.layers:
         if plan.qk is not None:
             rotate_queries_and_keys(model.get_submodule(layer.attention), copy.deepcopy(plan.qk))
         if plan.down_input is not None:
-            parent, _, child = layer.down.rpartition(".")
             down = RotatedLinear.from_linear(_linear(model, layer.down), copy.deepcopy(plan.down_input))
-            setattr(model.get_submodule(parent), child, down)
+            model.set_submodule(layer.down, down)
         for name in (layer.attention_output_norm, layer.mlp_output_norm):
             if name is not None and isinstance(plan.residual, OnlineRotation):
-                rotate_output(model.get_submodule(name), own(plan.residual))
+                rotate_output(model.get_submodule(name), copied(plan.residual))

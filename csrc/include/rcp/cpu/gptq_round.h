@@ -1,42 +1,19 @@
-// GPTQ's inner loop (Frantar et al. 2023): the columns of one group are rounded one after the other, each row to its
-// own table, and the error of a column moves the columns after it, to the end of the block.
+// GPTQ's inner loop (Frantar et al. 2023). The columns of one group are rounded one after the other, each row to its
+// own table. The error of a column changes the columns after it, to the end of the block.
 //
 //   q_j = nearest level of w_j      e_j = (w_j - q_j) * (1 / U_jj)      w_k -= e_j * U_jk      for k > j
 //
-// Every product and every sum is rounded to float32, in this order, so that the result is the same on every CPU and
-// with any number of threads.
+// Every product and every sum is rounded to float32, in this order. The result is the same on every CPU and with any
+// number of threads.
 #pragma once
 
 #include <cstring>
 
-#include "rcp/cpu/isa.h"
-#include "rcp/cpu/lanes_scalar.h"
+#include "rcp/cpu/lanes.h"
 #include "rcp/cpu/parallel.h"
 #include "rcp/cpu/scratch.h"
-#if RCP_X86
-#include "rcp/cpu/lanes_avx2.h"
-#include "rcp/cpu/lanes_avx512.h"
-#endif
 
 namespace rcp {
-
-namespace scalar {
-#define RCP_LANES_TARGET
-#include "rcp/cpu/gptq_round_vector.h"
-#undef RCP_LANES_TARGET
-}  // namespace scalar
-#if RCP_X86
-namespace avx2 {
-#define RCP_LANES_TARGET RCP_AVX2
-#include "rcp/cpu/gptq_round_vector.h"
-#undef RCP_LANES_TARGET
-}  // namespace avx2
-namespace avx512 {
-#define RCP_LANES_TARGET RCP_AVX512
-#include "rcp/cpu/gptq_round_vector.h"
-#undef RCP_LANES_TARGET
-}  // namespace avx512
-#endif
 
 struct GptqRoundKernel {
   int64_t lanes;
@@ -44,17 +21,15 @@ struct GptqRoundKernel {
                const float* bounds, const float* table, int levels, uint8_t* codes, float* errors);
 };
 
-inline GptqRoundKernel gptq_round_kernel(Isa isa) {
-#if RCP_X86
-  if (isa >= Isa::avx512) return {avx512::lanes::count, avx512::gptq_round_tile};
-  if (isa == Isa::avx2) return {avx2::lanes::count, avx2::gptq_round_tile};
-#endif
-  (void)isa;
-  return {scalar::lanes::count, scalar::gptq_round_tile};
-}
+}  // namespace rcp
+
+#define RCP_KERNELS "rcp/cpu/gptq_round_vector.h"
+#include "rcp/cpu/each_isa.h"
+
+namespace rcp {
 
 struct GptqRound {
-  float* block;        // [rows, columns], changed: the columns after `first` get the feedback
+  float* block;        // [rows, columns]; the columns after `first` are changed
   int64_t row_stride;  // of block
   const float* upper;  // [columns, columns], upper triangular
   int64_t upper_stride;
@@ -65,14 +40,14 @@ struct GptqRound {
   float* errors;   // [rows, last - first]
 };
 
-inline void gptq_round(const GptqRound& a, Isa isa, ThreadPool pool) {
-  const GptqRoundKernel kernel = gptq_round_kernel(isa);
+inline void gptq_round(const GptqRound& a, Isa isa, const ThreadPool& pool) {
+  const GptqRoundKernel& kernel = RCP_FOR_ISA(isa, gptq_round_kernel);
   const int64_t lanes = kernel.lanes, wide = a.columns - a.first, rounded = a.last - a.first;
   if (rounded == 0) return;
-  // A weight costs about a nanosecond: a thread is worth waking for 20 us of them.
-  if (a.rows * wide < (1 << 14)) pool.threads = 1;
+  // A weight costs about a nanosecond, so a second thread pays from about 20 us on.
+  const bool small = a.rows * wide < (1 << 14);
   const int64_t tiles = (a.rows + lanes - 1) / lanes;
-  parallel_pieces(pool, tiles, 1, [&](int64_t begin, int64_t end) {
+  parallel_pieces(pool.serial_if(small), tiles, 1, [&](int64_t begin, int64_t end) {
     Scratch scratch(Scratch::size_of<float>(wide * lanes) + Scratch::size_of<float>(rounded * lanes) +
                     Scratch::size_of<uint8_t>(rounded * lanes) + 2 * Scratch::size_of<float>(a.levels * lanes));
     float* weights = scratch.take<float>(wide * lanes);
@@ -88,7 +63,7 @@ inline void gptq_round(const GptqRound& a, Isa isa, ThreadPool pool) {
         for (int64_t k = 0; k < wide; ++k) weights[k * lanes + lane] = from[k];
         const float* levels = a.table + row * a.levels;
         for (int c = 0; c < a.levels; ++c) table[c * lanes + lane] = levels[c];
-        // Halved before the sum, which could overflow.
+        // Halved first: the sum of two levels could overflow.
         for (int c = 0; c + 1 < a.levels; ++c) bounds[c * lanes + lane] = levels[c + 1] * 0.5f + levels[c] * 0.5f;
       }
       kernel.tile(weights, wide, rounded, a.upper + a.first * a.upper_stride + a.first, a.upper_stride, bounds, table,

@@ -1,11 +1,11 @@
-// gptq_round of one ISA: see clip_search_vector.h for how it is included. No include guard.
+// gptq_round for as many rows side by side as a register has lanes. Included by each_isa.h.
 
-// Rounds columns [0, rounded) of [columns][lanes] weights, one row a lane, and feeds the error of each back to all
-// columns after it. `upper` points to the entry of the first column in both directions, its rows `stride` apart.
-// `bounds` and `table` are [levels - 1][lanes] and [levels][lanes].
-RCP_LANES_TARGET inline void gptq_round_tile(float* weights, int64_t columns, int64_t rounded, const float* upper,
-                                             int64_t stride, const float* bounds, const float* table, int levels,
-                                             uint8_t* codes, float* errors) {
+// Rounds columns [0, rounded) of the weights [columns][lanes], one row a lane, and feeds the error of each column back
+// to all columns after it. `upper` points to the diagonal entry of the first column; its rows are `stride` apart.
+// `bounds` is [levels - 1][lanes], `table` is [levels][lanes].
+RCP_TARGET inline void gptq_round_tile(float* weights, int64_t columns, int64_t rounded, const float* upper,
+                                       int64_t stride, const float* bounds, const float* table, int levels,
+                                       uint8_t* codes, float* errors) {
   using namespace lanes;
   const Vector one = set1(1.0f), zero = set1(0.0f);
   for (int64_t j = 0; j < rounded; ++j) {
@@ -14,15 +14,17 @@ RCP_LANES_TARGET inline void gptq_round_tile(float* weights, int64_t columns, in
     Vector code = zero, nearest = load(table);
     for (int b = 0; b + 1 < levels; ++b) {
       const Mask above = greater(value, load(bounds + b * lanes::count));
-      code = add(code, select(above, one, zero));
+      code = code + select(above, one, zero);
       nearest = select(above, load(table + (b + 1) * lanes::count), nearest);
     }
     store_bytes(codes + j * lanes::count, code);
-    const Vector error = mul(sub(value, nearest), set1(1.0f / row[j]));
+    const Vector error = (value - nearest) * set1(1.0f / row[j]);
     store(errors + j * lanes::count, error);
     for (int64_t k = j + 1; k < columns; ++k) {
       float* at = weights + k * lanes::count;
-      store(at, sub(load(at), mul(error, set1(row[k]))));
+      store(at, load(at) - error * set1(row[k]));
     }
   }
 }
+
+inline constexpr GptqRoundKernel gptq_round_kernel{lanes::count, gptq_round_tile};

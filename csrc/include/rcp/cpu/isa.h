@@ -1,5 +1,5 @@
-// Which instruction set the CPU kernels use. Chosen at run time, so that one binary serves every x86-64 and, through
-// the plain C++ path, every other CPU: nothing in this package is compiled with -march.
+// The instruction set (ISA) of the CPU kernels. It is chosen at run time: one binary serves every x86-64 CPU, and the
+// plain C++ kernels serve every other CPU. Nothing in this package is compiled with -march.
 #pragma once
 
 #include <atomic>
@@ -22,6 +22,16 @@
 #else
 #define RCP_X86 0
 #endif
+
+// The member of rcp::avx512, rcp::avx2 or rcp::scalar that serves `isa`. each_isa.h fills these namespaces.
+#if RCP_X86
+#define RCP_FOR_ISA(isa, ...)                               \
+  ((isa) >= ::rcp::Isa::avx512 ? ::rcp::avx512::__VA_ARGS__ \
+   : (isa) == ::rcp::Isa::avx2 ? ::rcp::avx2::__VA_ARGS__   \
+                               : ::rcp::scalar::__VA_ARGS__)
+#else
+#define RCP_FOR_ISA(isa, ...) (static_cast<void>(isa), ::rcp::scalar::__VA_ARGS__)
+#endif
 #define RCP_INLINE __attribute__((always_inline)) inline
 
 namespace rcp {
@@ -36,8 +46,8 @@ inline const char* isa_name(Isa isa) {
 namespace detail {
 
 #if RCP_X86
-// AMX needs three consents: the CPU (CPUID leaf 7), the OS (XCR0 bits 17 and 18) and, on Linux, the process
-// (arch_prctl), without which the first tile instruction is a SIGILL.
+// AMX needs support by the CPU (CPUID leaf 7) and by the OS (XCR0 bits 17 and 18). On Linux the process must also ask
+// for it (arch_prctl): otherwise the first tile instruction raises SIGILL.
 inline bool amx_usable() {
   unsigned a = 0, b = 0, c = 0, d = 0;
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
@@ -54,7 +64,7 @@ inline bool amx_usable() {
 #endif
 }
 
-// What lut_linear_avx512_bf16.h needs beside avx512: Zen 4, Sapphire Rapids and later.
+// lut_linear_avx512_bf16.h needs these two beside AVX-512. Zen 4, Sapphire Rapids and later CPUs have them.
 inline bool bf16_usable() {
   __builtin_cpu_init();
   return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi");
@@ -83,7 +93,7 @@ inline Isa detect() {
 
 }  // namespace detail
 
-// The best this CPU and operating system can run.
+// The best ISA that this CPU and operating system run.
 inline Isa supported_isa() {
   static const Isa isa = detail::detect();
   return isa;
@@ -91,9 +101,8 @@ inline Isa supported_isa() {
 
 inline Isa checked_isa(Isa isa, const std::string& asked_by) {
   if (static_cast<int>(isa) > static_cast<int>(supported_isa())) {
-    throw std::invalid_argument(asked_by + " asks for the " + isa_name(isa) + " kernels, but this CPU runs at most " +
-                                isa_name(supported_isa()) + "; choose " + isa_name(supported_isa()) +
-                                " or a lower one");
+    throw std::invalid_argument(asked_by + ": this CPU runs at most the " + isa_name(supported_isa()) +
+                                " kernels, got " + isa_name(isa) + "; choose a lower ISA");
   }
   return isa;
 }
@@ -111,7 +120,7 @@ inline Isa isa_from_environment() {
                               "'; unset it to let the CPU decide");
 }
 
-// -1 until first asked, so that a bad RCP_ISA is an error of the first call and not of the import.
+// -1 until the first call: a wrong RCP_ISA fails there, not in the import.
 inline std::atomic<int> chosen_isa{-1};
 
 }  // namespace detail
@@ -125,7 +134,7 @@ inline Isa current_isa() {
   return static_cast<Isa>(isa);
 }
 
-// For tests and benchmarks: switch the whole process; returns what was in use.
+// For tests and benchmarks: switches the whole process. Returns the ISA that was in use.
 inline Isa set_isa(int64_t isa) {
   if (isa < 0 || isa > 3) {
     throw std::invalid_argument("set_cpu_isa: isa must be 0 (scalar), 1 (avx2), 2 (avx512) or 3 (amx), got " +

@@ -1,23 +1,21 @@
-// Lloyd's algorithm in one dimension on each group of weights, with an importance of each weight or without.
+// Lloyd's algorithm in one dimension on each group of weights, with or without an importance of each weight.
 //
-// A group is sorted once; its clusters are then intervals of the sorted order, whose means are differences of prefix
-// sums. Sums are float64, in the order of the sorted weights, and equal weights stay in the order they came in. The
-// result is therefore the same on every CPU, with any number of threads, and equal to the reference in plain torch.
+// A group is sorted once. Its clusters are then intervals of the sorted order, and their means are differences of
+// prefix sums. Sums are float64, in the order of the sorted weights; equal weights keep their order. The result is the
+// same on every CPU and with any number of threads, and equal to the reference in plain torch.
 #pragma once
 
 #include <algorithm>
 #include <cstring>
 #include <vector>
 
-#include "rcp/cpu/isa.h"
+#include "rcp/cpu/lanes.h"
 #include "rcp/cpu/level_groups.h"
 #include "rcp/cpu/scratch.h"
 
 namespace rcp {
 
 inline constexpr int kmeans_iterations = 20;
-
-namespace detail {
 
 // The exchanges of Batcher's odd-even merge sort of n numbers, as pairs of indices.
 struct SortingNetwork {
@@ -40,7 +38,23 @@ struct SortingNetwork {
   std::vector<Pair> pairs;
 };
 
-// Integers that order as the floats do; 0 and -0 are one number. The inverse gives the float back, 0 for -0.
+// Sorts `lanes` groups side by side, one a lane: keys [length][lanes].
+struct SortKernels {
+  int64_t lanes;
+  void (*sort32)(const SortingNetwork& network, int32_t* keys);
+  void (*sort64)(const SortingNetwork& network, int64_t* keys);
+};
+
+}  // namespace rcp
+
+#define RCP_KERNELS "rcp/cpu/kmeans_levels_vector.h"
+#include "rcp/cpu/each_isa.h"
+
+namespace rcp {
+
+namespace detail {
+
+// An integer that orders as the float does; 0 and -0 give one integer. key_value is the inverse, with 0 for -0.
 inline int32_t order_key(float value) {
   const int32_t bits = static_cast<int32_t>(bits_of(value + 0.0f));
   return bits ^ ((bits >> 31) & 0x7fffffff);
@@ -49,7 +63,7 @@ inline float key_value(int32_t key) {
   return float_of(static_cast<uint32_t>(key ^ ((key >> 31) & 0x7fffffff)));
 }
 
-// With an importance, the key holds the weight's index as well: keys are then distinct, and equal weights stay in
+// With an importance, the key also holds the weight's index: keys are then distinct, and equal weights keep their
 // order.
 inline int64_t indexed_key(float value, int64_t index) {
   return static_cast<int64_t>(order_key(value)) * (int64_t{1} << 32) + index;
@@ -70,7 +84,7 @@ class Lloyd {
 
   float* values() { return values_.data(); }
 
-  // importance(i): of the i-th sorted weight. values() hold the sorted weights.
+  // importance(i) is that of the i-th sorted weight. values() must hold the sorted weights.
   template <class Importance>
   void prefix_sums(const Importance& importance) {
     double mass = 0.0, moment = 0.0;
@@ -105,8 +119,8 @@ class Lloyd {
     edges_[count_] = n_;
   }
 
-  // Each edge is the first weight that is not below the midpoint of two centers. Returns whether one moved. An edge
-  // between two centers that stayed stays as well.
+  // Each edge is the first weight that is not below the midpoint of two centers. An edge between two centers that did
+  // not move does not move. Returns whether any edge moved.
   bool move_edges(bool first) {
     bool moved = first;
     edge_moved_.assign(static_cast<std::size_t>(count_ + 1), first);
@@ -139,11 +153,11 @@ class Lloyd {
         const double inside = mass_[end] - mass_[begin];
         if (!(inside > 0.0)) continue;
         mean = (moment_[end] - moment_[begin]) / inside;
-        // Rounding of the sums could put the mean of a cluster of little mass outside of it.
+        // Where a cluster has little mass, rounding could put its mean outside of it.
         mean = std::max(mean, static_cast<double>(values_[std::min(begin, n_ - 1)]));
         mean = std::min(mean, static_cast<double>(values_[std::max<int64_t>(end - 1, 0)]));
       } else {
-        // An empty cluster keeps its center: its neighbours' means stay on their sides of it, so the order holds.
+        // An empty cluster keeps its center. Its neighbours' means stay on their sides of it, so centers stay sorted.
         if (end <= begin) continue;
         mean = (moment_[end] - moment_[begin]) / static_cast<double>(end - begin);
       }
@@ -161,59 +175,13 @@ class Lloyd {
   std::vector<char> moved_, edge_moved_;
 };
 
-}  // namespace detail
-
-// Sorts groups side by side, one a lane: keys [length][lanes].
-struct SortKernels {
-  int64_t lanes;
-  void (*sort32)(const detail::SortingNetwork& network, int32_t* keys);
-  void (*sort64)(const detail::SortingNetwork& network, int64_t* keys);
-};
-
-}  // namespace rcp
-
-#if RCP_X86
-#include "rcp/cpu/lanes_avx2.h"
-#include "rcp/cpu/lanes_avx512.h"
-#endif
-
-namespace rcp {
-#if RCP_X86
-namespace avx2 {
-template <class Key>
-RCP_AVX2 inline void sort_groups(const detail::SortingNetwork& network, Key* keys) {
-  for (const auto& pair : network.pairs)
-    lanes::exchange(keys + pair.low * lanes::count, keys + pair.high * lanes::count);
-}
-}  // namespace avx2
-namespace avx512 {
-template <class Key>
-RCP_AVX512 inline void sort_groups(const detail::SortingNetwork& network, Key* keys) {
-  for (const auto& pair : network.pairs)
-    lanes::exchange(keys + pair.low * lanes::count, keys + pair.high * lanes::count);
-}
-}  // namespace avx512
-#endif
-
-// One lane where the CPU has no vectors for it: groups are then sorted by std::sort.
-inline SortKernels sort_kernels(Isa isa) {
-#if RCP_X86
-  if (isa >= Isa::avx512) return {avx512::lanes::count, avx512::sort_groups<int32_t>, avx512::sort_groups<int64_t>};
-  if (isa == Isa::avx2) return {avx2::lanes::count, avx2::sort_groups<int32_t>, avx2::sort_groups<int64_t>};
-#endif
-  (void)isa;
-  return {1, nullptr, nullptr};
-}
-
-namespace detail {
-
-// A network of n log^2 n exchanges, sixteen groups at a time, beats std::sort for short groups only.
+// Sorting sixteen groups at once by a network of n log^2 n exchanges beats std::sort for short groups only.
 inline constexpr int64_t longest_network = 256;
 
 template <bool WEIGHTED>
-void kmeans_levels(const LevelGroups& g, int count, float* levels, FirstBad& bad, Isa isa, const ThreadPool& pool) {
+void kmeans_levels(const LevelGroups& g, int count, float* levels, FirstIndex& bad, Isa isa, const ThreadPool& pool) {
   using Key = std::conditional_t<WEIGHTED, int64_t, int32_t>;
-  const SortKernels kernels = sort_kernels(isa);
+  const SortKernels& kernels = RCP_FOR_ISA(isa, sort_kernels);
   const int64_t lanes = g.length <= longest_network ? kernels.lanes : 1, n = g.length;
   const SortingNetwork network(lanes > 1 ? n : 0);
   const int64_t tiles = (g.groups + lanes - 1) / lanes;
@@ -223,7 +191,7 @@ void kmeans_levels(const LevelGroups& g, int count, float* levels, FirstBad& bad
     Lloyd lloyd(n, count);
     for (int64_t first = begin * lanes; first < std::min(end * lanes, g.groups); first += lanes) {
       for (int64_t lane = 0; lane < lanes; ++lane) {
-        // Lanes beyond the last group repeat it; their result is not used.
+        // Lanes beyond the last group repeat it. Their result is not used.
         const float* values = g.values + std::min(first + lane, g.groups - 1) * n;
         for (int64_t i = 0; i < n; ++i) {
           if constexpr (WEIGHTED) {
@@ -242,7 +210,10 @@ void kmeans_levels(const LevelGroups& g, int count, float* levels, FirstBad& bad
       }
       for (int64_t lane = 0; lane < std::min(lanes, g.groups - first); ++lane) {
         const int64_t group = first + lane;
-        if (!bad.check(g, group)) continue;
+        if (!g.valid(group)) {
+          bad.report(group);
+          continue;
+        }
         for (int64_t i = 0; i < n; ++i) {
           const Key key = keys[i * lanes + lane];
           lloyd.values()[i] = key_value(static_cast<int32_t>(WEIGHTED ? static_cast<int64_t>(key) >> 32 : key));
@@ -264,14 +235,15 @@ void kmeans_levels(const LevelGroups& g, int count, float* levels, FirstBad& bad
 
 }  // namespace detail
 
-// Writes [groups, count] ascending levels; those of a group that `bad` reports are not written.
-inline void kmeans_levels(const LevelGroups& g, int count, float* levels, FirstBad& bad, Isa isa, ThreadPool pool) {
-  // A thread is worth waking for about a thousand weights (20 us).
-  if (g.groups * g.length < (1 << 12)) pool.threads = 1;
+// Writes levels [groups, count], ascending. Those of a group that `bad` reports are not written.
+inline void kmeans_levels(const LevelGroups& g, int count, float* levels, FirstIndex& bad, Isa isa,
+                          const ThreadPool& pool) {
+  // A second thread pays from about a thousand weights (20 us) on.
+  const ThreadPool threads = pool.serial_if(g.groups * g.length < (1 << 12));
   if (g.importance != nullptr) {
-    detail::kmeans_levels<true>(g, count, levels, bad, isa, pool);
+    detail::kmeans_levels<true>(g, count, levels, bad, isa, threads);
   } else {
-    detail::kmeans_levels<false>(g, count, levels, bad, isa, pool);
+    detail::kmeans_levels<false>(g, count, levels, bad, isa, threads);
   }
 }
 

@@ -1,7 +1,7 @@
-// What the kernels of the 4-bit key-value cache are called with (docs/kv_cache.md has the numerics).
+// The arguments of the kernels of the 4-bit key-value cache. docs/kv_cache.md has the numerics.
 //
 // A cache is codes [vectors, capacity, (head_dim + 1) / 2] bytes, even k in the low nibble, and scales
-// [vectors, capacity, 2] of float16: scale, zero-point. A vector is one key or value of one head at one position.
+// [vectors, capacity, 2] of float16: scale, zero-point. A vector is the key or value of one head at one position.
 #pragma once
 
 #include <cstdint>
@@ -11,13 +11,13 @@
 
 namespace rcp {
 
-// Codes are worked on 32 at a time: 16 bytes, whose low and high nibbles are two times 16 lanes.
+// Kernels take 32 codes at a time: 16 bytes, whose low and high nibbles fill sixteen lanes each.
 inline constexpr int64_t kv_block = 32;
-// Positions whose softmax is taken as one; partial results are joined in ascending order, whoever computed them.
+// Positions that one partial softmax covers. Partial results are joined in ascending order, on any thread.
 inline constexpr int64_t kv_chunk = 256;
 // Query rows that share one decoding of a cached vector.
 inline constexpr int64_t kv_rows = 4;
-// A score so far (in log2) below the largest has weight 0: 2^-64 is lost in float32 anyway, and nothing gets subnormal.
+// A score (in log2) this far below the largest gets weight 0. Float32 loses 2^-64 anyway, and no number is subnormal.
 inline constexpr float kv_exponent_floor = -64.0f;
 
 struct KvShape {
@@ -28,38 +28,39 @@ struct KvShape {
   int64_t padded() const { return blocks() * kv_block; }
 };
 
-// One head's part of a cache.
+// The cached vectors of one head.
 struct KvHead {
   const uint8_t* codes;
   const uint16_t* scales;
 };
 
-// The query rows of one key-value head, and what they may attend to.
+// The query rows of one key-value head, and the positions that they may attend to.
 struct KvRows {
-  const float* query;          // [rows, padded], times scale * log2(e); in each block the even k before the odd ones
+  const float* query;          // [rows, padded], times scale * log2(e); in each block the even k before the odd k
   const float* query_sum;      // [rows]
   const int64_t *begin, *end;  // [rows]: positions
   const uint8_t* const* mask;  // [rows] of bool [length], or null
   int64_t rows;
 };
 
-// Softmax over one chunk, not yet normalized: maximum score, sum of weights, weighted sum of values.
+// Softmax over one chunk, before normalization: maximum score, sum of weights, weighted sum of values.
 struct KvPartial {
   float* maximum;  // [rows]
   float* sum;      // [rows]
-  float* values;   // [rows, padded], in each block the even k before the odd ones
+  float* values;   // [rows, padded], in each block the even k before the odd k
 };
 
 struct KvKernels {
-  // x [head_dim] to its codes and its scale and zero-point; false where x holds NaN, Inf or what float16 cannot.
+  // Stores x [head_dim] as codes, scale and zero-point. Returns false where x holds NaN, Inf or a number outside
+  // float16's range.
   bool (*append)(const void* x, FloatType type, const KvShape& shape, float clip, uint8_t* codes, uint16_t* scales);
   void (*dequantize)(const uint8_t* codes, const uint16_t* scales, const KvShape& shape, FloatType type, void* out);
-  // Scaled and put in the kernels' order; false where x holds NaN or Inf.
+  // Scales x and puts it in the order of KvRows::query. Returns false where x holds NaN or Inf.
   bool (*prepare_query)(const void* x, FloatType type, const KvShape& shape, float scale, float* query, float* sum);
   // Positions [first, last) of one chunk.
   void (*chunk)(const KvShape& shape, const KvRows& rows, const KvHead& keys, const KvHead& values, int64_t first,
                 int64_t last, const KvPartial& out);
-  // The partial results of `chunks` chunks for one row, at a distance of `stride` floats from one to the next.
+  // Joins the partial results of `chunks` chunks for one row. They are `stride` floats apart.
   void (*combine)(const KvShape& shape, const float* maximum, const float* sum, const float* values, int64_t chunks,
                   int64_t stride, FloatType type, void* out);
 };

@@ -1,12 +1,13 @@
-// The key-value cache's kernels over sixteen lanes. Included once per instruction set, inside its namespace, after
-// Lanes, what can be done with them, and RCP_KV_TARGET, the function target attribute: it cannot depend on a template
-// parameter. Each lane sees the same operations in the same order everywhere, so that all agree bit for bit. No include
-// guard.
+// The kernels of the key-value cache, over sixteen lanes. Included by each_isa.h.
 
-RCP_KV_TARGET inline bool append(const void* x, FloatType type, const KvShape& shape, float clip, uint8_t* codes,
-                                 uint16_t* scales) {
+namespace kv {
+
+using namespace lanes16;
+
+RCP_TARGET inline bool append(const void* x, FloatType type, const KvShape& shape, float clip, uint8_t* codes,
+                              uint16_t* scales) {
   const int64_t n = shape.head_dim;
-  // Lanes beyond the vector read as 0, which is in the range anyway.
+  // Lanes beyond the vector are 0, which the range always includes.
   Lanes low = set1(0.0f), high = low, wrong = low;
   for (int64_t i = 0; i < n; i += 16) {
     const Lanes value = load_any(x, type, i, n - i);
@@ -41,14 +42,14 @@ RCP_KV_TARGET inline bool append(const void* x, FloatType type, const KvShape& s
 #pragma GCC unroll 2
     for (int half = 0; half < 2; ++half) {
       const Lanes value = load_any(x, type, i + 16 * half, n - i - 16 * half);
-      // Integer bounds: clamping before rounding is the same.
-      q[half] = round_even(min(max(mul(sub(value, offset), inverse), set1(0.0f)), top));
+      // With integer bounds, clamping before rounding gives the same as after.
+      q[half] = round_even(min(max((value - offset) * inverse, set1(0.0f)), top));
     }
     Lanes even, odd;
     deinterleave(q[0], q[1], even, odd);
     const int64_t bytes = shape.row_bytes() - b * kv_block / 2;
     if (i + kv_block > n && n % 2) {
-      // A missing last code is 0, not the code of the padding's 0.
+      // The missing last code must be 0, not the code that stands for 0.
       store(all, odd);
       all[(n - i) / 2] = 0.0f;
       odd = load(all);
@@ -58,8 +59,8 @@ RCP_KV_TARGET inline bool append(const void* x, FloatType type, const KvShape& s
   return true;
 }
 
-RCP_KV_TARGET RCP_INLINE void decode_block(const uint8_t* codes, const KvShape& shape, int64_t b, Lanes& even,
-                                           Lanes& odd) {
+RCP_TARGET RCP_INLINE void decode_block(const uint8_t* codes, const KvShape& shape, int64_t b, Lanes& even,
+                                        Lanes& odd) {
   const int64_t bytes = shape.row_bytes() - b * kv_block / 2;
   if (bytes >= kv_block / 2) {
     nibbles<true>(codes + b * kv_block / 2, bytes, even, odd);
@@ -68,8 +69,8 @@ RCP_KV_TARGET RCP_INLINE void decode_block(const uint8_t* codes, const KvShape& 
   }
 }
 
-RCP_KV_TARGET inline void dequantize(const uint8_t* codes, const uint16_t* scales, const KvShape& shape, FloatType type,
-                                     void* out) {
+RCP_TARGET inline void dequantize(const uint8_t* codes, const uint16_t* scales, const KvShape& shape, FloatType type,
+                                  void* out) {
   const Lanes scale = set1(half_to_float(scales[0])), zero = set1(half_to_float(scales[1]));
   for (int64_t b = 0; b < shape.blocks(); ++b) {
     Lanes even, odd, first, second;
@@ -81,17 +82,8 @@ RCP_KV_TARGET inline void dequantize(const uint8_t* codes, const uint16_t* scale
   }
 }
 
-RCP_KV_TARGET RCP_INLINE float sum_of(Lanes a) {
-  alignas(64) float x[16];
-  store(x, a);
-  for (int half = 8; half > 0; half /= 2) {
-    for (int j = 0; j < half; ++j) x[j] = x[j] + x[j + half];
-  }
-  return x[0];
-}
-
-RCP_KV_TARGET inline bool prepare_query(const void* x, FloatType type, const KvShape& shape, float scale, float* query,
-                                        float* sum) {
+RCP_TARGET inline bool prepare_query(const void* x, FloatType type, const KvShape& shape, float scale, float* query,
+                                     float* sum) {
   Lanes total = set1(0.0f), wrong = total;
   for (int64_t b = 0; b < shape.blocks(); ++b) {
     const int64_t i = b * kv_block, left = shape.head_dim - i;
@@ -99,19 +91,19 @@ RCP_KV_TARGET inline bool prepare_query(const void* x, FloatType type, const KvS
     const Lanes second = left > 16 ? load_any(x, type, i + 16, left - 16) : set1(0.0f);
     wrong = multiply_add(second, set1(0.0f), multiply_add(first, set1(0.0f), wrong));
     Lanes even, odd;
-    deinterleave(mul(first, set1(scale)), mul(second, set1(scale)), even, odd);
+    deinterleave(first * set1(scale), second * set1(scale), even, odd);
     store(query + i, even);
     store(query + i + 16, odd);
-    total = add(total, add(even, odd));
+    total = total + (even + odd);
   }
   *sum = sum_of(total);
   return sum_of(wrong) == 0.0f;
 }
 
-// 2^x for x in [-64, 0], else 0 (x > 0 does not occur); below 1.3 units in the last place.
-RCP_KV_TARGET RCP_INLINE Lanes exp2_lanes(Lanes x) {
+// 2^x for x in [-64, 0], 0 below; never called with x > 0. The error is below 1.3 units in the last place.
+RCP_TARGET RCP_INLINE Lanes exp2_lanes(Lanes x) {
   const Lanes bounded = max(x, set1(kv_exponent_floor));
-  const Lanes n = round_even(bounded), f = sub(bounded, n);
+  const Lanes n = round_even(bounded), f = bounded - n;
   Lanes p = set1(0x1.41fbb8p-13f);
   p = multiply_add(p, f, set1(0x1.5f3e5ap-10f));
   p = multiply_add(p, f, set1(0x1.3b2d4ep-7f));
@@ -119,13 +111,14 @@ RCP_KV_TARGET RCP_INLINE Lanes exp2_lanes(Lanes x) {
   p = multiply_add(p, f, set1(0x1.ebfbdcp-3f));
   p = multiply_add(p, f, set1(0x1.62e430p-1f));
   p = multiply_add(p, f, set1(1.0f));
-  return keep_from(x, kv_exponent_floor, mul(p, power_of_two(n)));
+  return keep_from(x, kv_exponent_floor, p * power_of_two(n));
 }
 
-// Dot products of sixteen cached vectors (or `count` of them, the others 0) with ROWS query rows, lane by lane.
+// Products of `count` (at most sixteen) cached vectors with ROWS query rows, summed lane by lane:
+// parts [ROWS][16][lanes].
 template <int ROWS, bool FULL>
-RCP_KV_TARGET RCP_INLINE void products(const KvShape& shape, const uint8_t* codes, int64_t count, const float* query,
-                                       float* parts) {
+RCP_TARGET RCP_INLINE void products(const KvShape& shape, const uint8_t* codes, int64_t count, const float* query,
+                                    float* parts) {
   const int64_t bytes = shape.row_bytes(), blocks = shape.blocks(), padded = shape.padded();
   for (int64_t t = 0; t < count; ++t) {
     Lanes acc[ROWS];
@@ -150,10 +143,10 @@ RCP_KV_TARGET RCP_INLINE void products(const KvShape& shape, const uint8_t* code
   }
 }
 
-// values += weights * codes over `count` positions, for BLOCKS blocks from the b-th on.
+// values = the sum of weights * codes over `count` positions, for BLOCKS blocks from block b on.
 template <int ROWS, int BLOCKS, bool FULL>
-RCP_KV_TARGET RCP_INLINE void weigh(const KvShape& shape, const uint8_t* codes, int64_t count, int64_t b,
-                                    const float* weights, float* values) {
+RCP_TARGET RCP_INLINE void weigh(const KvShape& shape, const uint8_t* codes, int64_t count, int64_t b,
+                                 const float* weights, float* values) {
   const int64_t bytes = shape.row_bytes(), padded = shape.padded();
   Lanes acc[ROWS][2 * BLOCKS];
 #pragma GCC unroll 4
@@ -185,67 +178,75 @@ RCP_KV_TARGET RCP_INLINE void weigh(const KvShape& shape, const uint8_t* codes, 
   }
 }
 
+// The scales and zero-points of positions [t, t + here), at most sixteen. Other lanes are 0.
+RCP_TARGET RCP_INLINE void load_scales(const KvHead& head, int64_t t, int64_t here, Lanes& scale, Lanes& zero) {
+  uint16_t copy[32] = {};
+  if (here < 16) std::memcpy(copy, head.scales + 2 * t, static_cast<std::size_t>(here) * 4);
+  lanes16::load_scales(here < 16 ? copy : head.scales + 2 * t, scale, zero);
+}
+
+// Stores the scores of positions [t, t + here), at most sixteen, to `to`. A position that the row may not attend to
+// gets -inf. Returns the stored scores.
+RCP_TARGET RCP_INLINE Lanes store_scores(const KvRows& rows, int64_t row, int64_t t, int64_t here, Lanes score,
+                                         float* to) {
+  store(to, score);
+  const int64_t begin = rows.begin[row], end = rows.end[row];
+  const uint8_t* mask = rows.mask == nullptr ? nullptr : rows.mask[row];
+  if (mask == nullptr && here == 16 && begin <= t && end >= t + 16) return score;
+  for (int64_t i = 0; i < 16; ++i) {
+    const int64_t at = t + i;
+    if (i >= here || at < begin || at >= end || (mask != nullptr && !mask[at])) to[i] = -__builtin_inff();
+  }
+  return load(to);
+}
+
+// Turns the scores [count] of a row into weights times `value_scale`. Writes the row's maximum score and its sum of
+// weights; returns the sum of weights * value_zero. `largest` holds the maximum of each lane.
+RCP_TARGET RCP_INLINE float weigh_scores(float* scores, int64_t count, Lanes largest, const float* value_scale,
+                                         const float* value_zero, float* row_maximum, float* row_sum) {
+  alignas(64) float lanes[16];
+  store(lanes, largest);
+  float maximum = -__builtin_inff();
+  for (const float lane : lanes) maximum = lane > maximum ? lane : maximum;
+  // A row that attends to nothing here has only scores of -inf: with a shift of 0, all its weights are 0.
+  const Lanes shift = set1(maximum == -__builtin_inff() ? 0.0f : maximum);
+  Lanes sum = set1(0.0f), zeros = sum;
+  for (int64_t t = 0; t < count; t += 16) {
+    const Lanes p = exp2_lanes(load(scores + t) - shift);
+    sum = sum + p;
+    zeros = multiply_add(p, load(value_zero + t), zeros);
+    store(scores + t, p * load(value_scale + t));
+  }
+  *row_maximum = maximum;
+  *row_sum = sum_of(sum);
+  return sum_of(zeros);
+}
+
 template <int ROWS, bool FULL>
-RCP_KV_TARGET inline void chunk_of(const KvShape& shape, const KvRows& rows, int64_t row, const KvHead& keys,
-                                   const KvHead& values, int64_t first, int64_t last, const KvPartial& out) {
+RCP_TARGET inline void chunk_of(const KvShape& shape, const KvRows& rows, int64_t row, const KvHead& keys,
+                                const KvHead& values, int64_t first, int64_t last, const KvPartial& out) {
   const int64_t count = last - first, padded = shape.padded(), bytes = shape.row_bytes();
-  const float nothing = -__builtin_inff();
   alignas(64) float parts[ROWS * 16 * 16], scores[ROWS * kv_chunk], value_scale[kv_chunk], value_zero[kv_chunk];
   Lanes largest[ROWS];
-  for (int r = 0; r < ROWS; ++r) largest[r] = set1(nothing);
+  for (int r = 0; r < ROWS; ++r) largest[r] = set1(-__builtin_inff());
   for (int64_t t = 0; t < count; t += 16) {
     const int64_t here = count - t < 16 ? count - t : 16;
     if (here < 16) std::memset(parts, 0, sizeof parts);
     products<ROWS, FULL>(shape, keys.codes + (first + t) * bytes, here, rows.query + row * padded, parts);
     Lanes scale, zero;
-    const uint16_t* key_scales = keys.scales + 2 * (first + t);
-    const uint16_t* value_scales = values.scales + 2 * (first + t);
-    uint16_t padding[2][32] = {};
-    if (here < 16) {
-      std::memcpy(padding[0], key_scales, static_cast<std::size_t>(here) * 4);
-      std::memcpy(padding[1], value_scales, static_cast<std::size_t>(here) * 4);
-      key_scales = padding[0];
-      value_scales = padding[1];
-    }
-    load_scales(key_scales, scale, zero);
+    load_scales(keys, first + t, here, scale, zero);
     for (int r = 0; r < ROWS; ++r) {
-      Lanes score = multiply_add(scale, sums(parts + r * 256), mul(zero, set1(rows.query_sum[row + r])));
-      const int64_t begin = rows.begin[row + r], end = rows.end[row + r];
-      const uint8_t* mask = rows.mask == nullptr ? nullptr : rows.mask[row + r];
-      float* to = scores + r * kv_chunk + t;
-      if (mask != nullptr || here < 16 || begin > first + t || end < first + t + 16) {
-        store(to, score);
-        for (int64_t i = 0; i < 16; ++i) {
-          const int64_t at = first + t + i;
-          if (i >= here || at < begin || at >= end || (mask != nullptr && !mask[at])) to[i] = nothing;
-        }
-        score = load(to);
-      }
-      store(to, score);
-      largest[r] = max(score, largest[r]);
+      const Lanes score = multiply_add(scale, sums(parts + r * 256), zero * set1(rows.query_sum[row + r]));
+      largest[r] = max(store_scores(rows, row + r, first + t, here, score, scores + r * kv_chunk + t), largest[r]);
     }
-    load_scales(value_scales, scale, zero);
+    load_scales(values, first + t, here, scale, zero);
     store(value_scale + t, scale);
     store(value_zero + t, zero);
   }
   float offset[ROWS];
   for (int r = 0; r < ROWS; ++r) {
-    alignas(64) float lanes[16];
-    store(lanes, largest[r]);
-    float maximum = nothing;
-    for (const float lane : lanes) maximum = lane > maximum ? lane : maximum;
-    // A row that may look at nothing here: every score - 0 is -inf, hence every weight 0.
-    const Lanes shift = set1(maximum == nothing ? 0.0f : maximum);
-    Lanes sum = set1(0.0f), zeros = sum;
-    for (int64_t t = 0; t < count; t += 16) {
-      const Lanes p = exp2_lanes(sub(load(scores + r * kv_chunk + t), shift));
-      sum = add(sum, p);
-      zeros = multiply_add(p, load(value_zero + t), zeros);
-      store(scores + r * kv_chunk + t, mul(p, load(value_scale + t)));
-    }
-    out.maximum[row + r] = maximum;
-    out.sum[row + r] = sum_of(sum);
-    offset[r] = sum_of(zeros);
+    offset[r] = weigh_scores(scores + r * kv_chunk, count, largest[r], value_scale, value_zero, out.maximum + row + r,
+                             out.sum + row + r);
   }
   float* acc = out.values + row * padded;
   int64_t b = 0;
@@ -255,33 +256,24 @@ RCP_KV_TARGET inline void chunk_of(const KvShape& shape, const KvRows& rows, int
   if (b < shape.blocks()) weigh<ROWS, 1, FULL>(shape, values.codes + first * bytes, count, b, scores, acc);
   for (int r = 0; r < ROWS; ++r) {
     for (int64_t i = 0; i < padded; i += 16) {
-      store(acc + r * padded + i, add(load(acc + r * padded + i), set1(offset[r])));
+      store(acc + r * padded + i, load(acc + r * padded + i) + set1(offset[r]));
     }
   }
 }
 
 template <bool FULL>
-RCP_KV_TARGET inline void chunk_rows(const KvShape& shape, const KvRows& rows, const KvHead& keys, const KvHead& values,
-                                     int64_t first, int64_t last, const KvPartial& out) {
+RCP_TARGET inline void chunk_rows(const KvShape& shape, const KvRows& rows, const KvHead& keys, const KvHead& values,
+                                  int64_t first, int64_t last, const KvPartial& out) {
+  static constexpr decltype(&chunk_of<1, FULL>) for_rows[] = {chunk_of<1, FULL>, chunk_of<2, FULL>, chunk_of<3, FULL>,
+                                                              chunk_of<4, FULL>};
   for (int64_t row = 0; row < rows.rows; row += kv_rows) {
-    switch (rows.rows - row) {
-      case 1:
-        chunk_of<1, FULL>(shape, rows, row, keys, values, first, last, out);
-        break;
-      case 2:
-        chunk_of<2, FULL>(shape, rows, row, keys, values, first, last, out);
-        break;
-      case 3:
-        chunk_of<3, FULL>(shape, rows, row, keys, values, first, last, out);
-        break;
-      default:
-        chunk_of<4, FULL>(shape, rows, row, keys, values, first, last, out);
-    }
+    const int64_t here = rows.rows - row < kv_rows ? rows.rows - row : kv_rows;
+    for_rows[here - 1](shape, rows, row, keys, values, first, last, out);
   }
 }
 
-RCP_KV_TARGET inline void chunk(const KvShape& shape, const KvRows& rows, const KvHead& keys, const KvHead& values,
-                                int64_t first, int64_t last, const KvPartial& out) {
+RCP_TARGET inline void chunk(const KvShape& shape, const KvRows& rows, const KvHead& keys, const KvHead& values,
+                             int64_t first, int64_t last, const KvPartial& out) {
   if (shape.row_bytes() % 16 == 0) {
     chunk_rows<true>(shape, rows, keys, values, first, last, out);
   } else {
@@ -289,30 +281,32 @@ RCP_KV_TARGET inline void chunk(const KvShape& shape, const KvRows& rows, const 
   }
 }
 
-RCP_KV_TARGET inline void combine(const KvShape& shape, const float* maximum, const float* sum, const float* values,
-                                  int64_t chunks, int64_t stride, FloatType type, void* out) {
+RCP_TARGET inline void combine(const KvShape& shape, const float* maximum, const float* sum, const float* values,
+                               int64_t chunks, int64_t stride, FloatType type, void* out) {
   float largest = -__builtin_inff();
   for (int64_t c = 0; c < chunks; ++c) largest = maximum[c * stride] > largest ? maximum[c * stride] : largest;
   const bool nothing = largest == -__builtin_inff();
   const Lanes shift = set1(nothing ? 0.0f : largest);
   Lanes total = set1(0.0f);
   for (int64_t c = 0; c < chunks; ++c) {
-    const Lanes weight = exp2_lanes(sub(set1(maximum[c * stride]), shift));
+    const Lanes weight = exp2_lanes(set1(maximum[c * stride]) - shift);
     total = multiply_add(weight, set1(sum[c * stride]), total);
   }
   if (nothing) total = set1(1.0f);
   for (int64_t b = 0; b < shape.blocks(); ++b) {
     Lanes even = set1(0.0f), odd = even, first, second;
     for (int64_t c = 0; c < chunks; ++c) {
-      const Lanes weight = exp2_lanes(sub(set1(maximum[c * stride]), shift));
+      const Lanes weight = exp2_lanes(set1(maximum[c * stride]) - shift);
       even = multiply_add(weight, load(values + c * stride + kv_block * b), even);
       odd = multiply_add(weight, load(values + c * stride + kv_block * b + 16), odd);
     }
-    interleave(div(even, total), div(odd, total), first, second);
+    interleave(even / total, odd / total, first, second);
     const int64_t i = b * kv_block, left = shape.head_dim - i;
     store_any(out, type, i, left, first);
     if (left > 16) store_any(out, type, i + 16, left - 16, second);
   }
 }
 
-inline constexpr KvKernels kernels{append, dequantize, prepare_query, chunk, combine};
+}  // namespace kv
+
+inline constexpr KvKernels kv_kernels{kv::append, kv::dequantize, kv::prepare_query, kv::chunk, kv::combine};

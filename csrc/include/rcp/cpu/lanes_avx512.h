@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "rcp/cpu/isa.h"
+#include "rcp/float_types.h"
 
 namespace rcp::avx512::lanes {
 
@@ -15,6 +16,43 @@ struct Wide {
   __m512d low, high;
 };
 
+// The first n lanes, n >= 1.
+RCP_AVX512 RCP_INLINE Mask tail_mask(int64_t n) {
+  return static_cast<Mask>(n >= 16 ? 0xffffu : (1u << n) - 1u);
+}
+
+// Elements [i, i + 16) of any of the three types as float32. Those outside the mask are 0, and their memory is not
+// touched.
+template <FloatType TYPE>
+RCP_AVX512 RCP_INLINE Vector load(const void* x, int64_t i, Mask mask = 0xffff) {
+  if constexpr (TYPE == FloatType::float32) {
+    return _mm512_maskz_loadu_ps(mask, static_cast<const float*>(x) + i);
+  } else {
+    const __m256i raw = _mm256_maskz_loadu_epi16(mask, static_cast<const uint16_t*>(x) + i);
+    if constexpr (TYPE == FloatType::float16) return _mm512_cvtph_ps(raw);
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(raw), 16));
+  }
+}
+
+template <FloatType TYPE>
+RCP_AVX512 RCP_INLINE void store(void* y, int64_t i, Vector value, Mask mask = 0xffff) {
+  if constexpr (TYPE == FloatType::float32) {
+    _mm512_mask_storeu_ps(static_cast<float*>(y) + i, mask, value);
+  } else {
+    __m256i raw;
+    if constexpr (TYPE == FloatType::float16) {
+      raw = _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    } else {
+      const __m512i bits = _mm512_castps_si512(value);
+      const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+      __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
+      const __mmask16 nan = _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
+      rounded = _mm512_mask_or_epi32(rounded, nan, _mm512_srli_epi32(bits, 16), _mm512_set1_epi32(0x40));
+      raw = _mm512_cvtepi32_epi16(rounded);
+    }
+    _mm256_mask_storeu_epi16(static_cast<uint16_t*>(y) + i, mask, raw);
+  }
+}
 RCP_AVX512 RCP_INLINE Vector load(const float* x) {
   return _mm512_loadu_ps(x);
 }
@@ -27,17 +65,8 @@ RCP_AVX512 RCP_INLINE void store_bytes(uint8_t* x, Vector v) {
 RCP_AVX512 RCP_INLINE Vector set1(float x) {
   return _mm512_set1_ps(x);
 }
-RCP_AVX512 RCP_INLINE Vector add(Vector a, Vector b) {
-  return _mm512_add_ps(a, b);
-}
-RCP_AVX512 RCP_INLINE Vector sub(Vector a, Vector b) {
-  return _mm512_sub_ps(a, b);
-}
-RCP_AVX512 RCP_INLINE Vector mul(Vector a, Vector b) {
-  return _mm512_mul_ps(a, b);
-}
-RCP_AVX512 RCP_INLINE Vector div(Vector a, Vector b) {
-  return _mm512_div_ps(a, b);
+RCP_AVX512 RCP_INLINE Vector multiply_add(Vector a, Vector b, Vector c) {
+  return _mm512_fmadd_ps(a, b, c);
 }
 RCP_AVX512 RCP_INLINE Vector min(Vector a, Vector b) {
   return _mm512_min_ps(a, b);
@@ -57,14 +86,11 @@ RCP_AVX512 RCP_INLINE Vector round_even(Vector a) {
 RCP_AVX512 RCP_INLINE Wide widen(Vector a) {
   return {_mm512_cvtps_pd(_mm512_castps512_ps256(a)), _mm512_cvtps_pd(_mm512_extractf32x8_ps(a, 1))};
 }
-RCP_AVX512 RCP_INLINE Wide wide_zero() {
-  return {_mm512_setzero_pd(), _mm512_setzero_pd()};
+RCP_AVX512 RCP_INLINE Wide operator+(Wide a, Wide b) {
+  return {a.low + b.low, a.high + b.high};
 }
-RCP_AVX512 RCP_INLINE Wide wide_add(Wide a, Wide b) {
-  return {_mm512_add_pd(a.low, b.low), _mm512_add_pd(a.high, b.high)};
-}
-RCP_AVX512 RCP_INLINE Wide wide_mul(Wide a, Wide b) {
-  return {_mm512_mul_pd(a.low, b.low), _mm512_mul_pd(a.high, b.high)};
+RCP_AVX512 RCP_INLINE Wide operator*(Wide a, Wide b) {
+  return {a.low * b.low, a.high * b.high};
 }
 RCP_AVX512 RCP_INLINE Mask wide_less(Wide a, Wide b) {
   const unsigned low = _mm512_cmp_pd_mask(a.low, b.low, _CMP_LT_OQ);

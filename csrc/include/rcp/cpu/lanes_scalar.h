@@ -1,5 +1,5 @@
-// One group a lane, one lane: what the kernels that choose levels use on any CPU. lanes_avx2.h and lanes_avx512.h have
-// the same names.
+// A register of float32 lanes for any CPU: one lane. lanes_avx2.h and lanes_avx512.h have the same names. Lanes also
+// have the operators + - * /.
 #pragma once
 
 #include <algorithm>
@@ -11,9 +11,9 @@ namespace rcp::scalar::lanes {
 
 inline constexpr int64_t count = 1;
 
-using Vector = float;  // float32 lanes
-using Mask = bool;     // one truth value a lane
-using Wide = double;   // the same lanes in float64
+using Vector = float;
+using Mask = bool;    // one truth value a lane
+using Wide = double;  // the same lanes in float64; has + and *
 
 RCP_INLINE Vector load(const float* x) {
   return *x;
@@ -21,23 +21,12 @@ RCP_INLINE Vector load(const float* x) {
 RCP_INLINE void store(float* x, Vector v) {
   *x = v;
 }
+// Stores lanes that hold integers in [0, 127] as bytes.
 RCP_INLINE void store_bytes(uint8_t* x, Vector v) {
   *x = static_cast<uint8_t>(v);
 }
 RCP_INLINE Vector set1(float x) {
   return x;
-}
-RCP_INLINE Vector add(Vector a, Vector b) {
-  return a + b;
-}
-RCP_INLINE Vector sub(Vector a, Vector b) {
-  return a - b;
-}
-RCP_INLINE Vector mul(Vector a, Vector b) {
-  return a * b;
-}
-RCP_INLINE Vector div(Vector a, Vector b) {
-  return a / b;
 }
 RCP_INLINE Vector min(Vector a, Vector b) {
   return a < b ? a : b;
@@ -58,22 +47,13 @@ RCP_INLINE Vector round_even(Vector a) {
 RCP_INLINE Wide widen(Vector a) {
   return a;
 }
-RCP_INLINE Wide wide_zero() {
-  return 0.0;
-}
-RCP_INLINE Wide wide_add(Wide a, Wide b) {
-  return a + b;
-}
-RCP_INLINE Wide wide_mul(Wide a, Wide b) {
-  return a * b;
-}
 RCP_INLINE Mask wide_less(Wide a, Wide b) {
   return a < b;
 }
 RCP_INLINE Wide wide_select(Mask mask, Wide yes, Wide no) {
   return mask ? yes : no;
 }
-// The lane-wise smaller and larger of two integers.
+// The smaller of two integers of each lane to `low`, the larger to `high`.
 template <class Key>
 RCP_INLINE void exchange(Key* low, Key* high) {
   const Key a = *low, b = *high;

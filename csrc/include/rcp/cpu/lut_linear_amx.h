@@ -1,8 +1,8 @@
-// AMX int8 for many tokens. The decoded buffer of the AVX-512 path, [columns / 4][16 rows][4], is already the layout
-// that tdpbsud wants of its unsigned operand; activations (signed, 16 tokens x 64 columns) load as they lie.
+// lut_linear with AMX int8, for many tokens. Codes decoded as for AVX-512, [columns / 4][16 rows][4], have the layout
+// of tdpbsud's unsigned operand. The signed activations, 16 tokens x 64 columns, are loaded in their own layout.
 //
-// The tile instructions sit behind a template parameter: AmxTiles issues them, SoftTiles (tests/native) computes what
-// the manual says they do, so that the algorithm is tested on machines without AMX.
+// The tile instructions are a template parameter: AmxTiles issues them, and SoftTiles (tests/native) computes their
+// results as the manual defines them. The algorithm is thus tested on machines without AMX.
 #pragma once
 
 #include "rcp/cpu/lut_linear_avx512.h"
@@ -36,7 +36,7 @@ struct AmxTiles {
     if constexpr (T == 2) _tile_zero(2);
     if constexpr (T == 3) _tile_zero(3);
   }
-  // GCC's tile intrinsics are asm without a memory clobber: the fences keep the decoder's stores on their side of them.
+  // GCC's tile intrinsics are asm without a memory clobber. The fences keep the decoder's stores before the loads.
   template <int T>
   RCP_AMX RCP_INLINE static void load(const void* p, int64_t stride) {
     __asm__ volatile("" ::: "memory");
@@ -57,7 +57,7 @@ struct AmxTiles {
     if constexpr (T == 3) _tile_stored(3, p, stride);
     __asm__ volatile("" ::: "memory");
   }
-  // Sums of tile 2 * I + J += activations of tile 4 + I times weights of tile 6 + J.
+  // Tile 2 * I + J += activations of tile 4 + I times weights of tile 6 + J.
   template <int I, int J>
   RCP_AMX RCP_INLINE static void multiply() {
     if constexpr (I == 0 && J == 0) _tile_dpbsud(0, 4, 6);
@@ -68,9 +68,9 @@ struct AmxTiles {
 };
 
 inline constexpr int64_t tile_columns = 256;  // columns decoded at a time: 16 KB for a pair of row blocks
-inline constexpr int64_t block_tokens = 128;  // tokens whose sums and totals (16 KB each) are kept beside it
+inline constexpr int64_t block_tokens = 128;  // their sums and their totals take 16 KB each
 
-// Decodes columns [k0, k0 + columns) of a chunk into a buffer, register i to out + i * stride.
+// Decodes columns [k0, k0 + columns) of a chunk, register i to out + i * stride.
 template <int BITS>
 RCP_AVX512 inline void decode_columns(const uint8_t* chunk, bool uniform, int64_t k0, int64_t columns, uint8_t* out,
                                       int64_t stride) {
@@ -85,7 +85,7 @@ RCP_AVX512 inline void decode_columns(const uint8_t* chunk, bool uniform, int64_
   }
 }
 
-// 16 or 32 tokens x 32 rows over one decoded piece of a group.
+// 16 or (TWO) 32 tokens x 32 rows over the decoded columns of a group.
 template <class Tiles, bool TWO>
 RCP_AMX RCP_INLINE void multiply_tiles(const uint8_t* weights, int64_t columns, int64_t depth, const int8_t* q,
                                        int64_t stride, bool first, int32_t* sums) {

@@ -1,13 +1,13 @@
-// AVX2: two registers of 8 rows for a block of 16. vpmaddubsw adds pairs of (level + 128) * q into 16-bit lanes; with q
-// in
-// [-8, 7] eight of them fit (8 * 2 * 255 * 8 = 32640), with q in [0, 15] four (4 * 2 * 255 * 15 = 30600). So 8-bit
-// activations are split into q = 16 * high + low, two planes of nibbles, and everything stays exact.
+// lut_linear for AVX2: two registers of 8 rows for a block of 16. vpmaddubsw adds pairs of (level + 128) * q into
+// 16-bit lanes. With q in [-8, 7] a lane holds eight such pairs (8 * 2 * 255 * 8 = 32640), with q in [0, 15] four (4 *
+// 2 * 255 * 15 = 30600). 8-bit activations are therefore split into two planes of nibbles, q = 16 * high + low, and
+// everything is exact.
 #pragma once
 
 #include <algorithm>
 
+#include "rcp/cpu/lanes16_avx2.h"
 #include "rcp/cpu/lut_linear_call.h"
-#include "rcp/cpu/quantize_activation_avx2.h"
 
 namespace rcp::avx2 {
 
@@ -15,8 +15,8 @@ RCP_AVX2 RCP_INLINE __m256i load32(const uint8_t* p) {
   return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
 }
 
-// Turns the codes of 32 columns into 8 registers of level + 128 for rows 8 * HALF .. 8 * HALF + 7: register i holds
-// columns 4i..4i+3. The layout is that of AVX-512, a 128-bit lane holds 4 rows.
+// Turns the codes of 32 columns into 8 registers of level + 128 for rows 8 * half .. 8 * half + 7: register i holds
+// columns 4i..4i+3. A 128-bit lane holds 4 rows, as with AVX-512.
 template <int BITS>
 struct Decoder;
 
@@ -128,31 +128,14 @@ RCP_AVX2 RCP_INLINE __m256 load_scales(const uint8_t* scales) {
   return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(scales)));
 }
 
-RCP_AVX2 RCP_INLINE void store_half_block(const LutLinearCall& call, int64_t token, int64_t row, __m256 total) {
-  const int64_t count = std::min<int64_t>(8, call.shape.rows - row);
-  if (count <= 0) return;
-  const __m256 bias = call.bias ? _mm256_loadu_ps(call.bias + row) : _mm256_setzero_ps();
-  const __m256 y = _mm256_fmadd_ps(total, _mm256_set1_ps(call.factor[token]), bias);
-  const int64_t at = token * call.shape.rows + row;
-  if (count == 8) {
-    switch (call.type) {
-      case FloatType::float32:
-        store8<FloatType::float32>(call.y, at, y);
-        break;
-      case FloatType::float16:
-        store8<FloatType::float16>(call.y, at, y);
-        break;
-      default:
-        store8<FloatType::bfloat16>(call.y, at, y);
-    }
-    return;
-  }
-  alignas(32) float lanes[8];
-  _mm256_store_ps(lanes, y);
-  for (int64_t i = 0; i < count; ++i) store_float(call.y, call.type, at + i, lanes[i]);
+RCP_AVX2 RCP_INLINE void store_block(const LutLinearCall& call, int64_t token, int64_t block, __m256 low, __m256 high) {
+  const __m256 factor = _mm256_set1_ps(call.factor[token]);
+  const lanes16::Lanes bias = call.bias ? lanes16::load(call.bias + 16 * block) : lanes16::set1(0.0f);
+  lanes16::store_any(call.y, call.type, token * call.shape.rows + 16 * block, call.shape.rows - 16 * block,
+                     {_mm256_fmadd_ps(low, factor, bias.a), _mm256_fmadd_ps(high, factor, bias.b)});
 }
 
-// As in lut_linear_avx512.h. Walking the two halves of a block together keeps the stream sequential.
+// As in lut_linear_avx512.h. Reading the two halves of a block together keeps the stream sequential.
 inline constexpr int64_t prefetch_bytes = 8192;
 
 RCP_AVX2 RCP_INLINE void prefetch_lines(const uint8_t* p, int lines) {
@@ -160,7 +143,7 @@ RCP_AVX2 RCP_INLINE void prefetch_lines(const uint8_t* p, int lines) {
   for (int i = 0; i < lines; ++i) _mm_prefetch(reinterpret_cast<const char*>(p + prefetch_bytes + 64 * i), _MM_HINT_T0);
 }
 
-// The tables of half a block in registers.
+// Loads the tables of half a block.
 template <int BITS>
 RCP_AVX2 RCP_INLINE void load_tables(Decoder<BITS>& decoder, const uint8_t* chunk, int half, bool uniform) {
   if (uniform) {
@@ -170,12 +153,12 @@ RCP_AVX2 RCP_INLINE void load_tables(Decoder<BITS>& decoder, const uint8_t* chun
   }
 }
 
-// The integer sums of 16 rows x one group for TOKENS tokens of PLANES nibble planes.
+// One chunk (16 rows x one group) times TOKENS tokens of PLANES nibble planes.
 template <int BITS, int TOKENS, int PLANES>
 RCP_AVX2 RCP_INLINE void add_chunk(const uint8_t* chunk, int64_t padded, bool uniform, const int8_t* q,
                                    const int32_t* correction, __m256 total[2][TOKENS]) {
   constexpr int rows = TOKENS * PLANES;
-  // Products that a 16-bit lane holds: one register of 8 (32 columns) for signed nibbles, half of one for unsigned.
+  // Registers of w whose products a 16-bit lane holds: 8 (32 columns) of signed nibbles, 4 of unsigned.
   constexpr int batch = PLANES == 1 ? 8 : 4;
   const __m256i ones = _mm256_set1_epi16(1);
   prefetch_lines(chunk, (16 * (1 << BITS) + 32 + 63) / 64);
@@ -237,8 +220,7 @@ RCP_AVX2 void lut_linear_tile(const LutLinearCall& call, int64_t token, int64_t 
                                       call.correction + g * call.tokens + token, total);
     }
     for (int m = 0; m < TOKENS; ++m) {
-      store_half_block(call, token + m, block * 16, total[0][m]);
-      store_half_block(call, token + m, block * 16 + 8, total[1][m]);
+      store_block(call, token + m, block, total[0][m], total[1][m]);
     }
   }
 }
@@ -246,7 +228,7 @@ RCP_AVX2 void lut_linear_tile(const LutLinearCall& call, int64_t token, int64_t 
 template <int BITS, int PLANES>
 RCP_AVX2 void lut_linear_integer(const LutLinearCall& call, int64_t begin, int64_t end) {
   if (call.tokens == 1) return lut_linear_tile<BITS, 1, PLANES>(call, 0, begin, end);
-  // One row block at a time, so that its chunks are still in L2 when the next tokens need them.
+  // One row block at a time: its chunks are still in L2 for the next tokens.
   for (int64_t block = begin; block < end; ++block) {
     int64_t m = 0;
     for (; m + 4 <= call.tokens; m += 4) lut_linear_tile<BITS, 4, PLANES>(call, m, block, block + 1);
@@ -258,9 +240,10 @@ template <int BITS, int TOKENS>
 RCP_AVX2 void lut_linear_float_tile(const LutLinearCall& call, int64_t token, int64_t block) {
   const WeightShape& shape = call.shape;
   const int64_t groups = shape.groups(), padded = shape.padded_group();
+  __m256 totals[2][TOKENS];
   for (int half = 0; half < 2; ++half) {
     const uint8_t* chunk = call.blocks + block * shape.block_bytes();
-    __m256 total[TOKENS];
+    __m256* total = totals[half];
     for (int m = 0; m < TOKENS; ++m) total[m] = _mm256_setzero_ps();
     for (int64_t g = 0; g < groups; ++g, chunk += shape.chunk_bytes()) {
       Decoder<BITS> decoder;
@@ -295,8 +278,8 @@ RCP_AVX2 void lut_linear_float_tile(const LutLinearCall& call, int64_t token, in
         total[m] = _mm256_fmadd_ps(scales, sum, total[m]);
       }
     }
-    for (int m = 0; m < TOKENS; ++m) store_half_block(call, token + m, block * 16 + 8 * half, total[m]);
   }
+  for (int m = 0; m < TOKENS; ++m) store_block(call, token + m, block, totals[0][m], totals[1][m]);
 }
 
 template <int BITS>
@@ -306,12 +289,6 @@ RCP_AVX2 void lut_linear_float(const LutLinearCall& call, int64_t begin, int64_t
     for (; m + 2 <= call.tokens; m += 2) lut_linear_float_tile<BITS, 2>(call, m, block);
     if (m < call.tokens) lut_linear_float_tile<BITS, 1>(call, m, block);
   }
-}
-
-template <int BITS>
-inline LutLinearKernel kernel_for(bool integer, bool planes) {
-  if (!integer) return lut_linear_float<BITS>;
-  return planes ? lut_linear_integer<BITS, 2> : lut_linear_integer<BITS, 1>;
 }
 
 }  // namespace rcp::avx2

@@ -1,15 +1,15 @@
-// AVX-512 with VNNI. A dword lane is a row, the activation (4 columns) a broadcast dword:
+// lut_linear for AVX-512 with VNNI. A dword lane is a row, and 4 columns of the activation are a broadcast dword:
 //   vpsrld, vpternlogd (mask and lane offset at once), vpshufb (4 rows x 4 levels per 128-bit lane), vpdpbusd.
 #pragma once
 
 #include <algorithm>
 
+#include "rcp/cpu/lanes16_avx512.h"
 #include "rcp/cpu/lut_linear_call.h"
-#include "rcp/cpu/quantize_activation_avx512.h"
 
 namespace rcp::avx512 {
 
-// Turns 64 * BITS bytes of codes (32 columns) into 8 registers of level + 128: register i holds columns 4i..4i+3.
+// Turns the codes of 32 columns (64 * BITS bytes) into 8 registers of level + 128: register i holds columns 4i..4i+3.
 template <int BITS>
 struct Decoder;
 
@@ -20,7 +20,7 @@ RCP_AVX512 RCP_INLINE __m512i row_in_lane() {
 template <>
 struct Decoder<2> {
   __m512i table;
-  // Bytes of a dword must all get the offset of their row: 0, 4, 8, 12 within a lane.
+  // Each byte of a dword gets the offset of its row in the 128-bit lane: 0, 4, 8 or 12.
   RCP_AVX512 RCP_INLINE static __m512i row_offset() {
     return _mm512_shuffle_epi8(row_in_lane(),
                                _mm512_broadcast_i32x4(_mm_set_epi32(0x03030303, 0x02020202, 0x01010101, 0)));
@@ -61,7 +61,7 @@ struct Decoder<3> {
     low.table = _mm512_add_epi8(Decoder<2>::spread(chunk), _mm512_set1_epi32(0x30201000));
     high_table = _mm512_add_epi8(low.table, _mm512_set1_epi8(64));
   }
-  // The masked shuffle replaces the bytes whose third bit is set: needs no VBMI, and on Zen 5 is no slower than
+  // The masked shuffle replaces the bytes whose third bit is set. It needs no VBMI, and on Zen 5 it is as fast as
   // vpermi2b.
   RCP_AVX512 RCP_INLINE __m512i lookup(__m512i codes, __m512i high, int t) const {
     const __m512i index = Decoder<2>::index(codes);
@@ -112,7 +112,7 @@ struct Decoder<4> {
         const __m512i shifted = half ? _mm512_srli_epi32(c[t], 4) : c[t];
         v[t] = _mm512_shuffle_epi8(table[t], _mm512_and_si512(shifted, low_nibble));
       }
-      // Lane i of v[t] is 16 columns of row 4i + t: a 4x4 transpose of dwords in each lane brings rows side by side.
+      // Lane i of v[t] is 16 columns of row 4i + t. A 4x4 transpose of dwords in each lane makes rows neighbours.
       const __m512i a = _mm512_unpacklo_epi32(v[0], v[1]), b = _mm512_unpackhi_epi32(v[0], v[1]);
       const __m512i d = _mm512_unpacklo_epi32(v[2], v[3]), e = _mm512_unpackhi_epi32(v[2], v[3]);
       w[4 * half + 0] = _mm512_unpacklo_epi64(a, d);
@@ -136,22 +136,12 @@ RCP_AVX512 RCP_INLINE __m512i broadcast4(const int8_t* q) {
 RCP_AVX512 RCP_INLINE void store_block(const LutLinearCall& call, int64_t token, int64_t block, __m512 total) {
   const __m512 bias = call.bias ? _mm512_loadu_ps(call.bias + 16 * block) : _mm512_setzero_ps();
   const __m512 y = _mm512_fmadd_ps(total, _mm512_set1_ps(call.factor[token]), bias);
-  const __mmask16 mask = tail_mask(call.shape.rows - 16 * block);
   const int64_t at = token * call.shape.rows + 16 * block;
-  switch (call.type) {
-    case FloatType::float32:
-      store16<FloatType::float32>(call.y, at, mask, y);
-      break;
-    case FloatType::float16:
-      store16<FloatType::float16>(call.y, at, mask, y);
-      break;
-    default:
-      store16<FloatType::bfloat16>(call.y, at, mask, y);
-  }
+  lanes16::store_any(call.y, call.type, at, call.shape.rows - 16 * block, y);
 }
 
-// How far ahead of its own loads a kernel asks for weights. One core of a Zen 5 server (4096 x 4096, 2 bits,
-// cold): 28.9 GB/s without, 32.4 with 4 KB, 33.7 with 8 KB, 33.4 with 16 KB; a plain read of the same memory 36.5.
+// How far ahead a kernel prefetches weights. One core of a Zen 5 server (4096 x 4096, 2 bits, cold): 28.9 GB/s without
+// prefetch, 32.4 with 4 KB, 33.7 with 8 KB, 33.4 with 16 KB. A plain read of the same memory: 36.5 GB/s.
 inline constexpr int64_t prefetch_bytes = 8192;
 
 RCP_AVX512 RCP_INLINE void prefetch_lines(const uint8_t* p, int lines) {
@@ -159,7 +149,7 @@ RCP_AVX512 RCP_INLINE void prefetch_lines(const uint8_t* p, int lines) {
   for (int i = 0; i < lines; ++i) _mm_prefetch(reinterpret_cast<const char*>(p + prefetch_bytes + 64 * i), _MM_HINT_T0);
 }
 
-// Brings the tables of a chunk into registers and asks for those of a later one; returns where the codes start.
+// Loads the tables of a chunk and prefetches those of a later chunk. Returns the address of the codes.
 template <int BITS>
 RCP_AVX512 RCP_INLINE const uint8_t* load_tables(Decoder<BITS>& decoder, const uint8_t* chunk, bool uniform) {
   if (uniform) {
@@ -172,8 +162,8 @@ RCP_AVX512 RCP_INLINE const uint8_t* load_tables(Decoder<BITS>& decoder, const u
   return chunk + 16 * (1 << BITS);
 }
 
-// One chunk (16 rows x one group) against a tile of TOKENS tokens. Few tokens get several accumulators each, because a
-// chain of dependent vpdpbusd would be bound by its latency; the activations are embedded broadcasts, so that a product
+// One chunk (16 rows x one group) times a tile of TOKENS tokens. One or two tokens get several accumulators each: a
+// single chain of dependent vpdpbusd would be bound by latency. The activations are embedded broadcasts, so a product
 // is one instruction.
 template <int BITS, int TOKENS>
 RCP_AVX512 RCP_INLINE void add_chunk(const uint8_t* chunk, int64_t padded, bool uniform, const int8_t* q,
@@ -214,8 +204,8 @@ RCP_AVX512 RCP_INLINE void add_chunk(const uint8_t* chunk, int64_t padded, bool 
   }
 }
 
-// BLOCKS row blocks are walked at once. Intel cores with one sequential stream reach only three quarters of what DRAM
-// gives, four streams recover it; on Zen 5 one stream is best (33.7 GB/s against 23.8 with four).
+// Reads BLOCKS row blocks side by side. On Intel cores one sequential stream reaches three quarters of DRAM's
+// bandwidth, and four streams reach all of it. On Zen 5 one stream is best (33.7 GB/s against 23.8 with four).
 template <int BITS, int TOKENS, int BLOCKS>
 RCP_AVX512 void multiply_tile(const LutLinearCall& call, int64_t token, int64_t begin, int64_t end) {
   const WeightShape& shape = call.shape;
@@ -245,8 +235,8 @@ RCP_AVX512 void multiply_tile(const LutLinearCall& call, int64_t token, int64_t 
   }
 }
 
-// The most tokens that a tile holds: 12 accumulators, 8 decoded registers and the tables fit the 32 registers. On Zen 5
-// (two vpdpbusd a cycle, 525 G products/s at most) the tile runs at 437 G/s with 12 tokens, 403 with 8, 415 with 16.
+// The most tokens of a tile: 12 accumulators, 8 decoded registers and the tables fit the 32 registers. On Zen 5, whose
+// peak is 525 G products/s (two vpdpbusd a cycle), a tile of 12 runs at 437 G/s, of 8 at 403, of 16 at 415.
 inline constexpr int64_t tile_tokens = 12;
 
 using MultiplyTile = void (*)(const LutLinearCall&, int64_t, int64_t, int64_t);
@@ -266,19 +256,19 @@ RCP_AVX512 void lut_linear(const LutLinearCall& call, int64_t begin, int64_t end
     const bool four = call.tokens == 1 && call.streams == 4;
     return (four ? multiply_tile<BITS, 1, 4> : tile_kernel<BITS>(call.tokens))(call, 0, begin, end);
   }
-  // A row block at a time: the first tile brings it from memory, the others find it in L1 or L2 and decode it again,
-  // which costs less than keeping it decoded (a decoded pair of blocks in L1 and 12 x 2 accumulators: 352 G/s against
-  // 437).
+  // One row block at a time: the first tile reads it from memory, the others find it in L1 or L2 and decode it again.
+  // Keeping a pair of blocks decoded in L1, with 12 x 2 accumulators, is slower: 352 G products/s against 437.
   for (int64_t block = begin; block < end; ++block) {
     for (int64_t tile = 0; tile < call.tiles; ++tile) {
-      const int64_t token = tile_begin(call.tokens, call.tiles, tile);
-      tile_kernel<BITS>(tile_begin(call.tokens, call.tiles, tile + 1) - token)(call, token, block, block + 1);
+      const int64_t token = call.tile_begin(tile);
+      tile_kernel<BITS>(call.tile_begin(tile + 1) - token)(call, token, block, block + 1);
     }
   }
 }
 
-// 16-bit activations: the level as a float, one fused multiply-add per weight. Pairs of columns take turns at four
-// accumulators, the odd column of a pair first: the order in which vdpbf16ps adds (lut_linear_avx512_bf16.h).
+// 16-bit activations: each level becomes a float, and each weight is one fused multiply-add. Pairs of columns take
+// turns at four accumulators, the odd column of a pair first. This is the order of vdpbf16ps
+// (lut_linear_avx512_bf16.h).
 template <int BITS, int TOKENS>
 RCP_AVX512 void lut_linear_float_tile(const LutLinearCall& call, int64_t token, int64_t begin, int64_t end) {
   const WeightShape& shape = call.shape;
@@ -326,7 +316,7 @@ RCP_AVX512 void lut_linear_float_tile(const LutLinearCall& call, int64_t token, 
 
 template <int BITS>
 RCP_AVX512 void lut_linear_float(const LutLinearCall& call, int64_t begin, int64_t end) {
-  // One row block at a time, so that its chunks are still in L2 when the next tokens need them.
+  // One row block at a time: its chunks are still in L2 for the next tokens.
   for (int64_t block = begin; block < end; ++block) {
     int64_t m = 0;
     for (; m + 4 <= call.tokens; m += 4) lut_linear_float_tile<BITS, 4>(call, m, block, block + 1);

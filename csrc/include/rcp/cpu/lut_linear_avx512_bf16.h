@@ -1,9 +1,8 @@
-// 16-bit activations in bfloat16, with AVX512-BF16 and VBMI: a level of at most 8 bits is exact in bfloat16, so
-// vdpbf16ps multiplies it as it is, 32 weights an instruction. The low and the high byte of the level's bfloat16 are
-// looked up in a table each, and interleaving the two gives a row's columns side by side, two to a dword:
+// lut_linear for bfloat16 x with act_bits 16, with AVX512-BF16 and VBMI. A level has at most 8 bits and is exact in
+// bfloat16, so vdpbf16ps multiplies 32 weights an instruction. The low and the high byte of the level's bfloat16 come
+// from one table each. Interleaving the two gives neighbouring columns of a row, two in a dword:
 //   index, 2 x vpshufb, vpunpcklbw, vpunpckhbw, 2 x vdpbf16ps for 64 weights.
-// The widening path (lut_linear_float) needs 17 instructions after its one look-up: 3 bits at 4096 x 4096 ran at
-// 14.8 GB/s with it.
+// lut_linear_float needs 17 instructions after its one look-up: 3 bits at 4096 x 4096 ran at 14.8 GB/s with it.
 #pragma once
 
 #include <array>
@@ -15,7 +14,7 @@ namespace rcp::avx512 {
 #define RCP_AVX512_BF16 \
   __attribute__((target("avx512bf16,avx512vbmi,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")))
 
-// One byte (0 low, 1 high) of the bfloat16 of level, by level + 128.
+// The low (0) or high (1) byte of a level's bfloat16, by level + 128.
 template <int BYTE>
 constexpr std::array<uint8_t, 256> bf16_bytes() {
   std::array<uint8_t, 256> bytes{};
@@ -73,9 +72,9 @@ RCP_AVX512_BF16 void lut_linear_bf16_tile(const LutLinearCall& call, int64_t tok
       high = low;
       take_byte<0>(low);
       take_byte<1>(high);
-      const uint16_t* x = call.x_bf16 + (g * call.tokens + token) * padded;
-      // parts[m][p][h]: of rows 4l + 2h and 4l + 2h + 1 in 128-bit lane l, part 2p in the even dwords and 2p + 1 in the
-      // odd ones.
+      const uint16_t* x = call.x_bf16() + (g * call.tokens + token) * padded;
+      // parts[m][p][h]: 128-bit lane l belongs to rows 4l + 2h and 4l + 2h + 1. Even dwords are part 2p of a row, odd
+      // dwords part 2p + 1.
       __m512 parts[TOKENS][2][2];
 #pragma GCC unroll 16
       for (int i = 0; i < 4 * TOKENS; ++i) parts[i / 4][i / 2 % 2][i % 2] = _mm512_setzero_ps();

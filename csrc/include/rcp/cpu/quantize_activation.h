@@ -1,42 +1,45 @@
-// Per-token symmetric activation quantization.
+// Per-token symmetric quantization of activations.
 //
 //   amax = max|x|                s = fl32(fl32(amax * clip) / qmax)        qmax = 7 (4 bits) or 127 (8 bits)
 //   q = clamp(rint(fl32(x * fl32(1/s))), -qmax-1, qmax)                   ties to even
 //
-// s below 2^-120 counts as a zero token (s = 0, q = 0): above it neither 1/s overflows nor does a subnormal x matter,
-// so the result does not depend on the flush-to-zero mode the caller runs in.
+// A scale below 2^-120 counts as 0, with q = 0. Above it 1/s does not overflow and subnormal x do not matter, so the
+// result does not depend on the caller's flush-to-zero mode.
 #pragma once
 
 #include <cmath>
 
-#include "rcp/cpu/isa.h"
+#include "rcp/cpu/lanes.h"
 #include "rcp/float_types.h"
 
 namespace rcp {
 
-// The three passes over a token, one implementation per ISA. Integer results, hence equal on all of them.
+// The three passes over a token. Their results are integers, and equal on every instruction set.
 struct QuantizeKernels {
-  // Largest |x[i]| as float bits: as integers, magnitudes order like floats and Inf/NaN are the largest.
-  uint32_t (*largest_magnitude)(const void* x, FloatType type, int64_t n);
-  // q[i] = rint(clamp(x[i] * inverse_scale, -qmax-1, qmax)): with integer bounds, clamping before rounding is the same.
-  void (*quantize)(const void* x, FloatType type, int64_t n, float inverse_scale, float qmax, int8_t* q);
+  // The bits of the largest |x[i]|. As integers, magnitudes order as floats do, and Inf and NaN are the largest.
+  ByType<uint32_t(const void* x, int64_t n)> largest_magnitude;
+  // q[i] = rint(clamp(x[i] * inverse_scale, -qmax-1, qmax)): with integer bounds, clamping before rounding gives the
+  // same as after.
+  ByType<void(const void* x, int64_t n, float inverse_scale, float qmax, int8_t* q)> quantize;
   int32_t (*sum)(const int8_t* q, int64_t n);
 };
 
 namespace scalar {
 
-inline uint32_t largest_magnitude(const void* x, FloatType type, int64_t n) {
+template <FloatType TYPE>
+uint32_t largest_magnitude(const void* x, int64_t n) {
   uint32_t largest = 0;
   for (int64_t i = 0; i < n; ++i) {
-    const uint32_t magnitude = bits_of(load_float(x, type, i)) & 0x7fffffffu;
+    const uint32_t magnitude = bits_of(load_float(x, TYPE, i)) & 0x7fffffffu;
     largest = magnitude > largest ? magnitude : largest;
   }
   return largest;
 }
 
-inline void quantize(const void* x, FloatType type, int64_t n, float inverse_scale, float qmax, int8_t* q) {
+template <FloatType TYPE>
+void quantize(const void* x, int64_t n, float inverse_scale, float qmax, int8_t* q) {
   for (int64_t i = 0; i < n; ++i) {
-    float value = load_float(x, type, i) * inverse_scale;
+    float value = load_float(x, TYPE, i) * inverse_scale;
     value = value < -qmax - 1 ? -qmax - 1 : value;
     value = value > qmax ? qmax : value;
     q[i] = static_cast<int8_t>(std::nearbyint(value));
@@ -49,6 +52,8 @@ inline int32_t sum(const int8_t* q, int64_t n) {
   return total;
 }
 
+inline constexpr QuantizeKernels quantize_kernels{RCP_BY_TYPE(largest_magnitude), RCP_BY_TYPE(quantize), sum};
+
 }  // namespace scalar
 }  // namespace rcp
 
@@ -59,29 +64,26 @@ inline int32_t sum(const int8_t* q, int64_t n) {
 
 namespace rcp {
 
-inline QuantizeKernels quantize_kernels(Isa isa) {
-#if RCP_X86
-  if (isa >= Isa::avx512) return {avx512::largest_magnitude, avx512::quantize, avx512::sum};
-  if (isa == Isa::avx2) return {avx2::largest_magnitude, avx2::quantize, avx2::sum};
-#endif
-  (void)isa;
-  return {scalar::largest_magnitude, scalar::quantize, scalar::sum};
-}
-
 inline float quantization_maximum(int bits) {
   return bits == 4 ? 7.0f : 127.0f;
 }
 
-// The token's scale; `finite` turns false where x holds NaN or Inf.
-inline float token_scale(const QuantizeKernels& kernels, const void* x, FloatType type, int64_t n, float qmax,
-                         float clip, bool& finite) {
-  const uint32_t largest = kernels.largest_magnitude(x, type, n);
-  finite = largest < 0x7f800000u;
+// The scale of a token and its inverse (0 for a scale of 0). `finite` is false where x holds NaN or Inf.
+struct TokenScale {
+  float scale, inverse;
+  bool finite;
+};
+
+inline TokenScale token_scale(const QuantizeKernels& kernels, const void* x, FloatType type, int64_t n, float qmax,
+                              float clip) {
+  const uint32_t largest = kernels.largest_magnitude[type](x, n);
+  const bool finite = largest < 0x7f800000u;
   const float scale = float_of(largest) * clip / qmax;
-  return finite && scale >= 0x1p-120f ? scale : 0.0f;
+  if (!finite || !(scale >= 0x1p-120f)) return {0.0f, 0.0f, finite};
+  return {scale, 1.0f / scale, true};
 }
 
-// Two's complement nibbles, even k low; an odd n leaves the last high nibble 0.
+// Two's complement nibbles, even k low. Where n is odd, the last high nibble is 0.
 inline void pack_nibbles(const int8_t* q, int64_t n, uint8_t* packed) {
   for (int64_t i = 0; i < n / 2; ++i) packed[i] = static_cast<uint8_t>((q[2 * i] & 15) | ((q[2 * i + 1] & 15) << 4));
   if (n % 2) packed[n / 2] = static_cast<uint8_t>(q[n - 1] & 15);

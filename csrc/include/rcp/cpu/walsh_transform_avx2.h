@@ -1,40 +1,18 @@
+// The registers of walsh_transform_vector.h.
 #pragma once
 
 #include <algorithm>
 #include <array>
 #include <cstring>
 
-#include "rcp/cpu/quantize_activation_avx2.h"
+#include "rcp/cpu/lanes_avx2.h"
 #include "rcp/cpu/walsh_transform_plan.h"
 
 namespace rcp::avx2::walsh {
 
-using Vector = __m256;
+using namespace lanes;
 inline constexpr int lane_bits = 3;
 
-template <FloatType TYPE>
-RCP_AVX2 RCP_INLINE Vector load(const void* x, int64_t i) {
-  return load8<TYPE>(x, i);
-}
-template <FloatType TYPE>
-RCP_AVX2 RCP_INLINE void store(void* y, int64_t i, Vector v) {
-  store8<TYPE>(y, i, v);
-}
-RCP_AVX2 RCP_INLINE Vector add(Vector a, Vector b) {
-  return _mm256_add_ps(a, b);
-}
-RCP_AVX2 RCP_INLINE Vector sub(Vector a, Vector b) {
-  return _mm256_sub_ps(a, b);
-}
-RCP_AVX2 RCP_INLINE Vector mul(Vector a, Vector b) {
-  return _mm256_mul_ps(a, b);
-}
-RCP_AVX2 RCP_INLINE Vector set1(float a) {
-  return _mm256_set1_ps(a);
-}
-RCP_AVX2 RCP_INLINE Vector multiply_add(Vector a, Vector b, Vector c) {
-  return _mm256_fmadd_ps(a, b, c);
-}
 RCP_AVX2 RCP_INLINE Vector permute_lanes(Vector v, const std::array<int32_t, 16>& order) {
   return _mm256_permutevar8x32_ps(v, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(order.data())));
 }
@@ -62,8 +40,8 @@ RCP_AVX2 RCP_INLINE Vector butterfly_lanes(Vector v) {
   return _mm256_fmadd_ps(v, signs, swap_lanes<B>(v));
 }
 
-#define RCP_WALSH_TARGET RCP_AVX2
+#define RCP_TARGET RCP_AVX2
 #include "rcp/cpu/walsh_transform_vector.h"
-#undef RCP_WALSH_TARGET
+#undef RCP_TARGET
 
 }  // namespace rcp::avx2::walsh

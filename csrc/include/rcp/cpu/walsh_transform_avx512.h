@@ -1,40 +1,18 @@
+// The registers of walsh_transform_vector.h.
 #pragma once
 
 #include <algorithm>
 #include <array>
 #include <cstring>
 
-#include "rcp/cpu/quantize_activation_avx512.h"
+#include "rcp/cpu/lanes_avx512.h"
 #include "rcp/cpu/walsh_transform_plan.h"
 
 namespace rcp::avx512::walsh {
 
-using Vector = __m512;
+using namespace lanes;
 inline constexpr int lane_bits = 4;
 
-template <FloatType TYPE>
-RCP_AVX512 RCP_INLINE Vector load(const void* x, int64_t i) {
-  return load16<TYPE>(x, i, 0xffff);
-}
-template <FloatType TYPE>
-RCP_AVX512 RCP_INLINE void store(void* y, int64_t i, Vector v) {
-  store16<TYPE>(y, i, 0xffff, v);
-}
-RCP_AVX512 RCP_INLINE Vector add(Vector a, Vector b) {
-  return _mm512_add_ps(a, b);
-}
-RCP_AVX512 RCP_INLINE Vector sub(Vector a, Vector b) {
-  return _mm512_sub_ps(a, b);
-}
-RCP_AVX512 RCP_INLINE Vector mul(Vector a, Vector b) {
-  return _mm512_mul_ps(a, b);
-}
-RCP_AVX512 RCP_INLINE Vector set1(float a) {
-  return _mm512_set1_ps(a);
-}
-RCP_AVX512 RCP_INLINE Vector multiply_add(Vector a, Vector b, Vector c) {
-  return _mm512_fmadd_ps(a, b, c);
-}
 RCP_AVX512 RCP_INLINE Vector permute_lanes(Vector v, const std::array<int32_t, 16>& order) {
   return _mm512_permutexvar_ps(_mm512_loadu_si512(order.data()), v);
 }
@@ -61,16 +39,16 @@ RCP_AVX512 RCP_INLINE Vector swap_lanes(Vector v) {
   if constexpr (B == 2) return _mm512_shuffle_f32x4(v, v, 0xb1);
   return _mm512_shuffle_f32x4(v, v, 0x4e);
 }
-// (a, b) -> (a + b, a - b) as swapped + v * (1, -1): the product is exact, so this rounds as the plain sum does, and
-// one fused instruction on the multiplier's ports replaces two on the adder's.
+// (a, b) -> (a + b, a - b), as swapped + v * (1, -1). The product is exact, so this rounds as the plain sum does. One
+// fused instruction on the multiplier's ports replaces two on the adder's ports.
 template <int B>
 RCP_AVX512 RCP_INLINE Vector butterfly_lanes(Vector v) {
   const Vector signs = _mm512_mask_blend_ps(lanes_with<B>, _mm512_set1_ps(1.0f), _mm512_set1_ps(-1.0f));
   return _mm512_fmadd_ps(v, signs, swap_lanes<B>(v));
 }
 
-#define RCP_WALSH_TARGET RCP_AVX512
+#define RCP_TARGET RCP_AVX512
 #include "rcp/cpu/walsh_transform_vector.h"
-#undef RCP_WALSH_TARGET
+#undef RCP_TARGET
 
 }  // namespace rcp::avx512::walsh

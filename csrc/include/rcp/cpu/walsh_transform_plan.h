@@ -1,4 +1,4 @@
-// The order of a transform's outputs, in the form the vector kernels use.
+// The order of a transform's outputs, in the form that the vector kernels use.
 #pragma once
 
 #include <array>
@@ -7,7 +7,13 @@
 #include <mutex>
 #include <vector>
 
+#include "rcp/float_types.h"
+
 namespace rcp {
+
+// `blocks` contiguous blocks of 2^bits numbers, by the type of x and y; y may be x. `scratch` holds one block.
+using WalshKernels =
+    ByType<void(const void* x, void* y, int64_t blocks, int bits, float scale, bool sequency, float* scratch)>;
 
 // Output s of the sequency order is output i of the natural order, where s = inverse Gray code of bit-reversed i.
 inline uint32_t sequency_of(uint32_t i, int bits) {
@@ -19,12 +25,12 @@ inline uint32_t sequency_of(uint32_t i, int bits) {
 
 inline constexpr int max_walsh_bits = 15;  // 32768
 
-// For 2^bits points on registers of 2^lane_bits. After the last pass of the butterflies and its transpose, register r
-// of column c holds 2^lane_bits outputs that are neighbours in sequency order; only their lanes are out of order, in
-// one of two ways. So the permutation is a lane shuffle and an address: no gather, no second pass.
+// The sequency order of 2^bits points in registers of 2^lane_bits lanes. After the last pass of the butterflies and its
+// transpose, register r of column c holds outputs that are neighbours in sequency order. Their lanes are in one of two
+// orders. So the permutation is a lane shuffle and an address: it needs no gather and no second pass.
 struct SequencyPlan {
-  std::array<std::array<int32_t, 16>, 2> order;  // lane that belongs in each position
-  std::vector<uint32_t> place;                   // [c][r]: first output, a multiple of 2^lane_bits, plus which order
+  std::array<std::array<int32_t, 16>, 2> order;  // the lane that belongs at each position
+  std::vector<uint32_t> place;  // [c][r]: first output, a multiple of 2^lane_bits, plus 0 or 1: the order
 
   SequencyPlan(int bits, int lane_bits) {
     const uint32_t lanes = 1u << lane_bits;
@@ -58,7 +64,7 @@ struct SequencyPlan {
   }
 };
 
-// Built once for each size and kept.
+// Made once for each size and kept.
 template <int LANE_BITS>
 const SequencyPlan& sequency_plan(int bits) {
   static std::array<std::once_flag, max_walsh_bits + 1> built;

@@ -1,33 +1,29 @@
-// The Walsh-Hadamard butterflies of one vector ISA. Included once per ISA, inside its namespace, after
+// The Walsh-Hadamard butterflies of AVX2 and AVX-512. Included inside the namespace of each (see each_isa.h), after
 //
-//   RCP_WALSH_TARGET                the function target attribute
-//   Vector, lane_bits               the register type and log2 of its lanes
-//   load<TYPE>, store<TYPE>         one full register of any of the three types, as float32
+//   the names of lanes_<isa>.h, and log2 of its lanes, lane_bits
 //   swap_lanes<B>                   exchanges lanes whose index differs in bit B
 //   merge<B, SET>(keep, other)      keep, but lanes whose bit B is SET from swap_lanes<B>(other)
 //   butterfly_lanes<B>              (a + b, a - b) of lanes that differ in bit B
-//   permute_lanes, add, sub, mul, set1, multiply_add
-//
-// because a target attribute cannot depend on a template parameter. No include guard.
+//   permute_lanes
 
 // Stages of register bits [0, BITS): register r meets register r ^ 2^b.
 template <int BITS>
-RCP_WALSH_TARGET RCP_INLINE void butterfly_registers(Vector x[1 << BITS]) {
+RCP_TARGET RCP_INLINE void butterfly_registers(Vector x[1 << BITS]) {
 #pragma GCC unroll 4
   for (int b = 0; b < BITS; ++b) {
 #pragma GCC unroll 16
     for (int r = 0; r < (1 << BITS); ++r) {
       if (r & (1 << b)) continue;
       const Vector low = x[r], high = x[r | (1 << b)];
-      x[r] = add(low, high);
-      x[r | (1 << b)] = sub(low, high);
+      x[r] = low + high;
+      x[r | (1 << b)] = low - high;
     }
   }
 }
 
 // Stages of the lane bits [0, BITS).
 template <int BITS>
-RCP_WALSH_TARGET RCP_INLINE Vector butterfly_all_lanes(Vector x) {
+RCP_TARGET RCP_INLINE Vector butterfly_all_lanes(Vector x) {
   if constexpr (BITS > 0) x = butterfly_lanes<0>(x);
   if constexpr (BITS > 1) x = butterfly_lanes<1>(x);
   if constexpr (BITS > 2) x = butterfly_lanes<2>(x);
@@ -37,7 +33,7 @@ RCP_WALSH_TARGET RCP_INLINE Vector butterfly_all_lanes(Vector x) {
 
 // Exchanges register bit b with lane bit b for all b in [0, BITS): a transpose, one instruction per register and bit.
 template <int B, int BITS>
-RCP_WALSH_TARGET RCP_INLINE void exchange_bit(Vector x[1 << BITS]) {
+RCP_TARGET RCP_INLINE void exchange_bit(Vector x[1 << BITS]) {
 #pragma GCC unroll 16
   for (int r = 0; r < (1 << BITS); ++r) {
     if (r & (1 << B)) continue;
@@ -47,18 +43,18 @@ RCP_WALSH_TARGET RCP_INLINE void exchange_bit(Vector x[1 << BITS]) {
   }
 }
 template <int BITS>
-RCP_WALSH_TARGET RCP_INLINE void exchange(Vector x[1 << BITS]) {
+RCP_TARGET RCP_INLINE void exchange(Vector x[1 << BITS]) {
   if constexpr (BITS > 0) exchange_bit<0, BITS>(x);
   if constexpr (BITS > 1) exchange_bit<1, BITS>(x);
   if constexpr (BITS > 2) exchange_bit<2, BITS>(x);
   if constexpr (BITS > 3) exchange_bit<3, BITS>(x);
 }
 
-// First pass: lane bits, then REGISTERS register bits, over contiguous runs; from the input's type to float32 scratch.
-// Meanwhile it asks for the output's lines, which the last pass writes in an order no hardware prefetcher follows, and
-// for the next block's input. 512 blocks of 16384 on a Zen 5 server: 3.4 ms with it, 5.2 ms without.
+// The first pass: lane bits, then REGISTERS register bits, over contiguous runs, from the input to float32 scratch. It
+// prefetches the next block's input, and the output's lines: the last pass writes them in an order that no hardware
+// prefetcher follows. 512 blocks of 16384 on a Zen 5 server: 3.4 ms with the prefetch, 5.2 ms without.
 template <FloatType TYPE, int REGISTERS>
-RCP_WALSH_TARGET inline void first_pass(const void* x, const void* y, float* scratch, int64_t n) {
+RCP_TARGET inline void first_pass(const void* x, const void* y, float* scratch, int64_t n) {
   constexpr int64_t lanes = int64_t{1} << lane_bits;
   constexpr int64_t bytes = (TYPE == FloatType::float32 ? 4 : 2) * lanes;
   for (int64_t at = 0; at < n; at += lanes << REGISTERS) {
@@ -76,9 +72,9 @@ RCP_WALSH_TARGET inline void first_pass(const void* x, const void* y, float* scr
   }
 }
 
-// A pass in the middle: REGISTERS index bits from `stride` upwards, in place.
+// A middle pass: REGISTERS index bits from `stride` upwards, in place.
 template <int REGISTERS>
-RCP_WALSH_TARGET inline void middle_pass(float* scratch, int64_t n, int64_t stride) {
+RCP_TARGET inline void middle_pass(float* scratch, int64_t n, int64_t stride) {
   constexpr int64_t lanes = int64_t{1} << lane_bits;
   for (int64_t outer = 0; outer < n; outer += stride << REGISTERS) {
     for (int64_t at = outer; at < outer + stride; at += lanes) {
@@ -92,10 +88,10 @@ RCP_WALSH_TARGET inline void middle_pass(float* scratch, int64_t n, int64_t stri
   }
 }
 
-// The last pass: the top TOP index bits, the scale, the output type, and the order. `source` has type FROM: the
-// scratch, or the input itself where the lane bits are all that comes before (then WITH_LANES does those too).
+// The last pass: the top TOP index bits, the scale, the output type and the order. `source` is the scratch, or with
+// WITH_LANES the input: then no register bits come before, and this pass does the lane bits as well.
 template <FloatType FROM, FloatType TO, int TOP, bool WITH_LANES>
-RCP_WALSH_TARGET inline void last_pass(const void* source, void* y, int64_t n, float scale, const SequencyPlan* plan) {
+RCP_TARGET inline void last_pass(const void* source, void* y, int64_t n, float scale, const SequencyPlan* plan) {
   constexpr int64_t lanes = int64_t{1} << lane_bits;
   const int64_t stride = n >> TOP;
   const Vector factor = set1(scale);
@@ -109,7 +105,7 @@ RCP_WALSH_TARGET inline void last_pass(const void* source, void* y, int64_t n, f
     butterfly_registers<TOP>(v);
     if (plan == nullptr) {
 #pragma GCC unroll 16
-      for (int r = 0; r < (1 << TOP); ++r) store<TO>(y, r * stride + c * lanes, mul(v[r], factor));
+      for (int r = 0; r < (1 << TOP); ++r) store<TO>(y, r * stride + c * lanes, v[r] * factor);
       continue;
     }
     exchange<TOP>(v);
@@ -117,22 +113,20 @@ RCP_WALSH_TARGET inline void last_pass(const void* source, void* y, int64_t n, f
 #pragma GCC unroll 16
     for (int r = 0; r < (1 << TOP); ++r) {
       const Vector ordered = permute_lanes(v[r], plan->order[place[r] & 1]);
-      store<TO>(y, place[r] & ~uint32_t{1}, mul(ordered, factor));
+      store<TO>(y, place[r] & ~uint32_t{1}, ordered * factor);
     }
   }
 }
 
-// n = 1 .. lanes: every register holds whole blocks. `count` elements in all; the last register may be partial.
+// Blocks of at most one register, which holds whole blocks. `count` elements in all; the last register may be partial.
 template <FloatType TYPE, int BITS>
-RCP_WALSH_TARGET RCP_INLINE void small_register(const void* x, void* y, int64_t at, float scale,
-                                                const SequencyPlan* plan) {
+RCP_TARGET RCP_INLINE void small_register(const void* x, void* y, int64_t at, float scale, const SequencyPlan* plan) {
   Vector v = butterfly_all_lanes<BITS>(load<TYPE>(x, at));
   if (plan != nullptr) v = permute_lanes(v, plan->order[0]);
-  store<TYPE>(y, at, mul(v, set1(scale)));
+  store<TYPE>(y, at, v * set1(scale));
 }
 template <FloatType TYPE, int BITS>
-RCP_WALSH_TARGET inline void small_blocks(const void* x, void* y, int64_t count, float scale,
-                                          const SequencyPlan* plan) {
+RCP_TARGET inline void small_blocks(const void* x, void* y, int64_t count, float scale, const SequencyPlan* plan) {
   constexpr int64_t lanes = int64_t{1} << lane_bits;
   int64_t at = 0;
   for (; at + lanes <= count; at += lanes) small_register<TYPE, BITS>(x, y, at, scale, plan);
@@ -141,98 +135,57 @@ RCP_WALSH_TARGET inline void small_blocks(const void* x, void* y, int64_t count,
   const std::size_t bytes = static_cast<std::size_t>(count - at) * float_size(TYPE);
   std::memcpy(tail, advance(x, TYPE, at), bytes);
   small_register<TYPE, BITS>(tail, tail, 0, scale, plan);
-  std::memcpy(static_cast<char*>(y) + at * static_cast<int64_t>(float_size(TYPE)), tail, bytes);
+  std::memcpy(advance(y, TYPE, at), tail, bytes);
 }
 
 template <FloatType TYPE, int TOP>
-RCP_WALSH_TARGET inline void one_block(const void* x, void* y, int64_t n, int bits, float scale,
-                                       const SequencyPlan* plan, float* scratch) {
+RCP_TARGET inline void one_block(const void* x, void* y, int bits, float scale, const SequencyPlan* plan,
+                                 float* scratch) {
+  const int64_t n = int64_t{1} << bits;
   if (bits == lane_bits + TOP) {
     last_pass<TYPE, TYPE, TOP, true>(x, y, n, scale, plan);
     return;
   }
-  // Here TOP is lane_bits, and passes of up to lane_bits register bits bring the rest.
+  // Here TOP is lane_bits. The passes before the last do up to lane_bits register bits each.
+  static constexpr decltype(&first_pass<TYPE, 1>) first_passes[] = {first_pass<TYPE, 1>, first_pass<TYPE, 2>,
+                                                                    first_pass<TYPE, 3>, first_pass<TYPE, lane_bits>};
+  static constexpr decltype(&middle_pass<1>) middle_passes[] = {middle_pass<1>, middle_pass<2>, middle_pass<3>,
+                                                                middle_pass<lane_bits>};
   const int before_last = bits - TOP, first = std::min(before_last, 2 * lane_bits) - lane_bits;
-  switch (first) {
-    case 1:
-      first_pass<TYPE, 1>(x, y, scratch, n);
-      break;
-    case 2:
-      first_pass<TYPE, 2>(x, y, scratch, n);
-      break;
-    case 3:
-      first_pass<TYPE, 3>(x, y, scratch, n);
-      break;
-    default:
-      first_pass<TYPE, lane_bits>(x, y, scratch, n);
-  }
+  first_passes[first - 1](x, y, scratch, n);
   for (int done = lane_bits + first; done < before_last;) {
     const int next = std::min(before_last - done, lane_bits);
-    switch (next) {
-      case 1:
-        middle_pass<1>(scratch, n, int64_t{1} << done);
-        break;
-      case 2:
-        middle_pass<2>(scratch, n, int64_t{1} << done);
-        break;
-      case 3:
-        middle_pass<3>(scratch, n, int64_t{1} << done);
-        break;
-      default:
-        middle_pass<lane_bits>(scratch, n, int64_t{1} << done);
-    }
+    middle_passes[next - 1](scratch, n, int64_t{1} << done);
     done += next;
   }
   last_pass<FloatType::float32, TYPE, TOP, false>(scratch, y, n, scale, plan);
 }
 
+// `blocks` contiguous blocks of 2^bits numbers; y may be x. `scratch` holds one block.
 template <FloatType TYPE>
-RCP_WALSH_TARGET inline void power_of_two_blocks(const void* x, void* y, int64_t blocks, int bits, float scale,
-                                                 const SequencyPlan* plan, float* scratch) {
+RCP_TARGET inline void walsh_blocks(const void* x, void* y, int64_t blocks, int bits, float scale, bool sequency,
+                                    float* scratch) {
+  const SequencyPlan* plan = sequency ? &sequency_plan<lane_bits>(bits) : nullptr;
   const int64_t n = int64_t{1} << bits;
   if (bits <= lane_bits) {
-    switch (bits) {
-      case 0:
-        small_blocks<TYPE, 0>(x, y, blocks, scale, plan);
-        break;
-      case 1:
-        small_blocks<TYPE, 1>(x, y, blocks * n, scale, plan);
-        break;
-      case 2:
-        small_blocks<TYPE, 2>(x, y, blocks * n, scale, plan);
-        break;
-      case 3:
-        small_blocks<TYPE, 3>(x, y, blocks * n, scale, plan);
-        break;
-      default:
-        small_blocks<TYPE, lane_bits>(x, y, blocks * n, scale, plan);
-    }
-    return;
+    static constexpr decltype(&small_blocks<TYPE, 0>) for_bits[] = {small_blocks<TYPE, 0>, small_blocks<TYPE, 1>,
+                                                                    small_blocks<TYPE, 2>, small_blocks<TYPE, 3>,
+                                                                    small_blocks<TYPE, lane_bits>};
+    return for_bits[bits](x, y, blocks * n, scale, plan);
   }
+  static constexpr decltype(&one_block<TYPE, 1>) for_top[] = {one_block<TYPE, 1>, one_block<TYPE, 2>,
+                                                              one_block<TYPE, 3>, one_block<TYPE, lane_bits>};
+  const auto kernel = for_top[std::min(bits - lane_bits, lane_bits) - 1];
   for (int64_t block = 0; block < blocks; ++block) {
-    const void* from = advance(x, TYPE, block * n);
-    void* to = static_cast<char*>(y) + block * n * static_cast<int64_t>(float_size(TYPE));
-    switch (std::min(bits - lane_bits, lane_bits)) {
-      case 1:
-        one_block<TYPE, 1>(from, to, n, bits, scale, plan, scratch);
-        break;
-      case 2:
-        one_block<TYPE, 2>(from, to, n, bits, scale, plan, scratch);
-        break;
-      case 3:
-        one_block<TYPE, 3>(from, to, n, bits, scale, plan, scratch);
-        break;
-      default:
-        one_block<TYPE, lane_bits>(from, to, n, bits, scale, plan, scratch);
-    }
+    kernel(advance(x, TYPE, block * n), advance(y, TYPE, block * n), bits, scale, plan, scratch);
   }
 }
 
-// Rows [i, i + ROWS) of out = H x, one register of columns at a time, summed over ascending j. A product with +-1 is
-// exact, so the fused sum rounds as the plain one of the scalar path does.
+// ROWS rows of out = H x, one register of columns at a time, summed over ascending j. A product with +-1 is exact, so
+// the fused sum rounds as the scalar path's plain sum does.
 template <int ROWS>
-RCP_WALSH_TARGET inline void base_rows(const float* signs, int64_t row_step, int64_t sum_step, int64_t m,
-                                       const float* x, float* out, int64_t columns) {
+RCP_TARGET inline void base_rows(const float* signs, int64_t row_step, int64_t sum_step, int64_t m, const float* x,
+                                 float* out, int64_t columns) {
   for (int64_t c = 0; c < columns; c += int64_t{1} << lane_bits) {
     Vector sum[ROWS];
 #pragma GCC unroll 8
@@ -249,25 +202,11 @@ RCP_WALSH_TARGET inline void base_rows(const float* signs, int64_t row_step, int
 
 // out[i, :] = sum_j H[i, j] x[j, :] for i, j < m; entry (i, j) of H lies at i * row_step + j * sum_step. columns is a
 // multiple of the lanes.
-RCP_WALSH_TARGET inline void multiply_base(const float* base, int64_t row_step, int64_t sum_step, int64_t m,
-                                           const float* x, float* out, int64_t columns) {
+RCP_TARGET inline void multiply_base(const float* base, int64_t row_step, int64_t sum_step, int64_t m, const float* x,
+                                     float* out, int64_t columns) {
   int64_t i = 0;
   for (; i + 4 <= m; i += 4) base_rows<4>(base + i * row_step, row_step, sum_step, m, x, out + i * columns, columns);
   for (; i < m; ++i) base_rows<1>(base + i * row_step, row_step, sum_step, m, x, out + i * columns, columns);
 }
 
-// The entry: `blocks` contiguous blocks of 2^bits; y may be x. `scratch` holds one block.
-RCP_WALSH_TARGET inline void walsh_blocks(const void* x, void* y, FloatType type, int64_t blocks, int bits, float scale,
-                                          bool sequency, float* scratch) {
-  const SequencyPlan* plan = sequency ? &sequency_plan<lane_bits>(bits) : nullptr;
-  switch (type) {
-    case FloatType::float32:
-      power_of_two_blocks<FloatType::float32>(x, y, blocks, bits, scale, plan, scratch);
-      break;
-    case FloatType::float16:
-      power_of_two_blocks<FloatType::float16>(x, y, blocks, bits, scale, plan, scratch);
-      break;
-    default:
-      power_of_two_blocks<FloatType::bfloat16>(x, y, blocks, bits, scale, plan, scratch);
-  }
-}
+inline constexpr WalshKernels kernels = RCP_BY_TYPE(walsh_blocks);

@@ -1,16 +1,16 @@
-// The CPU's order of a packed weight: what every CPU kernel of lut_linear streams.
+// The CPU's layout of a packed weight: the order in which every CPU kernel of lut_linear reads it.
 //
-// 16 rows are interleaved, so that a vector register holds the same 4 columns of 16 rows (a dword lane per row) and the
-// activation is a broadcast dword. A block of 16 rows is a sequence of chunks, one per group, each
+// 16 rows are interleaved: a vector register holds the same 4 columns of 16 rows, a dword lane for each row, and the
+// activation is a broadcast dword. A block of 16 rows is a sequence of chunks, one for each group. A chunk is
 //
-//   table   16 rows x 2^bits levels, one byte each, stored as level + 128 (unsigned: the first operand of vpdpbusd).
-//           Uniform groups (level i = level 0 + i * 2^(7-bits)) have level 0 only, 16 bytes: the rest is a constant
-//           that the kernels add in a register.
-//   codes   64 * bits bytes per 32 columns
+//   table   16 rows x 2^bits levels, one byte each, stored as level + 128 (the unsigned first operand of vpdpbusd).
+//           Uniform groups (level i = level 0 + i * 2^(7-bits)) have only level 0, 16 bytes: the kernels add the rest,
+//           a constant, in a register.
+//   codes   64 * bits bytes for each 32 columns
 //   scales  16 x float16
 //
-// so that one pointer walks everything once. Columns are padded to a multiple of 32 inside a group, rows to a multiple
-// of 16; activations are zero in padded columns, scales are zero in padded rows.
+// One pointer thus reads all of a weight once, in order. Columns are padded to a multiple of 32 inside a group, rows to
+// a multiple of 16. Activations are zero in padded columns, scales are zero in padded rows.
 //
 //   uniform table byte r, at any bits.
 //   2 bits  table byte 4r + c.  Per 16 columns 64 bytes: dword r, byte j, bits 2s..2s+1 = column 4s + j.
@@ -22,13 +22,13 @@
 //           (high).
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <stdexcept>
 #include <string>
-#include <vector>
 
-#include "rcp/cpu/parallel.h"
+#include "rcp/codes.h"
 
 namespace rcp {
 
@@ -38,7 +38,7 @@ struct WeightHeader {
   uint32_t bits;
   int64_t rows, columns, group_size;
   float tensor_scale;
-  uint32_t uniform;  // 1: the table holds level 0 only
+  uint32_t uniform;  // 1: the table holds only level 0
   uint32_t reserved[4];
 };
 static_assert(sizeof(WeightHeader) == 64, "the header keeps the chunks 64-byte aligned");
@@ -46,7 +46,7 @@ static_assert(sizeof(WeightHeader) == 64, "the header keeps the chunks 64-byte a
 inline constexpr char cpu_weight_magic[8] = {'R', 'C', 'P', 'L', 'U', 'T', '1', '6'};
 inline constexpr uint32_t cpu_layout_version = 1;
 
-// Sizes that follow from (rows, columns, bits, group_size) and the kind of the groups.
+// The shape of a weight, and the sizes that follow from it.
 struct WeightShape {
   int64_t rows, columns, group_size;
   int bits;
@@ -62,45 +62,44 @@ struct WeightShape {
   int64_t chunk_bytes() const { return table_bytes() + code_bytes() + 32; }
   int64_t block_bytes() const { return groups() * chunk_bytes(); }
   int64_t packed_bytes() const { return static_cast<int64_t>(sizeof(WeightHeader)) + row_blocks() * block_bytes(); }
-  // Bytes of a row of codes in the canonical format.
-  int64_t canonical_row_bytes() const { return (groups() * group_size * bits + 7) / 8; }
-
-  // Throws std::invalid_argument where the numbers are outside the format.
-  void check(const char* op) const {
-    const std::string where = std::string(op) + ": ";
-    if (bits < 2 || bits > 4)
-      throw std::invalid_argument(where + "bits must be 2, 3 or 4, got " + std::to_string(bits) +
-                                  "; quantize the weight to one of them");
-    if (rows < 1 || columns < 1) {
-      throw std::invalid_argument(where + "out_features and in_features must be at least 1, got " +
-                                  std::to_string(rows) + " and " + std::to_string(columns) +
-                                  "; an empty layer has nothing to pack");
-    }
-    if (group_size != 32 && group_size != 64 && group_size != 128 && group_size != columns) {
-      throw std::invalid_argument(where + "group_size must be 32, 64, 128 or in_features (" + std::to_string(columns) +
-                                  "), got " + std::to_string(group_size) +
-                                  "; pass the one the weight was quantized with");
-    }
-    // 128 * 128 * 131071 is the largest group sum that an int32 holds.
-    if (group_size > 131071) {
-      throw std::invalid_argument(
-          where + "a group may have at most 131071 columns, so that its integer sum is exact in int32, got " +
-          std::to_string(group_size) + "; use group_size 128");
-    }
-  }
+  int64_t canonical_row_bytes() const { return code_row_bytes(columns, group_size, bits); }
+  // Columns of a group. The last group of a row may be shorter than the others.
+  int64_t group_columns(int64_t group) const { return std::min(group_size, columns - group * group_size); }
 };
+
+// The shape of a weight. Throws std::invalid_argument where the numbers are outside the format.
+inline WeightShape checked_shape(const std::string& op, int64_t rows, int64_t columns, int64_t bits,
+                                 int64_t group_size) {
+  const auto fail = [&](const std::string& message) { throw std::invalid_argument(op + ": " + message); };
+  if (bits < 2 || bits > 4) {
+    fail("bits must be 2, 3 or 4, got " + std::to_string(bits) + "; quantize the weight to one of them");
+  }
+  if (rows < 1 || columns < 1) {
+    fail("out_features and in_features must be at least 1, got " + std::to_string(rows) + " and " +
+         std::to_string(columns) + "; an empty layer has nothing to pack");
+  }
+  // 2^40 bounds every product of sizes.
+  constexpr int64_t largest = int64_t{1} << 40;
+  if (rows > largest || columns > largest || rows * (columns / 4096 + 1) > largest / 64) {
+    fail("out_features * in_features must stay below 2^46, got " + std::to_string(rows) + " and " +
+         std::to_string(columns) + "; these cannot be a layer's sizes");
+  }
+  if (group_size != 32 && group_size != 64 && group_size != 128 && group_size != columns) {
+    fail("group_size must be 32, 64, 128 or in_features (" + std::to_string(columns) + "), got " +
+         std::to_string(group_size) + "; pass the group_size that the weight was quantized with");
+  }
+  // 128 * 128 * 131071 is the largest group sum that an int32 holds.
+  if (group_size > 131071) {
+    fail("a group must have at most 131071 columns, got " + std::to_string(group_size) +
+         ": the integer sum of a longer group can leave int32; use group_size 128");
+  }
+  return {rows, columns, group_size, static_cast<int>(bits)};
+}
 
 namespace detail {
 
-inline unsigned read_code(const uint8_t* row, int64_t row_bytes, int64_t k, int bits) {
-  const int64_t bit = k * bits, byte = bit >> 3;
-  unsigned window = row[byte];
-  if (byte + 1 < row_bytes) window |= static_cast<unsigned>(row[byte + 1]) << 8;
-  return (window >> (bit & 7)) & ((1u << bits) - 1u);
-}
-
-// Where the code of (row r of 16, column k of the group) lives: a visitor, so that packing and unpacking cannot
-// disagree. F(byte offset, bit offset, code bit it starts at, number of bits).
+// Where the code of row r of 16 and column k of the group is. Packing and reading share this visitor, so they cannot
+// disagree. Calls f(byte offset, bit offset, first bit of the code, number of bits).
 template <class F>
 void visit_code(int bits, int r, int64_t k, const F& f) {
   const int64_t unit = k / 32 * 64 * bits;
@@ -117,94 +116,42 @@ inline int64_t table_offset(int bits, int r, int code) {
   return bits == 4 ? 64 * (r % 4) + 16 * (r / 4) + code : 64 * (code / 4) + 4 * r + code % 4;
 }
 
-// What a code of row r of 16 stands for, + 128.
-inline uint8_t biased_level(const WeightShape& shape, const uint8_t* chunk, int r, int code) {
-  if (shape.uniform) return static_cast<uint8_t>(chunk[r] + (code << (7 - shape.bits)));
-  return chunk[table_offset(shape.bits, r, code)];
-}
-
 }  // namespace detail
 
-// The code of (row r of 16, column k of the group) in a chunk's code area.
-inline unsigned code_at(const uint8_t* codes, int bits, int r, int64_t k) {
-  unsigned code = 0;
-  detail::visit_code(bits, r, k, [&](int64_t byte, int bit, int from, int count) {
-    code |= ((static_cast<unsigned>(codes[byte]) >> bit) & ((1u << count) - 1u)) << from;
-  });
-  return code;
-}
+// One row of one chunk, read in plain C++.
+class ChunkRow {
+ public:
+  ChunkRow(const WeightShape& shape, const uint8_t* blocks, int64_t row, int64_t group)
+      : shape_(shape),
+        r_(static_cast<int>(row % 16)),
+        table_(blocks + row / 16 * shape.block_bytes() + group * shape.chunk_bytes()),
+        codes_(table_ + shape.table_bytes()) {}
 
-// codes uint8 [rows, canonical_row_bytes], levels int8 [rows, groups, stored_levels], scales float16 bits
-// [rows, groups].
-inline void pack_weight(const WeightShape& shape, const uint8_t* codes, const int8_t* levels, const uint16_t* scales,
-                        float tensor_scale, uint8_t* packed, const ThreadPool& pool) {
-  WeightHeader header{};
-  std::memcpy(header.magic, cpu_weight_magic, 8);
-  header.layout_version = cpu_layout_version;
-  header.bits = static_cast<uint32_t>(shape.bits);
-  header.rows = shape.rows;
-  header.columns = shape.columns;
-  header.group_size = shape.group_size;
-  header.tensor_scale = tensor_scale;
-  header.uniform = shape.uniform ? 1 : 0;
-  std::memcpy(packed, &header, sizeof header);
-  const int64_t groups = shape.groups(), row_bytes = shape.canonical_row_bytes();
-  parallel_pieces(pool, shape.row_blocks(), 8, [&](int64_t begin, int64_t end) {
-    for (int64_t block = begin; block < end; ++block) {
-      uint8_t* chunk = packed + sizeof header + block * shape.block_bytes();
-      std::memset(chunk, 0, static_cast<std::size_t>(shape.block_bytes()));
-      for (int64_t g = 0; g < groups; ++g, chunk += shape.chunk_bytes()) {
-        uint8_t* out = chunk + shape.table_bytes();
-        for (int r = 0; r < 16 && block * 16 + r < shape.rows; ++r) {
-          const int64_t row = block * 16 + r;
-          for (int c = 0; c < shape.stored_levels(); ++c) {
-            chunk[shape.uniform ? r : detail::table_offset(shape.bits, r, c)] =
-                static_cast<uint8_t>(levels[(row * groups + g) * shape.stored_levels() + c] + 128);
-          }
-          for (int64_t k = 0; k < shape.group_size && g * shape.group_size + k < shape.columns; ++k) {
-            const unsigned code =
-                detail::read_code(codes + row * row_bytes, row_bytes, g * shape.group_size + k, shape.bits);
-            detail::visit_code(shape.bits, r, k, [&](int64_t byte, int bit, int from, int count) {
-              out[byte] = static_cast<uint8_t>(out[byte] | (((code >> from) & ((1u << count) - 1u)) << bit));
-            });
-          }
-          std::memcpy(out + shape.code_bytes() + 2 * r, scales + row * groups + g, 2);
-        }
-      }
-    }
-  });
-}
+  unsigned code(int64_t k) const {
+    unsigned code = 0;
+    detail::visit_code(shape_.bits, r_, k, [&](int64_t byte, int bit, int from, int count) {
+      code |= ((static_cast<unsigned>(codes_[byte]) >> bit) & ((1u << count) - 1u)) << from;
+    });
+    return code;
+  }
+  int level(int code) const {
+    if (shape_.uniform) return static_cast<uint8_t>(table_[r_] + (code << (7 - shape_.bits))) - 128;
+    return table_[detail::table_offset(shape_.bits, r_, code)] - 128;
+  }
+  // The bits of the float16.
+  uint16_t scale() const {
+    uint16_t half;
+    std::memcpy(&half, codes_ + shape_.code_bytes() + 2 * r_, 2);
+    return half;
+  }
 
-// The exact inverse of pack_weight, but that levels are the whole tables, int8 [rows, groups, 2^bits], of uniform
-// groups too; codes of padding columns come back as 0.
-inline void unpack_weight(const WeightShape& shape, const uint8_t* packed, uint8_t* codes, int8_t* levels,
-                          uint16_t* scales, const ThreadPool& pool) {
-  const int64_t groups = shape.groups(), row_bytes = shape.canonical_row_bytes();
-  parallel_pieces(pool, shape.row_blocks(), 8, [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin * 16; row < end * 16 && row < shape.rows; ++row) {
-      const int r = static_cast<int>(row % 16);
-      uint8_t* stream = codes + row * row_bytes;
-      std::memset(stream, 0, static_cast<std::size_t>(row_bytes));
-      for (int64_t g = 0; g < groups; ++g) {
-        const uint8_t* chunk = packed + sizeof(WeightHeader) + row / 16 * shape.block_bytes() + g * shape.chunk_bytes();
-        for (int c = 0; c < shape.levels(); ++c) {
-          levels[(row * groups + g) * shape.levels() + c] =
-              static_cast<int8_t>(detail::biased_level(shape, chunk, r, c) - 128);
-        }
-        for (int64_t k = 0; k < shape.group_size && g * shape.group_size + k < shape.columns; ++k) {
-          const unsigned code = code_at(chunk + shape.table_bytes(), shape.bits, r, k);
-          const int64_t bit = (g * shape.group_size + k) * shape.bits;
-          const unsigned shifted = code << (bit & 7);
-          stream[bit >> 3] = static_cast<uint8_t>(stream[bit >> 3] | (shifted & 0xffu));
-          if (shifted > 0xffu) stream[(bit >> 3) + 1] = static_cast<uint8_t>(stream[(bit >> 3) + 1] | (shifted >> 8));
-        }
-        std::memcpy(scales + row * groups + g, chunk + shape.table_bytes() + shape.code_bytes() + 2 * r, 2);
-      }
-    }
-  });
-}
+ private:
+  const WeightShape& shape_;
+  int r_;
+  const uint8_t *table_, *codes_;
+};
 
-// Throws unless a blob's header names the shape that the arguments do.
+// Throws unless a blob's header has the shape that the arguments say.
 inline void check_packed_with(const std::string& op, const WeightShape& shape, const WeightShape& header) {
   if (header.rows == shape.rows && header.columns == shape.columns && header.group_size == shape.group_size &&
       header.bits == shape.bits) {
@@ -218,35 +165,30 @@ inline void check_packed_with(const std::string& op, const WeightShape& shape, c
                               text(header) + "; pass those");
 }
 
-// Refuses a blob that is not a CPU-packed weight of exactly this shape, whose kind it then sets; returns its
-// tensor_scale.
-inline float check_packed(const char* op, WeightShape& shape, const uint8_t* packed, int64_t bytes) {
-  const std::string where = std::string(op) + ": ";
-  WeightHeader header;
+// Throws unless the blob is a CPU-packed weight of this shape. Sets the shape's `uniform` and returns the tensor_scale.
+inline float check_packed(const std::string& op, WeightShape& shape, const uint8_t* packed, int64_t bytes) {
+  const auto fail = [&](const std::string& message) { throw std::invalid_argument(op + ": weight " + message); };
+  WeightHeader header{};
   if (bytes < static_cast<int64_t>(sizeof header)) {
-    throw std::invalid_argument(where + "weight must start with a 64-byte header, got " + std::to_string(bytes) +
-                                " bytes; make it with pack_weight");
+    fail("must start with a 64-byte header, got " + std::to_string(bytes) + " bytes; make it with pack_weight");
   }
   std::memcpy(&header, packed, sizeof header);
   if (std::memcmp(header.magic, cpu_weight_magic, 8) != 0) {
-    throw std::invalid_argument(
-        where +
-        "weight is not packed for the CPU (wrong magic in its header); make it with pack_weight on this device");
+    fail("is not packed for the CPU (wrong magic in its header); make it with pack_weight on this device");
   }
   if (header.layout_version != cpu_layout_version) {
-    throw std::invalid_argument(where + "weight has CPU layout version " + std::to_string(header.layout_version) +
-                                ", this build reads version " + std::to_string(cpu_layout_version) +
-                                "; repack it from the canonical format");
+    fail("must have CPU layout version " + std::to_string(cpu_layout_version) + ", got " +
+         std::to_string(header.layout_version) + "; repack it from the canonical format");
   }
   check_packed_with(op, shape, {header.rows, header.columns, header.group_size, static_cast<int>(header.bits)});
   if (header.uniform > 1) {
-    throw std::invalid_argument(where + "weight must have groups of kind 0 (table) or 1 (uniform), got " +
-                                std::to_string(header.uniform) + "; its header is damaged, pack it again");
+    fail("must have groups of kind 0 (table) or 1 (uniform), got " + std::to_string(header.uniform) +
+         "; its header is damaged, pack it again");
   }
   shape.uniform = header.uniform == 1;
   if (bytes != shape.packed_bytes()) {
-    throw std::invalid_argument(where + "weight must have " + std::to_string(shape.packed_bytes()) +
-                                " bytes for this shape, got " + std::to_string(bytes) + "; it is truncated or padded");
+    fail("must have " + std::to_string(shape.packed_bytes()) + " bytes for this shape, got " + std::to_string(bytes) +
+         "; it is truncated or padded");
   }
   return header.tensor_scale;
 }

@@ -1,75 +1,19 @@
-// From packed codes to integer tensor-core products: the loads, table look-ups and mma that the integer kernels of
-// lut_linear share. Order of the bytes: lut_linear_cuda_layout.h.
+// From packed codes to integer tensor-core products: the loads, table look-ups and products that the integer kernels of
+// lut_linear share. The order of the bytes is in weight_layout.h.
 #pragma once
 
 #include <cuda_fp16.h>
 
 #include <cstdint>
 
+#include "rcp/cuda/lut_linear_plan.h"
+#include "rcp/cuda/ptx.cuh"
+#include "rcp/cuda/quantize_token.cuh"
 #include "rcp/cuda/weight_layout.h"
 
 namespace rcp::cuda::fragments {
 
-// 12582912 = 1.5 * 2^23. An accumulator that starts from its bit pattern holds, after adding an integer |I| < 2^22, the
-// bits of the float 12582912 + I: one subtraction converts it, where I2F runs at a quarter of the rate. The largest sum
-// of a group of 128 is 128 * 128 * 128 = 2^21. It also rounds: x + 12582912 has rint(x) in its low bits, ties to even.
-inline constexpr float magic = 12582912.0f;
-inline constexpr int magic_bits = 0x4b400000;
-
-// Inline assembly, because the compiler splits a plain `word & 0x33333333` that feeds prmt into one AND per 16 bits,
-// and
-// __byte_perm masks its selector, which the hardware ignores beyond 16 bits anyway: 2.2 instructions a weight instead
-// of 0.9.
-__device__ __forceinline__ uint32_t bit_and(uint32_t a, uint32_t b) {
-  uint32_t d;
-  asm("and.b32 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
-  return d;
-}
-// (a & b) | c
-__device__ __forceinline__ uint32_t and_or(uint32_t a, uint32_t b, uint32_t c) {
-  uint32_t d;
-  asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
-  return d;
-}
-template <int SHIFT>
-__device__ __forceinline__ uint32_t shift_right(uint32_t a) {
-  uint32_t d;
-  asm("shr.u32 %0, %1, %2;" : "=r"(d) : "r"(a), "n"(SHIFT));
-  return d;
-}
-__device__ __forceinline__ uint32_t permute(uint32_t low, uint32_t high, uint32_t selector) {
-  uint32_t d;
-  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(d) : "r"(low), "r"(high), "r"(selector));
-  return d;
-}
-
-__device__ __forceinline__ uint4 load_weight(const uint8_t* at) {
-  return __ldg(reinterpret_cast<const uint4*>(at));
-}
-
-// d = A B + c, A 16 x 32 and B 32 x 8 signed bytes, c and d 16 x 8. Lane l = 4 * gr + q holds rows gr, gr + 8 and
-// columns 2q, 2q + 1 of c. On sm_75 the same fragments are four m8n8k16. c and d are separate operands: tied ones would
-// have to be filled with the start value first.
-__device__ __forceinline__ void multiply(int (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
-                                         const int (&c)[4]) {
-#if __CUDA_ARCH__ >= 800
-  asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-      "{%10, %11, %12, %13};"
-      : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "r"(c[0]), "r"(c[1]), "r"(c[2]), "r"(c[3]));
-#else
-#pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    int half[2];
-    asm("mma.sync.aligned.m8n8k16.row.col.s32.s8.s8.s32 {%0, %1}, {%2}, {%3}, {%4, %5};"
-        : "=r"(half[0]), "=r"(half[1])
-        : "r"(a[r]), "r"(b0), "r"(c[2 * r]), "r"(c[2 * r + 1]));
-    asm("mma.sync.aligned.m8n8k16.row.col.s32.s8.s8.s32 {%0, %1}, {%2}, {%3}, {%4, %5};"
-        : "=r"(d[2 * r]), "=r"(d[2 * r + 1])
-        : "r"(a[2 + r]), "r"(b1), "r"(half[0]), "r"(half[1]));
-  }
-#endif
-}
+using namespace ptx;
 
 // A row's table in registers, four levels a register.
 template <int BITS>
@@ -81,10 +25,10 @@ struct Table {
 template <int BITS>
 __device__ __forceinline__ uint32_t look_up(const Table<BITS>& table, uint32_t selector) {
   static_assert(BITS < 4);
-  // With two bits the table sits in both operands, so that one more register is never needed.
+  // With two bits both operands are the table: no other register is needed.
   return permute(table.levels[0], table.levels[BITS == 3 ? 1 : 0], selector);
 }
-// Sixteen levels: both halves, then a byte of either by `pick`, whose nibble j is j or j + 4.
+// Sixteen levels: a look-up in each half, then a byte of one of them by `pick`, whose nibble j is j or j + 4.
 __device__ __forceinline__ uint32_t look_up(const Table<4>& table, uint32_t selector, uint32_t pick) {
   const uint32_t low = permute(table.levels[0], table.levels[1], selector);
   const uint32_t high = permute(table.levels[2], table.levels[3], selector);
@@ -126,53 +70,61 @@ __device__ __forceinline__ void expand(const uint32_t (&words)[BITS], const Tabl
   }
 }
 
-// What a warp loads at a time: `sub_blocks` of a unit, with their tables and scales. A whole unit where two of them fit
-// into registers, so that one is multiplied while the next is on its way; half or a quarter of it where groups are
-// small and tables large. SLOT is the columns of a group, 0 for one group a row (then there are no scales to load).
-template <int BITS, int SLOT>
+// A fragments of a sub-block: its four k-steps. word(i) is code word i of the lane in the sub-block, table(s, r) the
+// table of row gr + 8r in k-step s.
+template <int BITS, class Word, class TableOf>
+__device__ __forceinline__ void expand(const Word& word, const TableOf& table, uint32_t (&a)[4][4]) {
+#pragma unroll
+  for (int pair = 0; pair < 2; ++pair) {
+    uint32_t words[BITS], expanded[2][4];
+#pragma unroll
+    for (int i = 0; i < BITS; ++i) words[i] = word(pair * BITS + i);
+    const Table<BITS> tables[2][2] = {{table(2 * pair, 0), table(2 * pair, 1)},
+                                      {table(2 * pair + 1, 0), table(2 * pair + 1, 1)}};
+    expand<BITS>(words, tables, expanded);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) a[2 * pair + i / 4][i % 4] = expanded[i / 4][i % 4];
+  }
+}
+
+// A part of a unit in registers. GROUP is 32, 64, 128, or 0 for one group a row, which has no scales to load.
+template <int BITS, int GROUP>
 struct Part {
-  static constexpr int slot_columns = SLOT == 0 ? 128 : SLOT;
-  static constexpr int levels = 1 << BITS;
-  static constexpr int sub_blocks = BITS == 4 && SLOT == 32 ? 1 : SLOT == 32 || (SLOT == 64 && BITS > 2) ? 2 : 4;
-  static constexpr int parts = unit_sub_blocks / sub_blocks;
-  static constexpr int slots = sub_blocks * sub_block_columns / slot_columns;
-  static constexpr int chunks = BITS * sub_blocks / 2;
-  static constexpr int pieces = slots * levels / 16;
-  static constexpr int scale_pieces = SLOT == 0 ? 0 : slots / 4;
-  static constexpr int unit_bytes = 1024 * BITS + tile_rows * (unit_columns / slot_columns) * (levels + 2);
+  static constexpr int slot_columns = GROUP == 0 ? 128 : GROUP, levels = 1 << BITS;
+  static constexpr int sub_blocks = part_sub_blocks(BITS, GROUP), parts = unit_sub_blocks / sub_blocks;
+  static constexpr int slots = sub_blocks * sub_block_columns / slot_columns, steps_per_slot = slot_columns / 32;
+  static constexpr int code_vectors = BITS * sub_blocks / 2, table_vectors = slots * levels / 16;
+  static constexpr int scale_vectors = GROUP == 0 ? 0 : slots / 4;
+  static constexpr int unit_bytes = unit_layout<BITS, GROUP>().unit_bytes();
   static_assert(slots % 4 == 0 && slots * levels % 16 == 0 && BITS * sub_blocks % 2 == 0);
 
-  uint4 codes[chunks];
-  uint4 tables[2][pieces];
-  uint4 scales[scale_pieces ? scale_pieces : 1];
+  uint4 codes[code_vectors];
+  uint4 tables[2][table_vectors];
+  uint4 scales[scale_vectors ? scale_vectors : 1];
 
-  // From a unit of n sub-blocks. `codes_at` and `tables_at` are its first byte and its table area, each plus the lane's
-  // own offset: 16 bytes per lane and per row. CHECKED: n may be less than 4; codes of a missing sub-block keep what
-  // they were, and meet activations of zero.
+  // Loads part `part` of a unit of n sub-blocks. `codes_at` and `tables_at` are the unit's first byte and its table
+  // area, plus the lane's own offset: 16 bytes per lane, and 16 bytes per row. CHECKED: n may be less than 4. The codes
+  // of a missing sub-block then keep their old values, which are multiplied by activations of zero.
   template <bool CHECKED>
   __device__ __forceinline__ void load(const uint8_t* codes_at, const uint8_t* tables_at, int part, int n) {
-    const int present = CHECKED ? (BITS * n + 1) / 2 - part * chunks : chunks;
+    const int present = CHECKED ? unit_layout<BITS, GROUP>().code_vectors(n) - part * code_vectors : code_vectors;
 #pragma unroll
-    for (int c = 0; c < chunks; ++c) {
-      if (!CHECKED || c < present) codes[c] = load_weight(codes_at + (part * chunks + c) * 512);
+    for (int c = 0; c < code_vectors; ++c) {
+      if (!CHECKED || c < present) codes[c] = load_vector(codes_at + (part * code_vectors + c) * 512);
     }
 #pragma unroll
-    for (int p = 0; p < pieces; ++p) {
-      tables[0][p] = load_weight(tables_at + (part * pieces + p) * 256);
-      tables[1][p] = load_weight(tables_at + (part * pieces + p) * 256 + 128);
+    for (int t = 0; t < table_vectors; ++t) {
+      tables[0][t] = load_vector(tables_at + (part * table_vectors + t) * 256);
+      tables[1][t] = load_vector(tables_at + (part * table_vectors + t) * 256 + 128);
     }
+    const uint8_t* scales_at = tables_at + unit_layout<BITS, GROUP>().table_bytes();
 #pragma unroll
-    for (int p = 0; p < scale_pieces; ++p) {
-      scales[p] =
-          load_weight(tables_at + tile_rows * (unit_columns / slot_columns) * levels + (part * scale_pieces + p) * 128);
-    }
+    for (int i = 0; i < scale_vectors; ++i) scales[i] = load_vector(scales_at + (part * scale_vectors + i) * 128);
   }
 
   static __device__ __forceinline__ uint32_t component(const uint4& v, int i) {
     return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w;
   }
-  // Word i of the lane's code words of this part.
-  __device__ __forceinline__ uint32_t word(int i) const { return component(codes[i / 4], i % 4); }
   __device__ __forceinline__ Table<BITS> table(int r, int slot) const {
     Table<BITS> t;
 #pragma unroll
@@ -186,90 +138,73 @@ struct Part {
     const uint32_t pair = component(scales[slot / 4], r * 2 + slot % 4 / 2);
     return __half2float(__ushort_as_half(static_cast<unsigned short>(slot % 2 ? pair >> 16 : pair & 0xffffu)));
   }
+  // A fragments of sub-block b of the part.
+  __device__ __forceinline__ void expand(int b, uint32_t (&a)[4][4]) const {
+    const auto word = [&](int i) { return component(codes[(b * 2 * BITS + i) / 4], (b * 2 * BITS + i) % 4); };
+    fragments::expand<BITS>(word, [&](int s, int r) { return table(r, (b * 4 + s) / steps_per_slot); }, a);
+  }
 };
 
-// A fragments of sub-block `b` of a part: its four k-steps.
-template <int BITS, int SLOT>
-__device__ __forceinline__ void expand(const Part<BITS, SLOT>& part, int b, uint32_t (&a)[4][4]) {
-  constexpr int steps_per_slot = Part<BITS, SLOT>::slot_columns / 32;
-#pragma unroll
-  for (int pair = 0; pair < 2; ++pair) {
-    uint32_t words[BITS], expanded[2][4];
-#pragma unroll
-    for (int i = 0; i < BITS; ++i) words[i] = part.word((b * 2 + pair) * BITS + i);
-    Table<BITS> table[2][2];
-#pragma unroll
-    for (int s = 0; s < 2; ++s) {
-      const int slot = (b * 4 + 2 * pair + s) / steps_per_slot;
-      table[s][0] = part.table(0, slot);
-      table[s][1] = part.table(1, slot);
-    }
-    expand<BITS>(words, table, expanded);
-#pragma unroll
-    for (int i = 0; i < 8; ++i) a[2 * pair + i / 4][i % 4] = expanded[i / 4][i % 4];
-  }
+// The two vectors of B fragments that a lane has of a sub-block.
+__device__ __forceinline__ void unpack(const uint4& low, const uint4& high, uint32_t (&to)[8]) {
+  to[0] = low.x, to[1] = low.y, to[2] = low.z, to[3] = low.w;
+  to[4] = high.x, to[5] = high.y, to[6] = high.z, to[7] = high.w;
 }
 
+// fma(scale, I, sum), where sum_bits are the bits of a float and magic_sum is magic_bits + I.
 __device__ __forceinline__ int scaled(int sum_bits, float scale, int magic_sum) {
   return __float_as_int(__fmaf_rn(scale, __fsub_rn(__int_as_float(magic_sum), magic), __int_as_float(sum_bits)));
 }
 
-// The sums of a warp's 16 rows, for NT tiles of 8 tokens: c0..c3 of mma, as the bits of floats acc = fma(scale, I,
-// acc); with one group a row, the integers themselves.
-template <int SLOT, int NT>
+// The sums of a warp's row tile for TOKEN_TILES token tiles: c0 .. c3 of mma, as the bits of floats. With one group a
+// row they are the integers themselves.
+template <int GROUP, int TOKEN_TILES>
 struct Sums {
-  int bits[NT][4];
+  int bits[TOKEN_TILES][4];
 
   __device__ __forceinline__ void clear() {
 #pragma unroll
-    for (int t = 0; t < NT; ++t) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) bits[t][i] = 0;
-    }
+    for (int i = 0; i < 4 * TOKEN_TILES; ++i) bits[i / 4][i % 4] = 0;
   }
 
-  // The B fragments from registers.
+  // With the B fragments in registers.
   template <int BITS>
-  __device__ __forceinline__ void add(const Part<BITS, SLOT>& part, const uint32_t (*activation)[NT][8], int) {
-    add(part, [&](int b, uint32_t (&of_sub_block)[NT][8]) {
+  __device__ __forceinline__ void add(const Part<BITS, GROUP>& part, const uint32_t (*activation)[TOKEN_TILES][8],
+                                      int) {
+    add(part, [&](int b, uint32_t (&of_sub_block)[TOKEN_TILES][8]) {
 #pragma unroll
-      for (int t = 0; t < NT; ++t) {
-#pragma unroll
-        for (int i = 0; i < 8; ++i) of_sub_block[t][i] = activation[b][t][i];
-      }
+      for (int i = 0; i < 8 * TOKEN_TILES; ++i) of_sub_block[i / 8][i % 8] = activation[b][i / 8][i % 8];
     });
   }
 
-  // fetch(b, activation): those of sub-block b of the part.
+  // fetch(b, activation) gets the B fragments of sub-block b of the part.
   template <int BITS, class Fetch>
-  __device__ __forceinline__ void add(const Part<BITS, SLOT>& part, const Fetch& fetch) {
-    using PartType = Part<BITS, SLOT>;
-    constexpr int steps_per_slot = PartType::slot_columns / 32, slots_per_sub_block = 4 / steps_per_slot;
+  __device__ __forceinline__ void add(const Part<BITS, GROUP>& part, const Fetch& fetch) {
+    using PartType = Part<BITS, GROUP>;
+    constexpr int steps = PartType::steps_per_slot, slots_per_sub_block = 4 / steps;
 #pragma unroll
     for (int b = 0; b < PartType::sub_blocks; ++b) {
-      uint32_t activation[NT][8];
+      uint32_t activation[TOKEN_TILES][8], a[4][4];
       fetch(b, activation);
-      uint32_t a[4][4];
-      expand<BITS, SLOT>(part, b, a);
+      part.expand(b, a);
 #pragma unroll
       for (int slot = 0; slot < slots_per_sub_block; ++slot) {
 #pragma unroll
-        for (int t = 0; t < NT; ++t) {
+        for (int t = 0; t < TOKEN_TILES; ++t) {
           const int start[4] = {magic_bits, magic_bits, magic_bits, magic_bits};
           int c[4];
 #pragma unroll
-          for (int i = 0; i < steps_per_slot; ++i) {
-            const int s = slot * steps_per_slot + i;
+          for (int s = slot * steps; s < (slot + 1) * steps; ++s) {
             const uint32_t b0 = activation[t][2 * s], b1 = activation[t][2 * s + 1];
-            if constexpr (SLOT == 0) {
+            if constexpr (GROUP == 0) {
               multiply(bits[t], a[s], b0, b1, bits[t]);
-            } else if (i == 0) {
+            } else if (s == slot * steps) {
               multiply(c, a[s], b0, b1, start);
             } else {
               multiply(c, a[s], b0, b1, c);
             }
           }
-          if constexpr (SLOT != 0) {
+          if constexpr (GROUP != 0) {
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
               bits[t][i] = scaled(bits[t][i], part.scale(i / 2, b * slots_per_sub_block + slot), c[i]);
@@ -281,42 +216,43 @@ struct Sums {
   }
 };
 
-// One token fills only one of the eight columns of B. So each group of a part gets columns of its own: the token stands
-// in those columns for the k-steps of the group, and zeros everywhere else. Then one chain of mma over the whole part
-// leaves each group's sum in other lanes, lane q scales only its own (4 groups) or two (8 groups), and the sums over q
-// are taken once, at the end: 8 instructions for the scales of a unit instead of 24.
-template <int SLOT>
+// One token would fill only one of the eight columns of B. Instead each slot of a part gets columns of its own: they
+// hold the token in the k-steps of the slot, and zeros elsewhere. One chain of mma over the whole part then leaves the
+// sums of each group in other lanes. Lane q scales only its own sum (4 slots) or two sums (8 slots), and the sums over
+// q are taken once, at the end: 8 instructions for the scales of a unit instead of 24.
+template <int GROUP>
 struct OneTokenSums {
   int bits[2];  // rows gr and gr + 8, of the groups of this lane's q
 
   __device__ __forceinline__ void clear() { bits[0] = bits[1] = 0; }
 
-  // Whether lane gr's column of B is one of the slot's.
+  // Whether lane gr's column of B belongs to the slot of a part with SLOTS slots.
   template <int SLOTS>
-  static __device__ __forceinline__ bool is_mine(int slot, int lane) {
+  static __device__ __forceinline__ bool has_column(int slot, int lane) {
     return (SLOTS == 4 ? lane / 8 : lane / 4) == slot;
   }
 
   template <int BITS>
-  __device__ __forceinline__ void add(const Part<BITS, SLOT>& part, const uint32_t (*activation)[1][8], int lane) {
-    using PartType = Part<BITS, SLOT>;
-    const int start[4] = {magic_bits, magic_bits, magic_bits, magic_bits}, zero[4] = {0, 0, 0, 0};
+  __device__ __forceinline__ void add(const Part<BITS, GROUP>& part, const uint32_t (*activation)[1][8], int lane) {
+    using PartType = Part<BITS, GROUP>;
+    constexpr int first = GROUP == 0 ? 0 : magic_bits;
+    const int start[4] = {first, first, first, first};
     int c[4];
 #pragma unroll
     for (int b = 0; b < PartType::sub_blocks; ++b) {
       uint32_t a[4][4];
-      expand<BITS, SLOT>(part, b, a);
+      part.expand(b, a);
 #pragma unroll
       for (int s = 0; s < 4; ++s) {
         const uint32_t b0 = activation[b][0][2 * s], b1 = activation[b][0][2 * s + 1];
         if (b == 0 && s == 0) {
-          multiply(c, a[s], b0, b1, SLOT == 0 ? zero : start);
+          multiply(c, a[s], b0, b1, start);
         } else {
           multiply(c, a[s], b0, b1, c);
         }
       }
     }
-    if constexpr (SLOT == 0) {
+    if constexpr (GROUP == 0) {
       bits[0] += c[0];
       bits[1] += c[2];
     } else if constexpr (PartType::slots == 4) {
@@ -330,10 +266,10 @@ struct OneTokenSums {
     } else {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        const uint4 low = part.scales[0], high = part.scales[PartType::scale_pieces - 1];
-        const uint32_t first = lane & 2 ? (r ? high.z : high.x) : (r ? low.z : low.x);
-        const uint32_t second = lane & 2 ? (r ? high.w : high.y) : (r ? low.w : low.y);
-        const uint32_t pair = lane & 1 ? second : first;
+        const uint4 low = part.scales[0], high = part.scales[PartType::scale_vectors - 1];
+        const uint32_t first_pair = lane & 2 ? (r ? high.z : high.x) : (r ? low.z : low.x);
+        const uint32_t second_pair = lane & 2 ? (r ? high.w : high.y) : (r ? low.w : low.y);
+        const uint32_t pair = lane & 1 ? second_pair : first_pair;
         const float2 scale = __half22float2(*reinterpret_cast<const __half2*>(&pair));
         bits[r] = scaled(scaled(bits[r], scale.x, c[2 * r]), scale.y, c[2 * r + 1]);
       }
@@ -341,10 +277,10 @@ struct OneTokenSums {
   }
 };
 
-// Adds two sums of the kind that Sums holds.
-template <int SLOT>
+// Adds two values of Sums::bits.
+template <int GROUP>
 __device__ __forceinline__ int add_sums(int a, int b) {
-  return SLOT == 0 ? a + b : __float_as_int(__fadd_rn(__int_as_float(a), __int_as_float(b)));
+  return GROUP == 0 ? a + b : __float_as_int(__fadd_rn(__int_as_float(a), __int_as_float(b)));
 }
 
 }  // namespace rcp::cuda::fragments

@@ -1,9 +1,8 @@
-// The main loop of the GEMV family (1 to 16 tokens) and its reductions.
+// The main loop of the GEMV kernels (1 to 16 tokens) and its sums.
 //
-// A block takes TILES row tiles and the units [unit_begin, unit_end) of their columns; warp w takes the units
-// unit_begin + w, + warps, .. of all its tiles, so that a unit's activations are fetched once and stay in registers
-// while the tiles pass. The warps' sums are added in their order in shared memory, and with several splits of the
-// columns, the last block of a row range to finish adds theirs, in their order.
+// A block takes ROW_TILES row tiles and the units [unit_begin, unit_end) of their columns. Warp w takes the units
+// unit_begin + w, + gemv_warps, ... of all its row tiles: it fetches a unit's activations once and keeps them in
+// registers while the row tiles pass. The block adds the sums of its warps in order, and split_sum.cuh those of splits.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -11,84 +10,63 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "rcp/cuda/lut_linear_activation.cuh"
 #include "rcp/cuda/lut_linear_fragments.cuh"
+#include "rcp/cuda/lut_linear_plan.h"
+#include "rcp/cuda/split_sum.cuh"
 #include "rcp/cuda/weight_header.cuh"
-#include "rcp/cuda/weight_layout.h"
 
 namespace rcp::cuda {
-
-inline constexpr int gemv_warps = 8;
-
-// What a GEMV kernel is launched with.
-struct GemvProblem {
-  const uint8_t* weight;
-  uint32_t stamp;  // that the weight must have; else every output is NaN: a kernel cannot raise
-  const void* x;
-  const void* bias;
-  void* y;
-  FloatType bias_type, y_type;
-  int64_t rows;
-  int columns, tile_bytes;
-  int row_tiles, units, tail_sub_blocks;  // sub-blocks of the last unit
-  int units_per_split, splits;
-  int whole_blocks;  // the first blocks along the rows, of which no tile or sub-block is missing
-  int tokens;
-  float clip, qmax, qmax_inverse;             // one token: quantized by every block for itself
-  float qmax_inverse_high, qmax_inverse_low;  // sum: 1 / qmax to 48 bits, the first one rounded up
-  const float* token_scales;                  // several tokens: quantized before, [tokens]
-  const uint4* fragments;                     // [token tile][sub-block][2][32 lanes]
-  int* partial_sums;                          // [split][row tile][words of a tile's sums], if splits > 1
-  unsigned* counters;                         // [blocks along the rows], if splits > 1
-};
-
 namespace stream {
 
 using fragments::OneTokenSums;
 using fragments::Part;
 using fragments::Sums;
 
-// NT: tiles of 8 tokens; 0: one token.
-template <int BITS, int SLOT, int NT, int TILES>
+// TOKEN_TILES 0: one token.
+template <int BITS, int GROUP, int TOKEN_TILES, int ROW_TILES>
 struct Stream {
-  using PartType = Part<BITS, SLOT>;
-  static constexpr int warps = gemv_warps, parts = PartType::parts, steps = TILES * parts;
-  static_assert(steps % 2 == 0, "two buffers in turn");
-  // The loop without checks is compiled where it matters most, for one token in groups of 128: elsewhere the copy would
-  // cost compile time, and registers beyond the last.
-  static constexpr bool always_checked = SLOT != 128 || BITS == 4 || NT > 1;
-  // A warp's last unit is a copy of its own, without the loads for another, where instructions count most.
-  static constexpr bool one_loop = NT > 0;
-  static __device__ __forceinline__ CudaLayout layout() { return {0, 0, SLOT == 0 ? 512 : SLOT, BITS}; }
-  static constexpr int token_tiles = NT == 0 ? 1 : NT;
-  using SumsType = std::conditional_t<NT == 0, OneTokenSums<SLOT>, Sums<SLOT, token_tiles>>;
-  // Words of a tile's sums in shared memory, and how many of them make one: one token has a sum for each q.
-  static constexpr int sum_words = NT == 0 ? 64 : 128 * NT, per_output = NT == 0 ? 4 : 1;
+  using PartType = Part<BITS, GROUP>;
+  // The parts of a unit over all row tiles; part i is part i % parts of row tile i / parts.
+  static constexpr int parts = PartType::parts, all_parts = ROW_TILES * parts;
+  static_assert(all_parts % 2 == 0, "two buffers in turn");
+  // The loop without checks is compiled where it matters most: a group size of 128 and at most 8 tokens. Elsewhere the
+  // copy would cost compile time, and more registers than there are.
+  static constexpr bool always_checked = GROUP != 128 || BITS == 4 || TOKEN_TILES > 1;
+  // One token, where instructions count most: a warp's last unit is a copy of the loop body without loads for a next.
+  static constexpr bool one_loop = TOKEN_TILES > 0;
+  static constexpr int token_tiles = TOKEN_TILES == 0 ? 1 : TOKEN_TILES;
+  using SumsType = std::conditional_t<TOKEN_TILES == 0, OneTokenSums<GROUP>, Sums<GROUP, token_tiles>>;
+  // Words of a row tile's sums in shared memory, and words of one output: one token has a sum for each q.
+  static constexpr int sum_words = TOKEN_TILES == 0 ? 64 : 128 * TOKEN_TILES, output_words = TOKEN_TILES == 0 ? 4 : 1;
 
-  const GemvProblem& problem;
+  const LutLinearParameters& p;
   int lane, warp, tile_begin, unit_begin, unit_end, unit;
-  bool checked;  // some tile or sub-block is missing
+  bool checked;  // a row tile or a sub-block may be missing
   const uint8_t *codes_at, *tables_at;
   PartType buffer[2];
 
-  // Asks for the first two parts.
-  __device__ __forceinline__ explicit Stream(const GemvProblem& p) : problem(p) {
+  __device__ __forceinline__ explicit Stream(const LutLinearParameters& parameters) : p(parameters) {
     // The shuffle tells the compiler that the warp's index is uniform.
     warp = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x / 32), 0);
     lane = threadIdx.x % 32;
-    tile_begin = blockIdx.x * TILES;
+    tile_begin = blockIdx.x * ROW_TILES;
     unit_begin = blockIdx.y * p.units_per_split;
     unit_end = min(unit_begin + p.units_per_split, p.units);
     unit = unit_begin + warp;
     checked = static_cast<int>(blockIdx.x) >= p.whole_blocks;
-    const uint8_t* start = p.weight + (sizeof(WeightHeader) + static_cast<int64_t>(tile_begin) * p.tile_bytes);
+    const uint8_t* start = p.call.weight + (sizeof(WeightHeader) + static_cast<int64_t>(tile_begin) * p.tile_bytes);
     codes_at = start + static_cast<unsigned>(unit * PartType::unit_bytes + lane * 16);
     tables_at = start + static_cast<unsigned>(unit * PartType::unit_bytes + lane / 4 * 16);
     // Opaque to the compiler, which would otherwise compute them again for every use.
     asm("" : "+l"(codes_at), "+l"(tables_at));
+  }
+
+  // Starts the loads of the first two parts.
+  __device__ __forceinline__ void start() {
     if (unit >= unit_end) return;
-    // A part past the last sub-block is not loaded, but added: its sums are 0, which a scale of NaN would not leave so.
-    if constexpr (PartType::parts > 1) {
+    // Parts beyond the last sub-block are skipped by load() but still added. Their scales are zeroed, because an
+    // uninitialised NaN times 0 would be NaN.
+    if constexpr (parts > 1) {
 #pragma unroll
       for (PartType& part : buffer) {
 #pragma unroll
@@ -104,52 +82,52 @@ struct Stream {
     }
   }
 
-  __device__ __forceinline__ int tile_count() const { return min(TILES, problem.row_tiles - tile_begin); }
+  __device__ __forceinline__ int tile_count() const { return min(ROW_TILES, p.row_tiles - tile_begin); }
 
-  // Step `step` of a unit (tile step / parts, part step % parts) into a buffer.
+  // Loads part i of a unit into a buffer.
   template <bool CHECKED>
-  __device__ __forceinline__ void load(int which, int step, int of_unit, const uint8_t* codes, const uint8_t* tables) {
-    const int tile = step / parts, part = step % parts;
+  __device__ __forceinline__ void load(int which, int i, int of_unit, const uint8_t* codes, const uint8_t* tables) {
+    const int tile = i / parts, part = i % parts;
     if (one_loop && of_unit >= unit_end) return;
-    const int n = CHECKED && of_unit == problem.units - 1 ? problem.tail_sub_blocks : unit_sub_blocks;
+    const int n = CHECKED && of_unit == p.units - 1 ? p.tail_sub_blocks : unit_sub_blocks;
     if (CHECKED && (of_unit >= unit_end || tile >= tile_count() || part * PartType::sub_blocks >= n)) return;
-    const int64_t offset = static_cast<int64_t>(tile) * problem.tile_bytes;
-    buffer[which].template load<CHECKED>(codes + offset, tables + offset + layout().table_area(n), part, n);
+    const int64_t offset = static_cast<int64_t>(tile) * p.tile_bytes;
+    buffer[which].template load<CHECKED>(codes + offset, tables + offset + unit_layout<BITS, GROUP>().table_area(n),
+                                         part, n);
   }
 
-  // One unit of all tiles; with MORE, another unit of the warp's follows, whose first two parts are asked for.
+  // Multiplies one unit of all row tiles. MORE: another unit of the warp follows, and its first two parts are loaded.
   template <bool CHECKED, bool MORE, class Fetch>
-  __device__ __forceinline__ void one_unit(const Fetch& fetch, SumsType (&sums)[TILES]) {
+  __device__ __forceinline__ void one_unit(const Fetch& fetch, SumsType (&sums)[ROW_TILES]) {
     uint32_t activation[unit_sub_blocks][token_tiles][8];
     fetch(unit, activation);
-    constexpr int stride = MORE ? warps * PartType::unit_bytes : 0;
+    constexpr int stride = MORE ? gemv_warps * PartType::unit_bytes : 0;
 #pragma unroll
-    for (int step = 0; step < steps; ++step) {
-      PartType& now = buffer[step % 2];
-      const int tile = step / parts, first = step % parts * PartType::sub_blocks;
+    for (int i = 0; i < all_parts; ++i) {
+      const int tile = i / parts, first = i % parts * PartType::sub_blocks;
       if (!CHECKED || tile < tile_count()) {
-        sums[tile].template add<BITS>(now, activation + first, lane);
+        sums[tile].template add<BITS>(buffer[i % 2], activation + first, lane);
       }
-      if (step + 2 < steps) {
-        load<CHECKED>(step % 2, step + 2, unit, codes_at, tables_at);
+      if (i + 2 < all_parts) {
+        load<CHECKED>(i % 2, i + 2, unit, codes_at, tables_at);
       } else if (MORE) {
-        load<CHECKED>(step % 2, step + 2 - steps, unit + warps, codes_at + stride, tables_at + stride);
+        load<CHECKED>(i % 2, i + 2 - all_parts, unit + gemv_warps, codes_at + stride, tables_at + stride);
       }
     }
     if (MORE) {
-      unit += warps;
+      unit += gemv_warps;
       codes_at += stride;
       tables_at += stride;
     }
   }
 
-  // fetch(unit, activation): the B fragments of a unit, zeros for its missing sub-blocks. Leaves the warp's sums in
-  // `shared_sums` [warp][TILES][sum_words].
+  // fetch(unit, activation) gets the B fragments of a unit, zeros for its missing sub-blocks. Leaves the warp's sums in
+  // `shared_sums` [warp][ROW_TILES][sum_words].
   template <bool CHECKED, class Fetch>
   __device__ __forceinline__ void run(const Fetch& fetch, int* shared_sums) {
-    SumsType sums[TILES];
+    SumsType sums[ROW_TILES];
 #pragma unroll
-    for (int i = 0; i < TILES; ++i) sums[i].clear();
+    for (int i = 0; i < ROW_TILES; ++i) sums[i].clear();
     if constexpr (CHECKED || one_loop) {
 #pragma unroll 1
       do {
@@ -157,18 +135,18 @@ struct Stream {
       } while (unit < unit_end);
     } else {
 #pragma unroll 1
-      while (unit + warps < unit_end) one_unit<false, true>(fetch, sums);
+      while (unit + gemv_warps < unit_end) one_unit<false, true>(fetch, sums);
       one_unit<false, false>(fetch, sums);
     }
 #pragma unroll
-    for (int i = 0; i < TILES; ++i) {
-      int* to = shared_sums + (warp * TILES + i) * sum_words;
-      if constexpr (NT == 0) {
+    for (int i = 0; i < ROW_TILES; ++i) {
+      int* to = shared_sums + (warp * ROW_TILES + i) * sum_words;
+      if constexpr (TOKEN_TILES == 0) {
         to[lane] = sums[i].bits[0];
         to[32 + lane] = sums[i].bits[1];
       } else {
 #pragma unroll
-        for (int t = 0; t < NT; ++t) {
+        for (int t = 0; t < TOKEN_TILES; ++t) {
           const int (&bits)[4] = sums[i].bits[t];
           reinterpret_cast<int4*>(to)[t * 32 + lane] = {bits[0], bits[1], bits[2], bits[3]};
         }
@@ -188,91 +166,71 @@ struct Stream {
   }
 };
 
-// Output e of a tile's: its row in the tile and its token.
-template <int NT>
-__device__ __forceinline__ void place_of(int e, int& row, int& token) {
-  if constexpr (NT == 0) {
-    row = e, token = 0;
-  } else {
-    const int lane = e / 4 % 32;
-    row = lane / 4 + e % 4 / 2 * 8, token = e / 128 * 8 + lane % 4 * 2 + e % 2;
+// Stores the output of a row of a row tile and a token, if both exist. `sum` is a value of Sums::bits,
+// `scale_of(token)` the token's scale.
+template <int BITS, int GROUP, class ScaleOf>
+__device__ __forceinline__ void store_output(const LutLinearParameters& p, int tile, int row, int64_t token, int sum,
+                                             float tensor_scale, const ScaleOf& scale_of) {
+  const int64_t n = static_cast<int64_t>(tile) * tile_rows + row;
+  if (n >= p.call.rows || token >= p.call.tokens) return;
+  float total = __int_as_float(sum);
+  if constexpr (GROUP == 0) {
+    // The scale of a row that is one group: slot 0 of the first unit.
+    const CudaLayout layout{p.call.rows, p.call.columns, p.call.columns, BITS};
+    const uint8_t* first_unit = p.call.weight + layout.unit_offset(tile, 0);
+    const auto* scales = reinterpret_cast<const __half*>(first_unit + layout.scale_area(layout.sub_blocks_of(0)));
+    total = __fmul_rn(__half2float(__ldg(scales + layout.scale_offset(row, 0) / 2)), static_cast<float>(sum));
   }
+  const float bias = p.call.bias == nullptr ? 0.0f : load_value(p.call.bias, p.call.bias_type, n);
+  store_value(p.call.y, p.call.x_type, token * p.call.rows + n,
+              __fmaf_rn(total, __fmul_rn(scale_of(token), tensor_scale), bias));
 }
 
-// The scale of a row that is one group: slot 0 of its first unit.
-template <int BITS>
-__device__ __forceinline__ float row_scale(const GemvProblem& p, int64_t tile, int row) {
-  const CudaLayout layout{p.rows, p.columns, p.columns, BITS};
-  const uint8_t* at = p.weight + layout.unit_offset(tile, 0) + layout.scale_area(layout.sub_blocks_of(0));
-  return activation::widen<FloatType::float16>(
-      __ldg(reinterpret_cast<const uint16_t*>(at + layout.scale_offset(row, 0))));
-}
-
-// After the main loop: adds the warps' sums, then the splits', and stores y. `scale_of(token)` is the token's scale.
-template <int BITS, int SLOT, int NT, int TILES, class ScaleOf>
-__device__ __forceinline__ void finish(const Stream<BITS, SLOT, NT, TILES>& main_loop, const int* sums, int* is_last,
+// Adds the warps' sums, then those of the splits, and stores y.
+template <int BITS, int GROUP, int TOKEN_TILES, int ROW_TILES, class ScaleOf>
+__device__ __forceinline__ void finish(const Stream<BITS, GROUP, TOKEN_TILES, ROW_TILES>& main_loop, const int* sums,
                                        const uint4& header, const ScaleOf& scale_of) {
-  using StreamType = Stream<BITS, SLOT, NT, TILES>;
-  const GemvProblem& p = main_loop.problem;
-  constexpr int outputs = StreamType::sum_words / StreamType::per_output;
-  const float tensor_scale = header_tensor_scale(header, p.stamp);
-  const auto add = [](int a, int b) { return fragments::add_sums<SLOT>(a, b); };
-  const auto store = [&](int e, int sum) {
-    int row, token;
-    place_of<NT>(e % outputs, row, token);
-    const int tile = main_loop.tile_begin + e / outputs;
-    const int64_t n = static_cast<int64_t>(tile) * tile_rows + row;
-    if (n >= p.rows || token >= p.tokens) return;
-    float total = __int_as_float(sum);
-    if constexpr (SLOT == 0) total = __fmul_rn(row_scale<BITS>(p, tile, row), static_cast<float>(sum));
-    const float bias = p.bias == nullptr ? 0.0f : activation::load_float(p.bias, p.bias_type, n);
-    activation::store_float(p.y, p.y_type, token * p.rows + n,
-                            __fmaf_rn(total, __fmul_rn(scale_of(token), tensor_scale), bias));
+  using StreamType = Stream<BITS, GROUP, TOKEN_TILES, ROW_TILES>;
+  const LutLinearParameters& p = main_loop.p;
+  constexpr int outputs = StreamType::sum_words / StreamType::output_words, threads = 32 * gemv_warps;
+  const float tensor_scale = header_tensor_scale(header, p.shape_hash);
+  const auto add = [](int a, int b) { return fragments::add_sums<GROUP>(a, b); };
+  const auto store = [&](int i, int sum) {
+    const int output = i % outputs, lane = output / 4 % 32;
+    const int row = TOKEN_TILES == 0 ? output : lane / 4 + output % 4 / 2 * 8;
+    const int token = TOKEN_TILES == 0 ? 0 : output / 128 * 8 + lane % 4 * 2 + output % 2;
+    store_output<BITS, GROUP>(p, main_loop.tile_begin + i / outputs, row, token, sum, tensor_scale, scale_of);
   };
   __syncthreads();
   const int count = main_loop.tile_count() * outputs;
-  const int active = min(StreamType::warps, main_loop.unit_end - main_loop.unit_begin);
+  const int active_warps = min(gemv_warps, main_loop.unit_end - main_loop.unit_begin);
+  const int64_t split_stride = static_cast<int64_t>(p.row_tiles) * outputs;
+  int* split_sums = p.split_sums + static_cast<int64_t>(main_loop.tile_begin) * outputs;
 #pragma unroll 1
-  for (int e = threadIdx.x; e < count; e += 32 * StreamType::warps) {
+  for (int i = threadIdx.x; i < count; i += threads) {
     int sum = 0;
-    for (int warp = 0; warp < active; ++warp) {
+    for (int warp = 0; warp < active_warps; ++warp) {
       int of_warp;
-      if constexpr (NT == 0) {
-        const int4 four = reinterpret_cast<const int4*>(sums)[warp * TILES * outputs + e];
+      if constexpr (TOKEN_TILES == 0) {
+        const int4 four = reinterpret_cast<const int4*>(sums)[warp * ROW_TILES * outputs + i];
         of_warp = add(add(four.x, four.y), add(four.z, four.w));
       } else {
-        of_warp = sums[warp * TILES * outputs + e];
+        of_warp = sums[warp * ROW_TILES * outputs + i];
       }
       sum = warp == 0 ? of_warp : add(sum, of_warp);
     }
     if (p.splits == 1) {
-      store(e, sum);
+      store(i, sum);
     } else {
-      __stcg(p.partial_sums + (static_cast<int64_t>(blockIdx.y) * p.row_tiles + main_loop.tile_begin) * outputs + e,
-             sum);
+      __stcg(split_sums + blockIdx.y * split_stride + i, sum);
     }
   }
-  if (p.splits == 1) return;
-  __threadfence();
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    const unsigned before = atomicAdd(p.counters + blockIdx.x, 1u);
-    const bool last = before + 1 == static_cast<unsigned>(p.splits);
-    if (last) p.counters[blockIdx.x] = 0;
-    *is_last = last;
-  }
-  __syncthreads();
-  if (!*is_last) return;
-  __threadfence();
+  if (p.splits == 1 || !arrives_last(p.call.counters + blockIdx.x)) return;
 #pragma unroll 1
-  for (int e = threadIdx.x; e < count; e += 32 * StreamType::warps) {
-    const int* at = p.partial_sums + static_cast<int64_t>(main_loop.tile_begin) * outputs + e;
-    int sum = __ldcg(at);
-    for (int split = 1; split < p.splits; ++split) {
-      at += static_cast<int64_t>(p.row_tiles) * outputs;
-      sum = add(sum, __ldcg(at));
-    }
-    store(e, sum);
+  for (int i = threadIdx.x; i < count; i += threads) {
+    int sum = __ldcg(split_sums + i);
+    for (int split = 1; split < p.splits; ++split) sum = add(sum, __ldcg(split_sums + split * split_stride + i));
+    store(i, sum);
   }
 }
 

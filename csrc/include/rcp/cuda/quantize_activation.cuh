@@ -1,24 +1,16 @@
-// Per-token symmetric activation quantization for CUDA: the steps of docs/numerics.md, bit-equal to the CPU's.
+// Per-token symmetric activation quantization for CUDA, bit-equal to the CPU's. The steps are in quantize_token.cuh. A
+// token with NaN or Inf gets the scale NaN and q = 0.
 //
-//   amax = max|x|                s = fl32(fl32(amax * clip) / qmax)        qmax = 7 (4 bits) or 127 (8 bits)
-//   q = clamp(rint(fl32(x * fl32(1/s))), -qmax-1, qmax)                   ties to even; s < 2^-120: s = 0, q = 0
-//
-// A token with NaN or Inf gets the scale NaN and q = 0: a kernel cannot raise without a synchronisation, and a scale of
-// NaN makes every use of the token NaN.
-//
-// One block per token. Up to 4 chunks of 8 values a thread stay in registers between the two passes, so a token of at
-// most 8192 values is read once; of a longer one the rest is read again, from L2. Any alignment of x and q: a chunk
+// One block for each token. A thread keeps up to 4 chunks in registers between the two passes, so a token of at most
+// 8192 values is read once; the rest of a longer token is read again, from L2. x and q may have any alignment: a chunk
 // that is not aligned, or not whole, is loaded and stored value by value.
 #pragma once
 
-#include <cuda_runtime.h>
-
-#include "rcp/cuda/activation_chunk.cuh"
-#include "rcp/float_types.h"
+#include "rcp/cuda/quantize_token.cuh"
 
 namespace rcp::cuda {
 
-struct QuantizeActivationArguments {
+struct QuantizeActivationCall {
   const void* x;  // [tokens, columns], contiguous, any element alignment
   FloatType x_type;
   int64_t tokens, columns;
@@ -30,133 +22,65 @@ struct QuantizeActivationArguments {
   cudaStream_t stream;
 };
 
-namespace quantize_activation_detail {
+inline constexpr int quantize_activation_threads = 256, quantize_activation_kept_chunks = 4;
 
-constexpr int cached_chunks = 4, max_threads = 256;
+template <bool PACKED>
+__global__ void __launch_bounds__(quantize_activation_threads)
+    quantize_activation_kernel(const QuantizeActivationCall call) {
+  __shared__ uint32_t warp_values[8];
+  const int64_t columns = call.columns, token = blockIdx.x;
+  const int chunks = static_cast<int>((columns + chunk_columns - 1) / chunk_columns);
+  const char* x = static_cast<const char*>(call.x) + token * columns * (call.x_type == FloatType::float32 ? 4 : 2);
+  uint8_t* q = static_cast<uint8_t*>(call.q) + token * (PACKED ? (columns + 1) / 2 : columns);
+  const bool aligned = reinterpret_cast<uintptr_t>(q) % (PACKED ? sizeof(uint32_t) : sizeof(uint2)) == 0;
+  const float qmax = call.bits == 4 ? 7.0f : 127.0f;
 
-__device__ __forceinline__ void store_chunk(uint8_t* token_q, int64_t k, int64_t columns, bool aligned, bool packed,
-                                            const float (&values)[chunk_values], float inverse, int qmax) {
-  uint32_t q[chunk_values];
+  TokenReader<quantize_activation_kept_chunks> reader(x, call.x_type, columns, 0, chunks, 0);
+  const float amax = reader.amax(warp_values);
+  const bool finite = __float_as_uint(amax) < 0x7f800000u;
+  const TokenScale scale = token_scale(amax, call.clip, qmax, call.bits == 4 ? 1.0f / 7.0f : 1.0f / 127.0f);
+  if (threadIdx.x == 0) call.scale[token] = scale.scale;
+  reader.visit(chunks, [&](int chunk, const float (&values)[chunk_columns]) {
+    const int64_t k = int64_t{chunk} * chunk_columns;
+    const uint2 bytes = finite ? quantize_chunk(values, scale.reciprocal, call.clip < 1.0f, qmax) : uint2{0, 0};
+    const bool whole = aligned && k + chunk_columns <= columns;
+    if constexpr (PACKED) {
+      // Bytes 0x0a, 0x0b, ... -> nibbles.
+      const auto pack = [](uint32_t four) {
+        four = (four & 0x0f0f0f0fu) | (four >> 4 & 0x00f000f0u);
+        return (four & 0xffu) | (four >> 8 & 0xff00u);
+      };
+      const uint32_t nibbles = pack(bytes.x) | pack(bytes.y) << 16;
+      if (whole) {
+        *reinterpret_cast<uint32_t*>(q + k / 2) = nibbles;
+      } else {
 #pragma unroll
-  for (int i = 0; i < chunk_values; ++i) {
-    // The conversion turns NaN to 0 and saturates, so a token without a finite scale (inverse = 0) becomes zeros.
-    q[i] = static_cast<uint32_t>(max(-qmax - 1, min(qmax, __float2int_rn(__fmul_rn(values[i], inverse)))));
-  }
-  if (packed) {
-    uint32_t word = 0;
-#pragma unroll
-    for (int i = 0; i < chunk_values; ++i) word |= (q[i] & 15u) << (4 * i);
-    if (aligned && k + chunk_values <= columns) {
-      *reinterpret_cast<uint32_t*>(token_q + k / 2) = word;
+        for (int i = 0; i < chunk_columns; i += 2) {
+          if (k + i < columns) q[(k + i) / 2] = static_cast<uint8_t>(nibbles >> (4 * i));
+        }
+      }
+    } else if (whole) {
+      *reinterpret_cast<uint2*>(q + k) = bytes;
     } else {
 #pragma unroll
-      for (int i = 0; i < chunk_values; i += 2) {
-        if (k + i < columns) token_q[(k + i) / 2] = static_cast<uint8_t>(word >> (4 * i));
+      for (int i = 0; i < chunk_columns; ++i) {
+        if (k + i < columns) q[k + i] = static_cast<uint8_t>((i < 4 ? bytes.x : bytes.y) >> (i % 4 * 8));
       }
     }
-    return;
-  }
-  if (aligned && k + chunk_values <= columns) {
-    uint2 words;
-    words.x = (q[0] & 255u) | (q[1] & 255u) << 8 | (q[2] & 255u) << 16 | q[3] << 24;
-    words.y = (q[4] & 255u) | (q[5] & 255u) << 8 | (q[6] & 255u) << 16 | q[7] << 24;
-    *reinterpret_cast<uint2*>(token_q + k) = words;
-  } else {
-#pragma unroll
-    for (int i = 0; i < chunk_values; ++i) {
-      if (k + i < columns) token_q[k + i] = static_cast<uint8_t>(q[i]);
-    }
-  }
+  });
 }
 
-}  // namespace quantize_activation_detail
-
-template <class T>
-__global__ void __launch_bounds__(quantize_activation_detail::max_threads)
-    quantize_activation_kernel(const T* __restrict__ x, int64_t columns, int qmax, bool packed, float clip,
-                               uint8_t* __restrict__ q, float* __restrict__ scale) {
-  namespace detail = quantize_activation_detail;
-  __shared__ uint32_t warp_largest[detail::max_threads / 32];
-  const T* token = x + blockIdx.x * columns;
-  uint8_t* token_q = q + blockIdx.x * (packed ? (columns + 1) / 2 : columns);
-  const bool aligned_x = reinterpret_cast<uintptr_t>(token) % sizeof(uint4) == 0;
-  const auto load_chunk = [&](int64_t k, float (&values)[chunk_values]) {
-    if (aligned_x && k + chunk_values <= columns) {
-      load_whole_chunk(token + k, values);
-    } else {
-      load_partial_chunk(token, k, columns, values);
-    }
-  };
-  const bool aligned_q = reinterpret_cast<uintptr_t>(token_q) % (packed ? sizeof(uint32_t) : sizeof(uint2)) == 0;
-  const int64_t first = threadIdx.x * chunk_values, stride = blockDim.x * chunk_values;
-
-  float cached[detail::cached_chunks][chunk_values];
-  uint32_t largest = 0;
-#pragma unroll
-  for (int c = 0; c < detail::cached_chunks; ++c) {
-    if (first + c * stride < columns) {
-      load_chunk(first + c * stride, cached[c]);
-      largest = largest_magnitude(cached[c], largest);
-    }
+// Enqueues one launch. Without tokens nothing is launched. Tokens without columns get the scale 0.
+inline cudaError_t quantize_activation(const QuantizeActivationCall& call) {
+  if (call.tokens < 1) return cudaSuccess;
+  if (call.tokens > 0x7fffffff || call.columns > int64_t{1} << 33 || (call.bits != 4 && call.bits != 8) ||
+      (call.packed && call.bits != 4)) {
+    return cudaErrorInvalidValue;
   }
-  for (int64_t k = first + detail::cached_chunks * stride; k < columns; k += stride) {
-    float values[chunk_values];
-    load_chunk(k, values);
-    largest = largest_magnitude(values, largest);
-  }
-  largest = warp_max(largest);
-  if (threadIdx.x % 32 == 0) warp_largest[threadIdx.x / 32] = largest;
-  __syncthreads();
-  for (unsigned warp = 0; warp < blockDim.x / 32; ++warp) largest = max(largest, warp_largest[warp]);
-
-  float s = __fdiv_rn(__fmul_rn(__uint_as_float(largest), clip), static_cast<float>(qmax));
-  float inverse = 0.0f;
-  if (largest >= 0x7f800000u) {
-    s = __uint_as_float(0x7fffffffu);
-  } else if (s < 0x1p-120f) {
-    s = 0.0f;
-  } else {
-    inverse = __frcp_rn(s);
-  }
-  if (threadIdx.x == 0) scale[blockIdx.x] = s;
-#pragma unroll
-  for (int c = 0; c < detail::cached_chunks; ++c) {
-    if (first + c * stride < columns) {
-      detail::store_chunk(token_q, first + c * stride, columns, aligned_q, packed, cached[c], inverse, qmax);
-    }
-  }
-  for (int64_t k = first + detail::cached_chunks * stride; k < columns; k += stride) {
-    float values[chunk_values];
-    load_chunk(k, values);
-    detail::store_chunk(token_q, k, columns, aligned_q, packed, values, inverse, qmax);
-  }
-}
-
-// Enqueues one launch; empty input launches nothing but the zero scales of tokens without columns.
-inline cudaError_t quantize_activation(const QuantizeActivationArguments& a) {
-  if (a.tokens < 1) return cudaSuccess;
-  if (a.tokens > 0x7fffffff || (a.bits != 4 && a.bits != 8) || (a.packed && a.bits != 4)) return cudaErrorInvalidValue;
-  namespace detail = quantize_activation_detail;
-  const int64_t chunks = (a.columns + chunk_values - 1) / chunk_values;
-  const int64_t warps = (chunks + 31) / 32;
-  const unsigned threads = warps >= detail::max_threads / 32 ? detail::max_threads : 32u * (warps < 1 ? 1 : warps);
-  const unsigned blocks = static_cast<unsigned>(a.tokens);
-  const int qmax = a.bits == 4 ? 7 : 127;
-  auto* q = static_cast<uint8_t*>(a.q);
-  switch (a.x_type) {
-    case FloatType::float32:
-      quantize_activation_kernel<<<blocks, threads, 0, a.stream>>>(static_cast<const float*>(a.x), a.columns, qmax,
-                                                                   a.packed, a.clip, q, a.scale);
-      break;
-    case FloatType::float16:
-      quantize_activation_kernel<<<blocks, threads, 0, a.stream>>>(static_cast<const __half*>(a.x), a.columns, qmax,
-                                                                   a.packed, a.clip, q, a.scale);
-      break;
-    case FloatType::bfloat16:
-      quantize_activation_kernel<<<blocks, threads, 0, a.stream>>>(static_cast<const __nv_bfloat16*>(a.x), a.columns,
-                                                                   qmax, a.packed, a.clip, q, a.scale);
-      break;
-  }
+  const int64_t warps = (call.columns + 32 * chunk_columns - 1) / (32 * chunk_columns);
+  const unsigned threads = 32u * static_cast<unsigned>(warps < 1 ? 1 : warps > 8 ? 8 : warps);
+  const auto kernel = call.packed ? quantize_activation_kernel<true> : quantize_activation_kernel<false>;
+  kernel<<<static_cast<unsigned>(call.tokens), threads, 0, call.stream>>>(call);
   return cudaGetLastError();
 }
 

@@ -1,48 +1,13 @@
+// lanes16_scalar.h in one register: the functions of lanes_avx512.h, and these.
 #pragma once
 
-#include <cmath>
-#include <cstring>
+#include "rcp/cpu/lanes_avx512.h"
 
-#include "rcp/cpu/kv_cache_call.h"
-#include "rcp/cpu/quantize_activation_avx512.h"
+namespace rcp::avx512::lanes16 {
 
-namespace rcp::avx512::kv {
+using Lanes = lanes::Vector;
+using namespace lanes;
 
-using Lanes = __m512;
-
-RCP_AVX512 RCP_INLINE Lanes set1(float a) {
-  return _mm512_set1_ps(a);
-}
-RCP_AVX512 RCP_INLINE Lanes load(const float* x) {
-  return _mm512_loadu_ps(x);
-}
-RCP_AVX512 RCP_INLINE void store(float* x, Lanes a) {
-  _mm512_storeu_ps(x, a);
-}
-RCP_AVX512 RCP_INLINE Lanes add(Lanes a, Lanes b) {
-  return _mm512_add_ps(a, b);
-}
-RCP_AVX512 RCP_INLINE Lanes sub(Lanes a, Lanes b) {
-  return _mm512_sub_ps(a, b);
-}
-RCP_AVX512 RCP_INLINE Lanes mul(Lanes a, Lanes b) {
-  return _mm512_mul_ps(a, b);
-}
-RCP_AVX512 RCP_INLINE Lanes div(Lanes a, Lanes b) {
-  return _mm512_div_ps(a, b);
-}
-RCP_AVX512 RCP_INLINE Lanes max(Lanes a, Lanes b) {
-  return _mm512_max_ps(a, b);
-}
-RCP_AVX512 RCP_INLINE Lanes min(Lanes a, Lanes b) {
-  return _mm512_min_ps(a, b);
-}
-RCP_AVX512 RCP_INLINE Lanes multiply_add(Lanes a, Lanes b, Lanes c) {
-  return _mm512_fmadd_ps(a, b, c);
-}
-RCP_AVX512 RCP_INLINE Lanes round_even(Lanes a) {
-  return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-}
 RCP_AVX512 RCP_INLINE Lanes power_of_two(Lanes n) {
   const __m512i exponent = _mm512_add_epi32(_mm512_cvttps_epi32(n), _mm512_set1_epi32(127));
   return _mm512_castsi512_ps(_mm512_slli_epi32(exponent, 23));
@@ -50,27 +15,27 @@ RCP_AVX512 RCP_INLINE Lanes power_of_two(Lanes n) {
 RCP_AVX512 RCP_INLINE Lanes keep_from(Lanes x, float limit, Lanes a) {
   return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, _mm512_set1_ps(limit), _CMP_GE_OQ), a);
 }
-// As in kv_cache_scalar.h: each stage halves both the registers and, of a register's own numbers, the lanes.
+// Each stage halves the number of registers, and the lanes that hold numbers of one register.
 RCP_AVX512 RCP_INLINE Lanes sums(const float parts[16 * 16]) {
-  // Which of the registers a lane's sum belongs to is followed by the order in which pairs are taken: 8 apart first.
+  // Registers 8 apart are paired first. The comments below say to which register the lanes belong.
   Lanes x[8];
 #pragma GCC unroll 8
   for (int t = 0; t < 8; ++t) {
     const Lanes a = load(parts + 16 * t), b = load(parts + 16 * (t + 8));
-    x[t] = add(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee));
+    x[t] = _mm512_shuffle_f32x4(a, b, 0x44) + _mm512_shuffle_f32x4(a, b, 0xee);
   }
 #pragma GCC unroll 4
   for (int t = 0; t < 4; ++t) {
-    x[t] = add(_mm512_shuffle_f32x4(x[t], x[t + 4], 0x88), _mm512_shuffle_f32x4(x[t], x[t + 4], 0xdd));
+    x[t] = _mm512_shuffle_f32x4(x[t], x[t + 4], 0x88) + _mm512_shuffle_f32x4(x[t], x[t + 4], 0xdd);
   }
-  // 128-bit lanes belong to registers t, t + 8, t + 4, t + 12.
+  // The four quarters of x[t] belong to registers t, t + 8, t + 4, t + 12.
 #pragma GCC unroll 2
   for (int t = 0; t < 2; ++t) {
-    x[t] = add(_mm512_shuffle_ps(x[t], x[t + 2], 0x44), _mm512_shuffle_ps(x[t], x[t + 2], 0xee));
+    x[t] = _mm512_shuffle_ps(x[t], x[t + 2], 0x44) + _mm512_shuffle_ps(x[t], x[t + 2], 0xee);
   }
-  // Pairs of lanes in each: t, t + 2.
-  x[0] = add(_mm512_shuffle_ps(x[0], x[1], 0x88), _mm512_shuffle_ps(x[0], x[1], 0xdd));
-  // Lanes in each: 0, 2, 1, 3.
+  // Pairs of lanes in each quarter: t, t + 2.
+  x[0] = _mm512_shuffle_ps(x[0], x[1], 0x88) + _mm512_shuffle_ps(x[0], x[1], 0xdd);
+  // Lanes in each quarter: 0, 2, 1, 3.
   const __m512i order = _mm512_setr_epi32(0, 2, 1, 3, 8, 10, 9, 11, 4, 6, 5, 7, 12, 14, 13, 15);
   return _mm512_permutexvar_ps(order, x[0]);
 }
@@ -79,7 +44,7 @@ RCP_AVX512 RCP_INLINE void nibbles(const uint8_t* codes, int64_t bytes, Lanes& l
   const __m128i raw =
       FULL ? _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes)) : _mm_maskz_loadu_epi8(tail_mask(bytes), codes);
   const __m512i wide = _mm512_cvtepu8_epi32(raw);
-  // vpermps reads four bits of an index: it masks and converts at once.
+  // vpermps reads only four bits of an index: it masks and converts in one instruction.
   const Lanes table = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
   low = _mm512_permutexvar_ps(wide, table);
   high = _mm512_permutexvar_ps(_mm512_srli_epi32(wide, 4), table);
@@ -90,26 +55,16 @@ RCP_AVX512 RCP_INLINE void load_scales(const uint16_t* scales, Lanes& scale, Lan
   zero = _mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_srli_epi32(raw, 16)));
 }
 RCP_AVX512 RCP_INLINE Lanes load_any(const void* x, FloatType type, int64_t i, int64_t n) {
-  const __mmask16 mask = n <= 0 ? __mmask16{0} : tail_mask(n);
-  switch (type) {
-    case FloatType::float32:
-      return load16<FloatType::float32>(x, i, mask);
-    case FloatType::float16:
-      return load16<FloatType::float16>(x, i, mask);
-    default:
-      return load16<FloatType::bfloat16>(x, i, mask);
-  }
+  const Mask mask = n <= 0 ? Mask{0} : tail_mask(n);
+  if (type == FloatType::float32) return load<FloatType::float32>(x, i, mask);
+  if (type == FloatType::float16) return load<FloatType::float16>(x, i, mask);
+  return load<FloatType::bfloat16>(x, i, mask);
 }
 RCP_AVX512 RCP_INLINE void store_any(void* x, FloatType type, int64_t i, int64_t n, Lanes a) {
-  const __mmask16 mask = n <= 0 ? __mmask16{0} : tail_mask(n);
-  switch (type) {
-    case FloatType::float32:
-      return store16<FloatType::float32>(x, i, mask, a);
-    case FloatType::float16:
-      return store16<FloatType::float16>(x, i, mask, a);
-    default:
-      return store16<FloatType::bfloat16>(x, i, mask, a);
-  }
+  const Mask mask = n <= 0 ? Mask{0} : tail_mask(n);
+  if (type == FloatType::float32) return store<FloatType::float32>(x, i, a, mask);
+  if (type == FloatType::float16) return store<FloatType::float16>(x, i, a, mask);
+  return store<FloatType::bfloat16>(x, i, a, mask);
 }
 RCP_AVX512 RCP_INLINE void interleave(Lanes even, Lanes odd, Lanes& first, Lanes& second) {
   const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
@@ -129,8 +84,4 @@ RCP_AVX512 RCP_INLINE void store_nibbles(uint8_t* codes, int64_t bytes, Lanes ev
   _mm_mask_storeu_epi8(codes, tail_mask(bytes), _mm512_cvtepi32_epi8(both));
 }
 
-#define RCP_KV_TARGET RCP_AVX512
-#include "rcp/cpu/kv_cache_vector.h"
-#undef RCP_KV_TARGET
-
-}  // namespace rcp::avx512::kv
+}  // namespace rcp::avx512::lanes16

@@ -1,15 +1,13 @@
+// lanes16_scalar.h in two registers of eight lanes.
 #pragma once
 
 #include <algorithm>
-#include <cmath>
 #include <cstring>
 
-#include "rcp/cpu/kv_cache_call.h"
-#include "rcp/cpu/quantize_activation_avx2.h"
+#include "rcp/cpu/lanes_avx2.h"
 
-namespace rcp::avx2::kv {
+namespace rcp::avx2::lanes16 {
 
-// Sixteen lanes as everywhere, in two registers.
 struct Lanes {
   __m256 a, b;
 };
@@ -24,17 +22,17 @@ RCP_AVX2 RCP_INLINE void store(float* x, Lanes a) {
   _mm256_storeu_ps(x, a.a);
   _mm256_storeu_ps(x + 8, a.b);
 }
-RCP_AVX2 RCP_INLINE Lanes add(Lanes a, Lanes b) {
-  return {_mm256_add_ps(a.a, b.a), _mm256_add_ps(a.b, b.b)};
+RCP_AVX2 RCP_INLINE Lanes operator+(Lanes a, Lanes b) {
+  return {a.a + b.a, a.b + b.b};
 }
-RCP_AVX2 RCP_INLINE Lanes sub(Lanes a, Lanes b) {
-  return {_mm256_sub_ps(a.a, b.a), _mm256_sub_ps(a.b, b.b)};
+RCP_AVX2 RCP_INLINE Lanes operator-(Lanes a, Lanes b) {
+  return {a.a - b.a, a.b - b.b};
 }
-RCP_AVX2 RCP_INLINE Lanes mul(Lanes a, Lanes b) {
-  return {_mm256_mul_ps(a.a, b.a), _mm256_mul_ps(a.b, b.b)};
+RCP_AVX2 RCP_INLINE Lanes operator*(Lanes a, Lanes b) {
+  return {a.a * b.a, a.b * b.b};
 }
-RCP_AVX2 RCP_INLINE Lanes div(Lanes a, Lanes b) {
-  return {_mm256_div_ps(a.a, b.a), _mm256_div_ps(a.b, b.b)};
+RCP_AVX2 RCP_INLINE Lanes operator/(Lanes a, Lanes b) {
+  return {a.a / b.a, a.b / b.b};
 }
 RCP_AVX2 RCP_INLINE Lanes max(Lanes a, Lanes b) {
   return {_mm256_max_ps(a.a, b.a), _mm256_max_ps(a.b, b.b)};
@@ -60,7 +58,7 @@ RCP_AVX2 RCP_INLINE Lanes keep_from(Lanes x, float limit, Lanes a) {
   return {_mm256_and_ps(_mm256_cmp_ps(x.a, bound, _CMP_GE_OQ), a.a),
           _mm256_and_ps(_mm256_cmp_ps(x.b, bound, _CMP_GE_OQ), a.b)};
 }
-// The sums of eight of the sixteen registers, as in kv_cache_scalar.h.
+// The sums of eight of the sixteen registers.
 RCP_AVX2 RCP_INLINE __m256 sums8(const float* parts) {
   __m256 x[8];
 #pragma GCC unroll 8
@@ -110,41 +108,35 @@ RCP_AVX2 RCP_INLINE void load_scales(const uint16_t* scales, Lanes& scale, Lanes
 }
 template <FloatType TYPE>
 RCP_AVX2 RCP_INLINE __m256 load_part(const void* x, int64_t i, int64_t n) {
-  if (n >= 8) return load8<TYPE>(x, i);
-  return n <= 0 ? _mm256_setzero_ps() : load_tail<TYPE>(x, i, n);
+  if (n >= 8) return lanes::load<TYPE>(x, i);
+  return n <= 0 ? _mm256_setzero_ps() : lanes::load_tail<TYPE>(x, i, n);
 }
 template <FloatType TYPE>
 RCP_AVX2 RCP_INLINE void store_part(void* x, int64_t i, int64_t n, __m256 a) {
-  if (n >= 8) return store8<TYPE>(x, i, a);
+  if (n >= 8) return lanes::store<TYPE>(x, i, a);
   if (n <= 0) return;
   alignas(32) unsigned char copy[32];
-  store8<TYPE>(copy, 0, a);
-  std::memcpy(const_cast<void*>(advance(x, TYPE, i)), copy, static_cast<std::size_t>(n) * float_size(TYPE));
+  lanes::store<TYPE>(copy, 0, a);
+  std::memcpy(advance(x, TYPE, i), copy, static_cast<std::size_t>(n) * float_size(TYPE));
 }
-RCP_AVX2 RCP_INLINE Lanes load_any(const void* x, FloatType type, int64_t i, int64_t n) {
-  switch (type) {
-    case FloatType::float32:
-      return {load_part<FloatType::float32>(x, i, n), load_part<FloatType::float32>(x, i + 8, n - 8)};
-    case FloatType::float16:
-      return {load_part<FloatType::float16>(x, i, n), load_part<FloatType::float16>(x, i + 8, n - 8)};
-    default:
-      return {load_part<FloatType::bfloat16>(x, i, n), load_part<FloatType::bfloat16>(x, i + 8, n - 8)};
-  }
+template <FloatType TYPE>
+RCP_AVX2 RCP_INLINE Lanes load_lanes(const void* x, int64_t i, int64_t n) {
+  return {load_part<TYPE>(x, i, n), load_part<TYPE>(x, i + 8, n - 8)};
 }
 template <FloatType TYPE>
 RCP_AVX2 RCP_INLINE void store_lanes(void* x, int64_t i, int64_t n, Lanes a) {
   store_part<TYPE>(x, i, n, a.a);
   store_part<TYPE>(x, i + 8, n - 8, a.b);
 }
+RCP_AVX2 RCP_INLINE Lanes load_any(const void* x, FloatType type, int64_t i, int64_t n) {
+  if (type == FloatType::float32) return load_lanes<FloatType::float32>(x, i, n);
+  if (type == FloatType::float16) return load_lanes<FloatType::float16>(x, i, n);
+  return load_lanes<FloatType::bfloat16>(x, i, n);
+}
 RCP_AVX2 RCP_INLINE void store_any(void* x, FloatType type, int64_t i, int64_t n, Lanes a) {
-  switch (type) {
-    case FloatType::float32:
-      return store_lanes<FloatType::float32>(x, i, n, a);
-    case FloatType::float16:
-      return store_lanes<FloatType::float16>(x, i, n, a);
-    default:
-      return store_lanes<FloatType::bfloat16>(x, i, n, a);
-  }
+  if (type == FloatType::float32) return store_lanes<FloatType::float32>(x, i, n, a);
+  if (type == FloatType::float16) return store_lanes<FloatType::float16>(x, i, n, a);
+  return store_lanes<FloatType::bfloat16>(x, i, n, a);
 }
 RCP_AVX2 RCP_INLINE Lanes interleave8(__m256 even, __m256 odd) {
   const __m256 low = _mm256_unpacklo_ps(even, odd), high = _mm256_unpackhi_ps(even, odd);
@@ -172,8 +164,4 @@ RCP_AVX2 RCP_INLINE void store_nibbles(uint8_t* codes, int64_t bytes, Lanes even
   std::memcpy(codes, all, static_cast<std::size_t>(std::min<int64_t>(bytes, 16)));
 }
 
-#define RCP_KV_TARGET RCP_AVX2
-#include "rcp/cpu/kv_cache_vector.h"
-#undef RCP_KV_TARGET
-
-}  // namespace rcp::avx2::kv
+}  // namespace rcp::avx2::lanes16

@@ -1,12 +1,14 @@
-// Sixteen lanes in plain C++: every step rounds as one of a vector register does.
+// Sixteen float32 lanes in plain C++, and the 4-bit codes of the key-value cache. lanes16_avx2.h and lanes16_avx512.h
+// have the same names, and give the same bits.
 #pragma once
 
 #include <cmath>
 #include <cstring>
 
-#include "rcp/cpu/kv_cache_call.h"
+#include "rcp/cpu/isa.h"
+#include "rcp/float_types.h"
 
-namespace rcp::scalar::kv {
+namespace rcp::scalar::lanes16 {
 
 struct Lanes {
   float v[16];
@@ -27,16 +29,16 @@ RCP_INLINE Lanes load(const float* x) {
 RCP_INLINE void store(float* x, Lanes a) {
   std::memcpy(x, a.v, sizeof a.v);
 }
-RCP_INLINE Lanes add(Lanes a, Lanes b) {
+RCP_INLINE Lanes operator+(Lanes a, Lanes b) {
   return each([&](int i) { return a.v[i] + b.v[i]; });
 }
-RCP_INLINE Lanes sub(Lanes a, Lanes b) {
+RCP_INLINE Lanes operator-(Lanes a, Lanes b) {
   return each([&](int i) { return a.v[i] - b.v[i]; });
 }
-RCP_INLINE Lanes mul(Lanes a, Lanes b) {
+RCP_INLINE Lanes operator*(Lanes a, Lanes b) {
   return each([&](int i) { return a.v[i] * b.v[i]; });
 }
-RCP_INLINE Lanes div(Lanes a, Lanes b) {
+RCP_INLINE Lanes operator/(Lanes a, Lanes b) {
   return each([&](int i) { return a.v[i] / b.v[i]; });
 }
 RCP_INLINE Lanes max(Lanes a, Lanes b) {
@@ -59,7 +61,7 @@ RCP_INLINE Lanes power_of_two(Lanes n) {
 RCP_INLINE Lanes keep_from(Lanes x, float limit, Lanes a) {
   return each([&](int i) { return x.v[i] >= limit ? a.v[i] : 0.0f; });
 }
-// The sums of sixteen registers, of each as lanes (j, j + 8), then (j, j + 4), (j, j + 2), (j, j + 1).
+// Lane t: the sum of the t-th of sixteen registers, in the order of sum_of.
 RCP_INLINE Lanes sums(const float parts[16 * 16]) {
   return each([&](int t) {
     float x[16];
@@ -70,41 +72,39 @@ RCP_INLINE Lanes sums(const float parts[16 * 16]) {
     return x[0];
   });
 }
-// Sixteen bytes, or fewer, as their low and their high nibbles.
+// The low and the high nibbles of `bytes` bytes, of sixteen where FULL. Other lanes are 0.
 template <bool FULL>
 RCP_INLINE void nibbles(const uint8_t* codes, int64_t bytes, Lanes& low, Lanes& high) {
   low = each([&](int i) { return FULL || i < bytes ? static_cast<float>(codes[i] & 15) : 0.0f; });
   high = each([&](int i) { return FULL || i < bytes ? static_cast<float>(codes[i] >> 4) : 0.0f; });
 }
-// The scales and zero-points of sixteen positions.
+// The scales and zero-points of sixteen positions, which alternate in memory.
 RCP_INLINE void load_scales(const uint16_t* scales, Lanes& scale, Lanes& zero) {
   scale = each([&](int i) { return half_to_float(scales[2 * i]); });
   zero = each([&](int i) { return half_to_float(scales[2 * i + 1]); });
 }
+// Elements [i, i + min(n, 16)) of a type; n may be 0 or negative. Other lanes are 0.
 RCP_INLINE Lanes load_any(const void* x, FloatType type, int64_t i, int64_t n) {
   return each([&](int j) { return j < n ? load_float(x, type, i + j) : 0.0f; });
 }
 RCP_INLINE void store_any(void* x, FloatType type, int64_t i, int64_t n, Lanes a) {
   for (int j = 0; j < 16 && j < n; ++j) store_float(x, type, i + j, a.v[j]);
 }
-// Lanes of even and of odd k as the order in memory, and back.
+// Lanes of even k and lanes of odd k, merged into ascending k.
 RCP_INLINE void interleave(Lanes even, Lanes odd, Lanes& first, Lanes& second) {
   first = each([&](int i) { return i % 2 ? odd.v[i / 2] : even.v[i / 2]; });
   second = each([&](int i) { return i % 2 ? odd.v[8 + i / 2] : even.v[8 + i / 2]; });
 }
+// The inverse of interleave.
 RCP_INLINE void deinterleave(Lanes first, Lanes second, Lanes& even, Lanes& odd) {
   even = each([&](int i) { return i < 8 ? first.v[2 * i] : second.v[2 * i - 16]; });
   odd = each([&](int i) { return i < 8 ? first.v[2 * i + 1] : second.v[2 * i - 15]; });
 }
-// Integers 0 to 15 of even and odd k to bytes.
+// Integers 0 to 15 of even k (low nibble) and odd k (high nibble) as `bytes` bytes, at most sixteen.
 RCP_INLINE void store_nibbles(uint8_t* codes, int64_t bytes, Lanes even, Lanes odd) {
   for (int i = 0; i < 16 && i < bytes; ++i) {
     codes[i] = static_cast<uint8_t>(static_cast<int>(even.v[i]) | (static_cast<int>(odd.v[i]) << 4));
   }
 }
 
-#define RCP_KV_TARGET
-#include "rcp/cpu/kv_cache_vector.h"
-#undef RCP_KV_TARGET
-
-}  // namespace rcp::scalar::kv
+}  // namespace rcp::scalar::lanes16

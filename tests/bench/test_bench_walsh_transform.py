@@ -9,8 +9,16 @@ import pytest
 import torch
 
 from rcp_kernels import extras, hardware, walsh_matrix
-from rcp_kernels.bench import common, walsh_transform
-from rcp_kernels.bench.walsh_transform import BUTTERFLY, DENSE, HADAMARD_TRANSFORM, MEMCPY, PYFWHT, Options, Peer, Row
+from rcp_kernels.bench import peers
+from rcp_kernels.bench.driver import Row, WrongResult
+from rcp_kernels.bench.walsh_transform import (
+    BUTTERFLY,
+    DENSE,
+    HADAMARD_TRANSFORM,
+    MEMCPY,
+    PYFWHT,
+    WalshTransform,
+)
 
 OURS = ["natural out", "natural in", "sequency out", "sequency in"]
 
@@ -24,17 +32,15 @@ def no_packages(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("size", [2, 12, 64, 576, 1024])
 def test_every_peer_computes_the_transform(size, dtype):
-    options = Options(dtype=dtype)
-    for name, build in walsh_transform.builders(options).items():
+    for name, build in WalshTransform(dtype=dtype).competitors().items():
         peer = build(size)
         if peer is None:
             assert name in (HADAMARD_TRANSFORM, PYFWHT)
             continue
-        assert peer.name == name
         for rows in (1, 7):
             x = torch.randn(rows, size).to(dtype)
             before = x.clone()
-            call = walsh_transform.bind_checked(peer, x)
+            call = peer.bind(x)
             assert call(1).shape == x.shape
             assert torch.equal(x, before), f"{name} overwrote the x of its competitors"
 
@@ -43,9 +49,9 @@ def test_every_peer_computes_the_transform(size, dtype):
 def test_packages_take_part_where_they_are_installed(module):
     if not extras.EXTRAS[module].found:
         pytest.skip(f"{module} is not installed")
-    peer = walsh_transform.builders(Options())[extras.EXTRAS[module].distribution](256)
+    peer = WalshTransform().competitors()[extras.EXTRAS[module].distribution](256)
     for rows in (1, 3, 40):
-        walsh_transform.bind_checked(peer, torch.randn(rows, 256))
+        peer.bind(torch.randn(rows, 256))
 
 
 def test_a_peer_that_computes_something_else_is_refused(monkeypatch):
@@ -54,55 +60,54 @@ def test_a_peer_that_computes_something_else_is_refused(monkeypatch):
     package.hadamard_transform = lambda x: x @ matrix
     package.__spec__ = types.SimpleNamespace()
     monkeypatch.setitem(sys.modules, "hadamard_transform", package)
-    peer = walsh_transform.hadamard_transform_peer(16)
-    with pytest.raises(
-        RuntimeError, match="hadamard-transform does not compute the natural-order transform of size 16"
-    ):
-        walsh_transform.bind_checked(peer, torch.randn(2, 16))
+    benchmark = WalshTransform(sizes=(16,), rows=(2,), threads=(1,), rounds=1)
+    with pytest.raises(WrongResult, match="hadamard-transform does not compute the natural-order transform of size 16"):
+        list(benchmark.measure())
 
 
 def test_a_result_that_is_not_finite_is_refused():
-    peer = Peer("nothing", lambda x: lambda i: x * math.nan)
-    with pytest.raises(RuntimeError, match="nothing"):
-        walsh_transform.bind_checked(peer, torch.randn(2, 16))
+    peer = peers.transform("nothing", lambda x: lambda i: x * math.nan)
+    with pytest.raises(WrongResult, match="nothing"):
+        peer.bind(torch.randn(2, 16))
 
 
 def test_packages_are_left_out_where_they_cannot_do_it(no_packages):
-    built = walsh_transform.builders(Options())
+    built = WalshTransform().competitors()
     assert built[HADAMARD_TRANSFORM](64) is None
     assert built[PYFWHT](64) is None
-    text = walsh_transform.header(Options())
+    text = WalshTransform().header()
     assert "hadamard-transform not installed: pip install 'rcp-kernels[bench]'" in text
     assert "pyfwht not installed: pip install pyfwht" in text
 
 
 def test_the_dense_product_stays_out_of_a_small_memory(monkeypatch):
     monkeypatch.setattr(hardware, "memory_available_bytes", lambda: 1 << 30)
-    assert walsh_transform.dense_peer(16384, torch.float32) is None
-    assert walsh_transform.dense_peer(256, torch.float32) is not None
+    assert peers.dense_matmul(DENSE, 16384, torch.float32) is None
+    assert peers.dense_matmul(DENSE, 256, torch.float32) is not None
 
 
 def test_measure(no_packages):
-    options = Options(sizes=(64, 12), rows=(1, 3), threads=(1,), rounds=1)
-    rows = list(walsh_transform.measure(options))
-    assert [(row.size, row.rows) for row in rows[::4]] == [(64, 1), (64, 3), (12, 1), (12, 3)]
+    rows = list(WalshTransform(sizes=(64, 12), rows=(1, 3), threads=(1,), rounds=1).measure())
+    assert [(row.case["size"], row.case["rows"]) for row in rows[::4]] == [(64, 1), (64, 3), (12, 1), (12, 3)]
     for row in rows:
         # the four variants of one case and its peers come from the same run
         assert list(row.seconds) == [*OURS, MEMCPY, DENSE, BUTTERFLY]
-        assert row.tensor_bytes == 4 * row.rows * row.size
-    assert [walsh_transform.ours_name(row.order, row.inplace) for row in rows[:4]] == OURS
+        assert row.nbytes == 2 * 4 * row.case["rows"] * row.case["size"]
+    assert [row.ours for row in rows[:4]] == OURS
+    assert [f"{row.case['order']} {row.case['place']}" for row in rows[:4]] == OURS
     assert rows[0].seconds is rows[3].seconds
 
 
-def example(order="sequency", inplace=False, rows=512, seconds=1e-3):
-    row = Row(1, rows, 4096, order, inplace, tensor_bytes=8_000_000)
-    row.seconds = dict.fromkeys(OURS, seconds) | {MEMCPY: 8e-4, DENSE: 0.5, BUTTERFLY: 4e-2, PYFWHT: 5e-4}
-    row.seconds["natural out"] = 5e-4
-    return row
+def example(order="sequency", place="out", rows=512, seconds=1e-3):
+    case = {"threads": 1, "rows": rows, "size": 4096, "order": order, "place": place}
+    times = dict.fromkeys(OURS, seconds) | {MEMCPY: 8e-4, DENSE: 0.5, BUTTERFLY: 4e-2, PYFWHT: 5e-4}
+    times["natural out"] = 5e-4
+    return Row(case, f"{order} {place}", 16_000_000, times)
 
 
 def test_line():
-    assert [cell.strip() for cell in walsh_transform.line(example()).split("|")] == [
+    benchmark = WalshTransform()
+    assert [cell.strip() for cell in benchmark.line(example()).split("|")] == [
         "1  512   4096 sequency   out",
         "1000.0",
         "16.0",
@@ -112,18 +117,18 @@ def test_line():
         "-",
         "0.50",
     ]
-    assert len(walsh_transform.line(example())) == len(walsh_transform.titles())
-    assert walsh_transform.line(example("natural")).split("|")[3].strip() == "1.60"
+    assert len(benchmark.line(example())) == len(benchmark.heading())
+    assert benchmark.line(example("natural")).split("|")[3].strip() == "1.60"
 
 
 def test_summary_has_one_line_for_each_thread_and_row_count():
     rows = [
-        example(order, inplace, count, seconds)
+        example(order, place, count, seconds)
         for count, seconds in ((1, 1e-3), (512, 1e-3), (512, 4e-3))
-        for order in walsh_transform.ORDERS
-        for inplace in (False, True)
+        for order in ("natural", "sequency")
+        for place in ("out", "in")
     ]
-    _, first, second = walsh_transform.summary(rows).splitlines()
+    _, first, second = WalshTransform().summary(rows).splitlines()
     assert first == (
         "threads 1 rows   1: of memcpy 1.60 natural out, 0.80 natural in, 0.80 sequency out, 0.80 sequency in; "
         "500.0 x dense matmul; 40.0 x torch butterfly; 0.5 x pyfwht"
@@ -138,13 +143,9 @@ def test_command_line(no_packages, monkeypatch, tmp_path):
     testing = pytest.importorskip("typer.testing")
     from rcp_kernels.cli import app as cli
 
-    isa = torch.ops.rcp_kernels.cpu_isa()
     arguments = ["bench", "--op", "walsh_transform", "--dtype", "bfloat16", "--isa", "scalar", "--rounds", 1]
     arguments += ["--size", 64, "--size", 48, "--batch", 2, "--threads", 1, "--out", tmp_path]
-    try:
-        result = testing.CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
-    finally:
-        torch.ops.rcp_kernels.set_cpu_isa(isa)
+    result = testing.CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
     assert result.exit_code == 0, result.output
     assert "walsh_transform of bfloat16" in result.output
     assert "kernels use scalar" in result.output
@@ -180,43 +181,3 @@ def test_options_of_the_other_op_are_wrong_usage(arguments, message):
     assert result.exit_code == 2
     assert message in result.output
     assert "does not apply" in result.output
-
-
-def test_a_slow_competitor_takes_three_turns_and_no_more(monkeypatch):
-    clock = [0.0]
-    monkeypatch.setattr(common.time, "perf_counter", lambda: clock[0])
-    monkeypatch.setattr(common.time, "sleep", lambda seconds: None)
-    turns = []
-
-    def call(name, seconds):
-        turns.append(name)
-        clock[0] += seconds
-
-    calls = {"slow": lambda i: call("slow", 0.5), "fast": lambda i: call("fast", 0.01)}
-    seconds = common.median_seconds(calls, rounds=10, budget=1.0)
-    assert seconds == pytest.approx({"slow": 0.5, "fast": 0.01})
-    # two calls to plan, and two in each turn: one that wakes the threads and one that counts
-    assert turns.count("slow") == 2 + 3 * 2
-    assert turns.count("fast") == 2 + 10 * 2
-
-
-def test_torch_threads_are_put_back():
-    before = torch.get_num_threads()
-
-    def fail():
-        with common.torch_threads(before + 1):
-            assert torch.get_num_threads() == before + 1
-            raise KeyError
-
-    with pytest.raises(KeyError):
-        fail()
-    assert torch.get_num_threads() == before
-
-
-def test_write_csv_leaves_a_missing_column_empty(tmp_path):
-    common.write_csv([{"a": 1, "b": 1 / 3}, {"a": 2, "c": None}], tmp_path / "x.csv")
-    with (tmp_path / "x.csv").open() as file:
-        first, second = csv.DictReader(file)
-    assert (first["a"], first["b"], first["c"]) == ("1", "0.33333", "")
-    assert (second["a"], second["b"], second["c"]) == ("2", "", "")
-    assert first["torch"] == torch.__version__

@@ -1,0 +1,9 @@
+// Sorts as many groups side by side as a register has lanes, keys [length][lanes]. Included by each_isa.h.
+
+template <class Key>
+RCP_TARGET inline void sort_groups(const SortingNetwork& network, Key* keys) {
+  for (const auto& pair : network.pairs)
+    lanes::exchange(keys + pair.low * lanes::count, keys + pair.high * lanes::count);
+}
+
+inline constexpr SortKernels sort_kernels{lanes::count, sort_groups<int32_t>, sort_groups<int64_t>};
