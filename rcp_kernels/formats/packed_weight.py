@@ -303,7 +303,7 @@ class PackedWeight:
 
     @classmethod
     def from_state_dict(cls, state_dict: Mapping[str, Tensor], prefix: str = "") -> PackedWeight:
-        """Read what :meth:`state_dict` wrote without an input order; other keys are ignored.
+        """Read the tensors of :meth:`state_dict`, without an input order; other keys are ignored.
 
         Raises:
             ValueError: as :meth:`read`, or the weight has an input order, which a PackedWeight does not hold.
@@ -318,7 +318,7 @@ class PackedWeight:
 
     @classmethod
     def read(cls, state_dict: Mapping[str, Tensor], prefix: str = "") -> tuple[PackedWeight, Tensor | None]:
-        """Read what :meth:`state_dict` wrote; other keys are ignored.
+        """Read the tensors of :meth:`state_dict`; other keys are ignored.
 
         Returns:
             The weight, and its input order or None: column k of the weight belongs to input ``input_order[k]``.

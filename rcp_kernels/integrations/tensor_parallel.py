@@ -27,11 +27,11 @@ _Layouts = tuple[Placement, ...]
 _Parallel = TypeVar("_Parallel", bound="_ParallelLinear")
 
 
-class RcpColwiseParallel(ParallelStyle):
-    """Divide the outputs of a :class:`QuantLinear` among the ranks: bit-equal to the undivided layer.
+class _Style(ParallelStyle):
+    """The common part of the two styles: layouts as in torch's ColwiseParallel and RowwiseParallel."""
 
-    Every rank has all inputs, and reorders or rotates and quantizes them as one process does.
-    """
+    _default_input: Placement
+    _default_output: Placement
 
     def __init__(
         self,
@@ -40,17 +40,44 @@ class RcpColwiseParallel(ParallelStyle):
         output_layouts: Placement | None = None,
         use_local_output: bool = True,
     ) -> None:
-        """As ``torch.distributed.tensor.parallel.ColwiseParallel``.
+        """As ``torch.distributed.tensor.parallel.ColwiseParallel`` and ``RowwiseParallel``.
 
         Args:
-            input_layouts: of an input that is no DTensor. None means Replicate(), the same on all ranks.
-            output_layouts: None means Shard(-1), this rank's outputs. Replicate() gathers them.
+            input_layouts: of an input that is no DTensor. None: the same input on all ranks (Replicate()) for
+                RcpColwiseParallel, this rank's inputs (Shard(-1)) for RcpRowwiseParallel.
+            output_layouts: None: this rank's outputs (Shard(-1)) for RcpColwiseParallel, all outputs on all ranks
+                (Replicate()) for RcpRowwiseParallel. Replicate() gathers the former; Shard(1) of
+                [batch, tokens, out_features] scatters the tokens of the latter.
             use_local_output: return a plain tensor instead of a DTensor.
         """
         super().__init__()
-        self.input_layouts: _Layouts = (input_layouts or Replicate(),)
-        self.output_layouts: _Layouts = (output_layouts or Shard(-1),)
+        self.input_layouts: _Layouts = (input_layouts or self._default_input,)
+        self.output_layouts: _Layouts = (output_layouts or self._default_output,)
         self.use_local_output = use_local_output
+
+    def _become(self, cls: type[_Parallel], layer: QuantLinear, shard: QuantLinear, mesh: DeviceMesh) -> _Parallel:
+        """Turn a layer into a module of another class, in place, as parallelize_module does not change the parent."""
+        in_features, out_features, training = layer.in_features, layer.out_features, layer.training
+        vars(layer).clear()
+        module: nn.Module = layer
+        module.__class__ = cls
+        assert isinstance(module, cls)
+        nn.Module.__init__(module)
+        module.shard = shard
+        module.in_features, module.out_features = in_features, out_features
+        module._mesh = mesh
+        module._input_layouts, module._output_layouts = self.input_layouts, self.output_layouts
+        module._use_local_output = self.use_local_output
+        return module.train(training)
+
+
+class RcpColwiseParallel(_Style):
+    """Divide the outputs of a :class:`QuantLinear` among the ranks: bit-equal to the undivided layer.
+
+    Every rank has all inputs, and reorders or rotates and quantizes them as one process does.
+    """
+
+    _default_input, _default_output = Replicate(), Shard(-1)
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         layer, rank, world = _check("RcpColwiseParallel", module, device_mesh)
@@ -62,18 +89,10 @@ class RcpColwiseParallel(ParallelStyle):
         shard = QuantLinear.from_packed(
             weight, bias, layer.act_bits, layer.act_clip, layer.input_rotation, layer.input_order
         )
-        return _become(
-            ColumnParallelLinear,
-            layer,
-            shard,
-            device_mesh,
-            self.input_layouts,
-            self.output_layouts,
-            self.use_local_output,
-        )
+        return self._become(ColumnParallelLinear, layer, shard, device_mesh)
 
 
-class RcpRowwiseParallel(ParallelStyle):
+class RcpRowwiseParallel(_Style):
     """Divide the inputs of a :class:`QuantLinear` among the ranks, and sum the partial outputs in float32.
 
     A cut must lie between groups of the weight, and between blocks of an input rotation. A layer with an input order is
@@ -81,25 +100,7 @@ class RcpRowwiseParallel(ParallelStyle):
     on the scale of each token; their integers are then those of one process.
     """
 
-    def __init__(
-        self,
-        *,
-        input_layouts: Placement | None = None,
-        output_layouts: Placement | None = None,
-        use_local_output: bool = True,
-    ) -> None:
-        """As ``torch.distributed.tensor.parallel.RowwiseParallel``.
-
-        Args:
-            input_layouts: of an input that is no DTensor. None means Shard(-1), this rank's inputs.
-            output_layouts: None means Replicate(), all outputs on all ranks. Shard(1) of
-                [batch, tokens, out_features] scatters the tokens.
-            use_local_output: return a plain tensor instead of a DTensor.
-        """
-        super().__init__()
-        self.input_layouts: _Layouts = (input_layouts or Shard(-1),)
-        self.output_layouts: _Layouts = (output_layouts or Replicate(),)
-        self.use_local_output = use_local_output
+    _default_input, _default_output = Shard(-1), Replicate()
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         layer, rank, world = _check("RcpRowwiseParallel", module, device_mesh)
@@ -115,9 +116,7 @@ class RcpRowwiseParallel(ParallelStyle):
             weight = _with_zero_group(weight)
         shard = QuantLinear.from_packed(weight, None, layer.act_bits, layer.act_clip)
         bias = layer.bias
-        parallel = _become(
-            RowParallelLinear, layer, shard, device_mesh, self.input_layouts, self.output_layouts, self.use_local_output
-        )
+        parallel = self._become(RowParallelLinear, layer, shard, device_mesh)
         parallel.bias = bias
         parallel.input_rotation = rotation
         return parallel
@@ -233,30 +232,6 @@ class RowParallelLinear(_ParallelLinear):
         own = torch.where(own.isfinite(), own, torch.inf)
         largest = DTensor.from_local(own, self._mesh, (Partial("max"),), run_check=False)
         return largest.redistribute(placements=(Replicate(),)).to_local()
-
-
-def _become(
-    cls: type[_Parallel],
-    layer: QuantLinear,
-    shard: QuantLinear,
-    mesh: DeviceMesh,
-    input_layouts: _Layouts,
-    output_layouts: _Layouts,
-    use_local_output: bool,
-) -> _Parallel:
-    """Turn a module into another, in place, as parallelize_module does not change the parent."""
-    in_features, out_features, training = layer.in_features, layer.out_features, layer.training
-    vars(layer).clear()
-    module: nn.Module = layer
-    module.__class__ = cls
-    assert isinstance(module, cls)
-    nn.Module.__init__(module)
-    module.shard = shard
-    module.in_features, module.out_features = in_features, out_features
-    module._mesh = mesh
-    module._input_layouts, module._output_layouts = input_layouts, output_layouts
-    module._use_local_output = use_local_output
-    return module.train(training)
 
 
 def _positive(placement: Placement, dimensions: int) -> Placement:

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import checkpoint, extras
+from .. import extras
 from ..checkpoint import QUANT_METHOD, QuantizationConfig
-from ..checkpoint.save import Inspected, inspect_model
+from ..checkpoint.save import Inspected, has_packed_layers, inspect_model, online_rotations, tensors_to_save
 from ..checkpoint.tensor_files import TensorFiles, remedy
 from ..methods.rotate.rotate_model import ROTATIONS, apply_structure, rotate_model
 from ..models import hf
@@ -247,12 +247,12 @@ class RcpHfQuantizer(HfQuantizer):
         return model
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
-        if not checkpoint.has_packed_layers(model):
+        if not has_packed_layers(model):
             raise ValueError("save_pretrained: the model must have packed layers, got none; dequantize() it first")
-        known = _known(model) or self.quantization_config.stored
-        state, self.quantization_config.stored = checkpoint.checked_state(model, known, self.inspected)
+        inspected = self.inspected or inspect_model(model, _known(model) or self.quantization_config.stored)
+        self.quantization_config.stored = inspected.config
         model.config.quantization_config = self.quantization_config
-        return state, {}
+        return tensors_to_save(model, inspected.biases), {}
 
     def is_serializable(self) -> bool:
         return True
@@ -297,11 +297,11 @@ def _saving(model: nn.Module) -> Iterator[None]:
     """Make ``save_pretrained`` write a model with packed layers as a quantized model.
 
     Raises:
-        ValueError: another quantizer made the model, or as :func:`rcp_kernels.checkpoint.stored_config`.
+        ValueError: another quantizer made the model, or as :func:`rcp_kernels.checkpoint.save.inspect_model`.
     """
     quantizer = getattr(model, "hf_quantizer", None)
-    if not checkpoint.has_packed_layers(model):
-        online = checkpoint.online_rotations(model)
+    if not has_packed_layers(model):
+        online = online_rotations(model)
         if online:
             attribute, path = next(iter(online.items()))
             warnings.warn(

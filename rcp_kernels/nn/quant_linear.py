@@ -189,8 +189,7 @@ class QuantLinear(PackedLayer):
             weight: checked before use.
             bias: floating point [out_features], copied; a Parameter keeps its requires_grad. float64 becomes float32,
                 the widest that the kernels read. None for no bias.
-            act_bits: 4, 8 or 16.
-            act_clip: in (0, 1].
+            act_bits, act_clip: as the constructor.
             input_rotation: of in_features entries, already folded into weight; not copied. None for none.
             input_order: int64 [in_features], copied: column k of weight belongs to ``x[..., input_order[k]]``. None for
                 columns in the order of x.
@@ -244,8 +243,7 @@ class QuantLinear(PackedLayer):
         Args:
             linear: with a floating point weight.
             bits, group_size, levels: as :func:`rcp_kernels.quantize_weight`.
-            act_bits: 4, 8 or 16.
-            act_clip: in (0, 1].
+            act_bits, act_clip: as the constructor.
             input_rotation: of in_features entries, not copied. It is folded into the weight in float64 before the
                 quantization, and applied to the input: the layer still computes the function of ``linear``. None for
                 none, or for that of a :class:`RotatedLinear`.
@@ -279,8 +277,7 @@ class QuantLinear(PackedLayer):
 
         Args:
             imported: of :mod:`rcp_kernels.integrations.importers`.
-            act_bits: 4, 8 or 16.
-            act_clip: in (0, 1].
+            act_bits, act_clip: as the constructor.
 
         Raises:
             TypeError: imported is not an ImportedWeight.
@@ -305,8 +302,7 @@ class QuantLinear(PackedLayer):
         Args:
             state_dict: with the keys of one layer; other keys are ignored.
             prefix: of the layer's keys, for example ``"model.layers.0.mlp.up_proj."``.
-            act_bits: 4, 8 or 16.
-            act_clip: in (0, 1].
+            act_bits, act_clip: as the constructor.
 
         Returns:
             The layer, on the device of codes. The bias has the stored dtype and requires a gradient.
