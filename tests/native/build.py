@@ -2,9 +2,9 @@
 
     python tests/native/build.py [--sanitize]
 
-A library's folder is named by a digest of its inputs (sources, flags, compiler, Python). A stale library is never loaded,
-and an unchanged one is never compiled again. Compile before a sanitizer run: that preloads libasan into Python, and a
-compiler started there would inherit it.
+A library's folder is named by a digest of its inputs (sources, flags, compiler, Python). A stale library is never
+loaded, and an unchanged one is never compiled again. Compile before a sanitizer run: that preloads libasan into Python,
+and a compiler started there would inherit it.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ INCLUDE = ROOT / "csrc" / "include"
 FLAGS = ["-std=c++17", "-ffp-contract=off", "-fvisibility=hidden", "-fPIC", "-shared", "-pthread"]
 FLAGS += ["-Wall", "-Wextra", "-Werror", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
 OPTIMIZED = ["-O3", "-g0"]
-# -O1: at -O0 the intrinsics that take an immediate do not compile. Without vptr: it needs type information, which hidden
-# visibility removes, and there is no virtual function here.
+# -O1: at -O0 the intrinsics that take an immediate do not compile. Without vptr: it needs type information, which
+# hidden visibility removes, and there is no virtual function here.
 SANITIZED = ["-O1", "-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize=vptr"]
 SANITIZED += ["-fno-sanitize-recover=all"]
 
