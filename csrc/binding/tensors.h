@@ -101,7 +101,7 @@ inline void check_tensor(const Tensor& t, const std::string& what, ScalarType dt
     wanted += (d ? ", " : "") + std::to_string(shape[d]);
   }
   if (!same)
-    fail(what + " must have shape " + wanted + "], got " + shape_text(t) + "; pass the one of the same layer, whole");
+    fail(what + " must have shape " + wanted + "], got " + shape_text(t) + "; pass the whole tensor of the same layer");
 }
 
 inline Tensor empty(const std::vector<int64_t>& shape, ScalarType dtype, const Device& device) {

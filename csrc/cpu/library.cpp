@@ -1,43 +1,34 @@
-// The schemas of torch.ops.rcp_kernels, and the empty Python module whose import registers everything.
+// The schemas of torch.ops.rcp_kernels, and an empty Python module. Its import registers all operators.
 #include <Python.h>
 
 #include <torch/csrc/stable/library.h>
 
 #include "rcp/cpu/isa.h"
 
+// The arguments of lut_linear and of lut_linear_fused.
+#define LUT_LINEAR                                                                                                     \
+  "Tensor x, Tensor weight, Tensor? bias, int out_features, int in_features, int bits, int group_size, int act_bits, " \
+  "float clip=1.0, Tensor? rotation_base=None, Tensor? rotation_permutation=None, int rotation_group=0, "              \
+  "Tensor? input_order=None"
+// The arguments of the Walsh operators after x.
+#define WALSH "Tensor? base, Tensor? permutation, int group_size, float scale, bool inverse"
+// The arguments of the operators on a packed weight.
+#define WEIGHT "Tensor weight, int out_features, int in_features, int bits, int group_size"
+
 STABLE_TORCH_LIBRARY(rcp_kernels, m) {
   m.def("quantize_activation(Tensor x, int bits, float clip=1.0, bool packed=False) -> (Tensor, Tensor)");
+  m.def("lut_linear(" LUT_LINEAR ") -> Tensor");
+  m.def("lut_linear_fused(" LUT_LINEAR
+        ", Tensor? norm_weight=None, float norm_eps=0.0, float norm_offset=0.0, int activation=0, "
+        "Tensor? residual=None) -> Tensor");
   m.def(
-      "lut_linear(Tensor x, Tensor weight, Tensor? bias, int out_features, int in_features, int bits, int group_size, "
-      "int act_bits, float clip=1.0, Tensor? rotation_base=None, Tensor? rotation_permutation=None, int "
-      "rotation_group=0, Tensor? input_order=None) "
-      "-> Tensor");
-  m.def(
-      "lut_linear_fused(Tensor x, Tensor weight, Tensor? bias, int out_features, int in_features, int bits, int "
-      "group_size, int act_bits, float clip=1.0, Tensor? rotation_base=None, Tensor? rotation_permutation=None, int "
-      "rotation_group=0, Tensor? input_order=None, Tensor? norm_weight=None, float norm_eps=0.0, float "
-      "norm_offset=0.0, int activation=0, Tensor? residual=None) -> Tensor");
-  m.def(
-      "pack_weight(Tensor codes, Tensor levels, Tensor scales, Tensor tensor_scale, int in_features, int bits, int "
-      "group_size) "
-      "-> Tensor");
-  m.def(
-      "unpack_weight(Tensor weight, int out_features, int in_features, int bits, int group_size) -> (Tensor codes, "
-      "Tensor "
-      "levels, Tensor scales, Tensor tensor_scale)");
-  m.def(
-      "dequantize(Tensor weight, int out_features, int in_features, int bits, int group_size, ScalarType dtype=float) "
-      "-> Tensor");
-  m.def(
-      "walsh_transform(Tensor x, Tensor? base, Tensor? permutation, int group_size, float scale, bool inverse) -> "
-      "Tensor");
-  m.def(
-      "walsh_transform_(Tensor(a!) x, Tensor? base, Tensor? permutation, int group_size, float scale, bool inverse) -> "
-      "()");
-  m.def(
-      "walsh_quantize(Tensor x, Tensor? base, Tensor? permutation, int group_size, float scale, bool inverse, int "
-      "bits, "
-      "float clip=1.0, bool packed=False) -> (Tensor, Tensor)");
+      "pack_weight(Tensor codes, Tensor levels, Tensor scales, Tensor tensor_scale, int in_features, int bits, "
+      "int group_size) -> Tensor");
+  m.def("unpack_weight(" WEIGHT ") -> (Tensor codes, Tensor levels, Tensor scales, Tensor tensor_scale)");
+  m.def("dequantize(" WEIGHT ", ScalarType dtype=float) -> Tensor");
+  m.def("walsh_transform(Tensor x, " WALSH ") -> Tensor");
+  m.def("walsh_transform_(Tensor(a!) x, " WALSH ") -> ()");
+  m.def("walsh_quantize(Tensor x, " WALSH ", int bits, float clip=1.0, bool packed=False) -> (Tensor, Tensor)");
   m.def("kv_cache_append(Tensor x, Tensor(a!) codes, Tensor(b!) scales, int position, float clip=1.0) -> ()");
   m.def("kv_cache_dequantize(Tensor codes, Tensor scales, Tensor(a!) out) -> ()");
   m.def(
@@ -49,8 +40,8 @@ STABLE_TORCH_LIBRARY(rcp_kernels, m) {
   m.def(
       "gptq_round(Tensor(a!) block, Tensor upper, Tensor table, int first, int last) -> (Tensor codes, Tensor errors)");
   m.def(
-      "decode_attention(Tensor qkv, Tensor cos, Tensor sin, Tensor(a!) keys, Tensor(b!) values, int length, float "
-      "scale) -> Tensor");
+      "decode_attention(Tensor qkv, Tensor cos, Tensor sin, Tensor(a!) keys, Tensor(b!) values, int length, "
+      "float scale) -> Tensor");
   m.def("plain_read(Tensor buffer, int streams) -> int");
   m.def("cpu_isa() -> int");
   m.def("cpu_isa_supported() -> int");
@@ -78,14 +69,6 @@ STABLE_TORCH_LIBRARY_IMPL(rcp_kernels, CompositeExplicitAutograd, m) {
 }
 
 extern "C" __attribute__((visibility("default"))) PyObject* PyInit__C(void) {
-  static PyModuleDef module = {PyModuleDef_HEAD_INIT,
-                               "_C",
-                               "Native ops of rcp_kernels; see torch.ops.rcp_kernels.",
-                               -1,
-                               nullptr,
-                               nullptr,
-                               nullptr,
-                               nullptr,
-                               nullptr};
+  static PyModuleDef module{PyModuleDef_HEAD_INIT, "_C", "Native ops of rcp_kernels; see torch.ops.rcp_kernels.", -1};
   return PyModule_Create(&module);
 }

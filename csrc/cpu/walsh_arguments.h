@@ -1,4 +1,4 @@
-// The arguments of a Walsh transform.
+// The arguments of a Walsh transform on the CPU.
 #pragma once
 
 #include <cmath>
@@ -6,6 +6,7 @@
 #include <string>
 
 #include "binding.h"
+#include "binding/walsh_transform.h"
 #include "rcp/cpu/walsh_transform.h"
 
 namespace rcp::binding {
@@ -20,54 +21,49 @@ struct WalshArguments {
   WalshArguments(const std::string& op, int64_t columns, const std::optional<Tensor>& base_in,
                  const std::optional<Tensor>& permutation_in, int64_t n, double scale, bool inverse) {
     const std::string where = op + ": ";
-    if (n < 1 || columns % n != 0) {
-      fail(where + "group_size must divide the last dimension of x (" + std::to_string(columns) + "), got " +
-           std::to_string(n) + "; pass a divisor of it");
-    }
-    if (!std::isfinite(scale))
+    check_walsh(where, columns, base_in, permutation_in, n, cpu_device);
+    if (!std::isfinite(scale)) {
       fail(where + "scale must be finite, got " + std::to_string(scale) + "; n ** -0.5 makes the transform orthogonal");
-    int64_t m = 1;
+    }
+    transform.n = n;
+    transform.m = 1;
+    transform.scale = static_cast<float>(scale);
+    transform.inverse = inverse;
     if (base_in.has_value()) {
-      if (base_in->dim() != 2)
-        fail(where + "base must be a square matrix, got shape " + shape_text(*base_in) + "; see base_matrix");
-      m = base_in->size(0);
-      check_tensor(*base_in, where + "base", ScalarType::Float, {m, m});
       base = as_contiguous(*base_in);
+      transform.m = base->size(0);
+      transform.base = data<float>(*base);
+    }
+    while (transform.bits < max_walsh_bits && transform.m << (transform.bits + 1) <= n) ++transform.bits;
+    if (transform.m << transform.bits != n) {
+      fail(where + "group_size must be " + std::to_string(transform.m) + " * 2^k with k <= " +
+           std::to_string(max_walsh_bits) + ", got " + std::to_string(n) + "; pass a size that hadamard_matrix knows");
     }
     if (permutation_in.has_value()) {
-      check_tensor(*permutation_in, where + "permutation", ScalarType::Int, {n});
       permutation = as_contiguous(*permutation_in);
-      const int32_t* p = data<int32_t>(*permutation);
-      // The kernels index with it: an entry outside would read foreign memory.
-      for (int64_t i = 0; m > 1 && i < n; ++i) {
-        if (p[i] < 0 || p[i] >= n) {
-          fail(where + "permutation must hold 0 .. " + std::to_string(n - 1) + ", got " + std::to_string(p[i]) +
-               "; see sequency_permutation");
-        }
+      transform.permutation = data<int32_t>(*permutation);
+      check_permutation(where);
+    }
+  }
+
+ private:
+  void check_permutation(const std::string& where) const {
+    const int32_t* p = transform.permutation;
+    const int64_t n = transform.n;
+    // For m = 1 the kernels compute the sequency order themselves and support no other. Three entries identify it;
+    // reading all of them would cost more than the transform.
+    if (transform.m == 1 && n > 1 &&
+        (p[0] != 0 || p[1] != n / 2 || sequency_of(static_cast<uint32_t>(p[n - 1]), transform.bits) != n - 1)) {
+      fail(where + "permutation must be the sequency order of " + std::to_string(n) +
+           " when there is no base, got another; make it with sequency_permutation");
+    }
+    // The kernels index with it: an entry outside would read foreign memory.
+    for (int64_t i = 0; transform.m > 1 && i < n; ++i) {
+      if (p[i] < 0 || p[i] >= n) {
+        fail(where + "permutation must hold 0 .. " + std::to_string(n - 1) + ", got " + std::to_string(p[i]) +
+             "; make it with sequency_permutation");
       }
     }
-    int bits = 0;
-    while (bits < max_walsh_bits && m << (bits + 1) <= n) ++bits;
-    if (m << bits != n) {
-      fail(where + "group_size must be " + std::to_string(m) + " * 2^k with k <= " + std::to_string(max_walsh_bits) +
-           ", got " + std::to_string(n) + "; pass a size that hadamard_matrix knows");
-    }
-    if (m == 1 && permutation.has_value() && n > 1) {
-      // For m = 1 the kernels compute the sequency order themselves and support no other. Three entries identify it;
-      // reading all of them would cost more than the transform.
-      const int32_t* p = data<int32_t>(*permutation);
-      if (p[0] != 0 || p[1] != n / 2 || sequency_of(static_cast<uint32_t>(p[n - 1]), bits) != n - 1) {
-        fail(where + "permutation must be the sequency order of " + std::to_string(n) +
-             " when there is no base, got another; see sequency_permutation");
-      }
-    }
-    transform = {n,
-                 m,
-                 bits,
-                 base ? data<float>(*base) : nullptr,
-                 permutation ? data<int32_t>(*permutation) : nullptr,
-                 static_cast<float>(scale),
-                 inverse};
   }
 };
 

@@ -6,6 +6,7 @@
 
 #include "binding.h"
 #include "binding/lut_linear.h"
+#include "binding/walsh_transform.h"
 #include "blob.h"
 #include "lut_linear_kernels.h"
 
@@ -62,25 +63,6 @@ class Counters {
   std::map<std::pair<cudaStream_t, unsigned long long>, unsigned*> slices_;
 };
 
-// The checks of a rotation that csrc/cpu makes, except those that would wait for the device.
-void check_rotation(const Tensor& x, const std::optional<Tensor>& base, const std::optional<Tensor>& permutation,
-                    int64_t group, const Device& device) {
-  const int64_t columns = x.size(x.dim() - 1);
-  if (group < 1 || columns % group != 0) {
-    fail("lut_linear: rotation: group_size must divide the last dimension of x (" + std::to_string(columns) +
-         "), got " + std::to_string(group) + "; pass a divisor of it");
-  }
-  if (base.has_value()) {
-    if (base->dim() != 2) {
-      fail("lut_linear: rotation: base must be a square matrix, got shape " + shape_text(*base) + "; see base_matrix");
-    }
-    check_tensor(*base, "lut_linear: rotation: base", ScalarType::Float, {base->size(0), base->size(0)}, device);
-  }
-  if (permutation.has_value()) {
-    check_tensor(*permutation, "lut_linear: rotation: permutation", ScalarType::Int, {group}, device);
-  }
-}
-
 // Calls the op walsh_transform, whose CUDA kernel is written in Triton.
 Tensor transformed(const Tensor& x, const std::optional<Tensor>& base, const std::optional<Tensor>& permutation,
                    int64_t group) {
@@ -118,7 +100,8 @@ Tensor lut_linear_cuda(const Tensor& x_in, const Tensor& weight, const std::opti
   if (!x.is_contiguous()) x = torch::stable::contiguous(x);
   bool fused = false;
   if (rotation_group != 0) {
-    check_rotation(x, rotation_base, rotation_permutation, rotation_group, call.device);
+    check_walsh("lut_linear: rotation: ", in_features, rotation_base, rotation_permutation, rotation_group,
+                call.device);
     fused = act_bits != 16 && !rotation_base.has_value() &&
             (rotation_group == 32 || rotation_group == 64 || rotation_group == 128);
     if (!fused && x.numel() > 0) x = transformed(x, rotation_base, rotation_permutation, rotation_group);

@@ -43,6 +43,7 @@ namespace rcp {
 
 inline void decode_attention(const DecodeAttention& a, Isa isa, const ThreadPool& pool) {
   const auto kernel = RCP_FOR_ISA(isa, decode_attention_kernels)[a.type];
+  // A second thread pays from about 2^18 products on.
   const bool small = 2 * a.batch * a.heads * a.dim * a.positions() < 1 << 18;
   parallel_pieces(pool.serial_if(small), a.batch * a.kv_heads, 1, [&](int64_t begin, int64_t end) {
     const FlushSubnormals flush;

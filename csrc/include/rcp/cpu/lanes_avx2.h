@@ -1,4 +1,4 @@
-// The names of lanes_scalar.h for eight lanes.
+// The names of lanes_scalar.h for eight lanes; also fused multiply-adds, and loads and stores of all float types.
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,4 @@
-// The names of lanes_scalar.h for sixteen lanes.
+// The names of lanes_scalar.h for sixteen lanes; also fused multiply-adds, and loads and stores of all float types.
 #pragma once
 
 #include <cstdint>

@@ -79,19 +79,13 @@ inline constexpr WalshKernels kernels = RCP_BY_TYPE(walsh_blocks);
 
 namespace detail {
 
-// Blocks of 2^bits numbers; y may be x.
-inline void power_of_two_blocks(Isa isa, const void* x, void* y, FloatType type, int64_t blocks, int bits, float scale,
-                                bool sequency, float* scratch) {
-  RCP_FOR_ISA(isa, walsh::kernels)[type](x, y, blocks, bits, scale, sequency, scratch);
-}
-
 // A block with m > 1: the power-of-two part of each of the m runs, then the m-point sums.
 inline void general_block(const WalshTransform& t, const void* x, void* y, FloatType type, Isa isa, float* scratch) {
   float* a = scratch;
   float* b = scratch + t.n;
   const bool gather = t.permutation != nullptr && t.inverse, scatter = t.permutation != nullptr && !t.inverse;
   for (int64_t i = 0; i < t.n; ++i) a[gather ? t.permutation[i] : i] = load_float(x, type, i);
-  if (t.bits > 0) power_of_two_blocks(isa, a, a, FloatType::float32, t.m, t.bits, 1.0f, false, b);
+  if (t.bits > 0) RCP_FOR_ISA(isa, walsh::kernels)[FloatType::float32](a, a, t.m, t.bits, 1.0f, false, b);
   // A register must not be longer than a run: eight lanes need 2^3 columns, sixteen 2^4.
   const Isa widest = t.bits < 3 ? Isa::scalar : t.bits < 4 ? Isa::avx2 : Isa::avx512;
   const int64_t row_step = t.inverse ? 1 : t.m, sum_step = t.inverse ? t.m : 1;
@@ -106,8 +100,7 @@ inline void general_block(const WalshTransform& t, const void* x, void* y, Float
 inline void walsh_blocks(const WalshTransform& t, const void* x, void* y, FloatType type, int64_t blocks, Isa isa,
                          float* scratch) {
   if (t.m == 1) {
-    detail::power_of_two_blocks(isa, x, y, type, blocks, t.bits, t.scale, t.permutation != nullptr, scratch);
-    return;
+    return RCP_FOR_ISA(isa, walsh::kernels)[type](x, y, blocks, t.bits, t.scale, t.permutation != nullptr, scratch);
   }
   for (int64_t b = 0; b < blocks; ++b) {
     detail::general_block(t, advance(x, type, b * t.n), advance(y, type, b * t.n), type, isa, scratch);

@@ -90,8 +90,8 @@ inline WeightShape checked_shape(const std::string& op, int64_t rows, int64_t co
   }
   // 128 * 128 * 131071 is the largest group sum that an int32 holds.
   if (group_size > 131071) {
-    fail("a group must have at most 131071 columns, got " + std::to_string(group_size) +
-         ": the integer sum of a longer group can leave int32; use group_size 128");
+    fail("group_size must be at most 131071, got " + std::to_string(group_size) +
+         ": the integer sum of a longer group can leave int32; use 128");
   }
   return {rows, columns, group_size, static_cast<int>(bits)};
 }
