@@ -151,7 +151,7 @@ def run(
     calibration = None
     if calibrate:
         text = docstring_corpus(("stdlib",)).text
-        calibration = split_windows(encode(tokenizer, text), WINDOW)[0][:WINDOWS]
+        calibration = split_windows(encode(tokenizer, text), WINDOW)[:WINDOWS]
     return measure(base, tokenizer, ids, calibration, progress, load_seconds, window, new_tokens)
 
 

@@ -11,7 +11,6 @@ from language_of_numbers import write_model, write_text
 
 from rcp_kernels.data import corpus
 from rcp_kernels.methods import student
-from rcp_kernels.methods.gptq import quantize_model as gptq
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +70,7 @@ def test_a_cell_with_a_cache_is_calibrated_with_it(arguments, tmp_path, monkeypa
             super().__init__(*args)
             caches.append(self)
 
-    monkeypatch.setattr(gptq, "FakeQuantKV", Counted)
+    monkeypatch.setattr(student, "FakeQuantKV", Counted)
     ablation.run(tmp_path, only="W2A4_gptq_gsr", **arguments)
     assert caches == []
     ablation.run(tmp_path, only="W2A4KV4_gptq_gsr", **arguments)
