@@ -78,8 +78,9 @@ def row_bytes(in_features: int, bits: int, group_size: int) -> int:
     return -(-num_groups(in_features, group_size) * group_size * bits // 8)
 
 
-def row_chunks(rows: int, weights_per_row: int) -> Iterator[slice]:
-    step = max(1, _CHUNK_WEIGHTS // max(1, weights_per_row))
+def row_chunks(rows: int, columns: int, most: int | None = None) -> Iterator[slice]:
+    """Slices of the rows of a weight, each of at most ``most`` weights or one row."""
+    step = max(1, (most or _CHUNK_WEIGHTS) // max(1, columns))
     for start in range(0, rows, step):
         yield slice(start, min(start + step, rows))
 

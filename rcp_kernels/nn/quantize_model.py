@@ -72,36 +72,20 @@ class QuantizationReport:
         return 8 * self.bytes_after / self.weights
 
     def __str__(self) -> str:
-        header = ("layer", "out x in", "bits", "group", "bits/weight", "MB before", "MB after")
-        rows = [
-            (
-                layer.name,
-                f"{layer.out_features} x {layer.in_features}",
-                str(layer.bits),
-                str(layer.group_size),
-                f"{layer.bits_per_weight:.3f}",
-                f"{layer.bytes_before / 1e6:.2f}",
-                f"{layer.bytes_after / 1e6:.2f}",
-            )
-            for layer in self.layers
-        ]
-        total = (
-            f"{len(self.layers)} layers",
-            "",
-            "",
-            "",
-            f"{self.bits_per_weight:.3f}",
-            f"{self.bytes_before / 1e6:.2f}",
-            f"{self.bytes_after / 1e6:.2f}",
-        )
-        widths = [max(len(row[i]) for row in (header, *rows, total)) for i in range(len(header))]
-        rule = "  ".join("-" * width for width in widths)
+        def sizes(x: LayerReport | QuantizationReport) -> list[str]:
+            return [f"{x.bits_per_weight:.3f}", f"{x.bytes_before / 1e6:.2f}", f"{x.bytes_after / 1e6:.2f}"]
+
+        rows = [["layer", "out x in", "bits", "group", "bits/weight", "MB before", "MB after"]]
+        for x in self.layers:
+            rows.append([x.name, f"{x.out_features} x {x.in_features}", str(x.bits), str(x.group_size), *sizes(x)])
+        rows.append([f"{len(self.layers)} layers", "", "", "", *sizes(self)])
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        for edge in (1, -1):
+            rows.insert(edge, ["-" * width for width in widths])
         lines = [
             "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
-            for row in (header, *rows, total)
+            for row in rows
         ]
-        lines[1:1] = [rule]
-        lines[-1:-1] = [rule]
         if self.kept:
             lines.append(f"kept in floating point: {', '.join(self.kept)}")
         lines.append(str(self.storage))

@@ -78,13 +78,11 @@ def rotate_output(module: nn.Module, rotation: OnlineRotation) -> None:
     """
     _refuse_second(module, "output_rotation")
     module.output_rotation = rotation
-    module.register_forward_hook(_rotate_output)
+    module.register_forward_hook(functools.partial(_rotate_by, "output_rotation"))
 
 
-def _rotate_output(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-    rotation = module.output_rotation
-    assert isinstance(rotation, OnlineRotation)
-    return rotation(output)
+def _rotate_by(name: str, module: nn.Module, args: Any, output: Tensor) -> Tensor:
+    return getattr(module, name)(output)
 
 
 def rotate_around(module: nn.Module, rotation: OnlineRotation) -> None:
@@ -99,19 +97,11 @@ def rotate_around(module: nn.Module, rotation: OnlineRotation) -> None:
     _refuse_second(module, "basis_rotation")
     module.basis_rotation = rotation
     module.register_forward_pre_hook(_leave_basis)
-    module.register_forward_hook(_return_to_basis)
+    module.register_forward_hook(functools.partial(_rotate_by, "basis_rotation"))
 
 
-def _leave_basis(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    rotation = module.basis_rotation
-    assert isinstance(rotation, OnlineRotation)
-    return (rotation.inverse(args[0]), *args[1:])
-
-
-def _return_to_basis(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-    rotation = module.basis_rotation
-    assert isinstance(rotation, OnlineRotation)
-    return rotation(output)
+def _leave_basis(module: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return (module.basis_rotation.inverse(args[0]), *args[1:])
 
 
 class _RotatedSin(NamedTuple):

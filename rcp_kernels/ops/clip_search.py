@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -38,7 +40,7 @@ def clip_search(groups: Tensor, count: int, importance: Tensor | None = None) ->
 
 
 @torch.library.register_fake("rcp_kernels::clip_search")
-def _fake(groups: Tensor, count: int, importance: Tensor | None = None) -> Tensor:
+def _fake(groups: Tensor, *rest: Any) -> Tensor:
     return groups.new_empty((groups.shape[0], 2))
 
 

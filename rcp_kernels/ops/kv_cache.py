@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -228,7 +228,7 @@ def _check_attention(
 
 
 @torch.library.register_fake("rcp_kernels::kv_cache_append")
-def _fake_append(x: Tensor, codes: Tensor, scales: Tensor, position: int, clip: float = 1.0) -> None:
+def _fake_append(*arguments: Any, **keywords: Any) -> None:
     pass
 
 
@@ -238,18 +238,7 @@ def _fake_dequantize(codes: Tensor, scales: Tensor, out: Tensor) -> None:
 
 
 @torch.library.register_fake("rcp_kernels::kv_cache_attention")
-def _fake_attention(
-    query: Tensor,
-    key_codes: Tensor,
-    key_scales: Tensor,
-    value_codes: Tensor,
-    value_scales: Tensor,
-    length: int,
-    scale: float,
-    causal: bool = True,
-    window: int = 0,
-    mask: Tensor | None = None,
-) -> Tensor:
+def _fake_attention(query: Tensor, *rest: Any, **keywords: Any) -> Tensor:
     return query.new_empty(query.shape)
 
 

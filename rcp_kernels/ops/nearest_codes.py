@@ -6,11 +6,12 @@ import torch
 from torch import Tensor
 
 from ..formats import BITS, check_group_size, num_groups, pack_codes, row_bytes
+from ..formats.codes import row_chunks
 
 __all__ = ["nearest_codes", "nearest_codes_reference"]
 
 # A chunk and its temporaries stay in a core's cache over several passes.
-_CHUNK_WEIGHTS = 1 << 20
+CHUNK_WEIGHTS = 1 << 20
 
 
 def nearest_codes(weight: Tensor, table: Tensor, group_size: int, packed: bool = False) -> Tensor:
@@ -76,9 +77,7 @@ def nearest_codes_reference(weight: Tensor, table: Tensor, group_size: int, pack
     codes = torch.empty((rows, columns), dtype=torch.uint8, device=weight.device)
     # Halved before the sum, as the sum could overflow.
     midpoints = table[..., 1:] * 0.5 + table[..., :-1] * 0.5
-    step = max(1, _CHUNK_WEIGHTS // columns)
-    for start in range(0, rows, step):
-        chunk = slice(start, start + step)
+    for chunk in row_chunks(rows, columns, CHUNK_WEIGHTS):
         for group in range(midpoints.shape[1]):
             part = slice(group * group_size, (group + 1) * group_size)
             above = weight[chunk, part, None] > midpoints[chunk, group, None]

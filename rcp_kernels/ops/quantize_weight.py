@@ -8,13 +8,11 @@ import torch
 from torch import Tensor
 
 from ..formats import PackedWeight, check_bits, check_group_size, num_groups, snap_levels
+from ..formats.codes import row_chunks
 from .kmeans_levels import kmeans_levels
-from .nearest_codes import nearest_codes
+from .nearest_codes import CHUNK_WEIGHTS, nearest_codes
 
 __all__ = ["quantize_weight", "uniform_levels", "whole_and_tail"]
-
-# A chunk and its temporaries stay in a core's cache over several passes.
-_CHUNK_WEIGHTS = 1 << 20
 
 
 def quantize_weight(
@@ -118,9 +116,7 @@ def _choose_levels(
 ) -> Tensor:
     rows, in_features = weight.shape
     values = torch.empty(shape, dtype=torch.float32, device=weight.device)
-    step = max(1, _CHUNK_WEIGHTS // in_features)
-    for start in range(0, rows, step):
-        chunk = slice(start, start + step)
+    for chunk in row_chunks(rows, in_features, CHUNK_WEIGHTS):
         for columns, groups, length in whole_and_tail(in_features, group_size):
             group_rows = weight[chunk, columns].reshape(-1, length)
             values[chunk, groups] = choose(group_rows, shape[2]).view(-1, values[chunk, groups].shape[1], shape[2])

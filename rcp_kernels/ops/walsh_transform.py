@@ -195,17 +195,13 @@ def _check_groups(caller: str, x: Tensor, group_size: int) -> None:
 
 
 @torch.library.register_fake("rcp_kernels::walsh_transform")
-def _fake(
-    x: Tensor, base: Tensor | None, permutation: Tensor | None, group_size: int, scale: float, inverse: bool
-) -> Tensor:
+def _fake(x: Tensor, base: Tensor | None, permutation: Tensor | None, group_size: int, *rest: Any) -> Tensor:
     _check_x("walsh_transform", x, group_size)
     return x.new_empty(x.shape)
 
 
 @torch.library.register_fake("rcp_kernels::walsh_transform_")
-def _fake_inplace(
-    x: Tensor, base: Tensor | None, permutation: Tensor | None, group_size: int, scale: float, inverse: bool
-) -> None:
+def _fake_inplace(x: Tensor, base: Tensor | None, permutation: Tensor | None, group_size: int, *rest: Any) -> None:
     _check_x("walsh_transform_", x, group_size)
     if not x.is_contiguous():
         raise ValueError(

@@ -248,7 +248,7 @@ def test_autocast_gives_the_undivided_layers_dtype_and_bits(ranks):
 
 
 def test_a_scale_of_each_rank_by_itself_would_fail_the_bound():
-    """The bound is narrow enough to see the scale: it is what makes the ranks agree on it."""
+    """Without a common scale of the ranks the result is outside of the bound."""
     layer, x = make(ROW["W2A4"])
     expected, magnitude = row_reference(layer, x)
     weight = layer.packed_weight()

@@ -59,7 +59,7 @@ def plugin_config(stored):
 
 @pytest.fixture
 def ranks(monkeypatch):
-    """Sets the rank and the number of ranks that vLLM's layers believe in; a sum over ranks is the test's."""
+    """Sets the rank and the number of ranks for vLLM's layers. The test sums over ranks."""
 
     def pretend(rank, size):
         for module in {vllm_linear.__name__, "vllm.model_executor.parameter"}:
@@ -189,7 +189,7 @@ def test_row_parallel_ranks_sum_to_one(ranks, name, act_bits):
         layer = loaded(model, plugin_config(stored), name)
         half = slice(rank * x.shape[1] // 2, (rank + 1) * x.shape[1] // 2)
         found = layer(x[:, half])
-        # Of its own inputs, and of the bias on the first rank only.
+        # The product with its inputs, with the bias on the first rank only.
         bias = linear.bias if rank == 0 else None
         alone = QuantLinear.from_packed(cut(linear, rank, 2), bias, act_bits)
         assert torch.equal(found, alone(rotated[:, half]))
@@ -211,7 +211,7 @@ def test_parts_with_other_scales_are_merged_where_that_is_exact(ranks):
 
 
 def test_evenly_spaced_levels_without_tables(ranks):
-    """Of kind "uniform": one level a group, a longer format."""
+    """Weights of kind "uniform" have one level a group and a longer format."""
     model = make_model("qwen3")
     for part in ("gate_proj", "up_proj", "down_proj"):
         linear = model.get_submodule(f"{BLOCK}.mlp.{part}")

@@ -115,7 +115,7 @@ def test_there_is_no_weight_to_read() -> None:
 
 @pytest.mark.parametrize(("in_features", "group_size"), [(160 * 32, 32), (53248, 32), (100003, 64)])
 def test_error_stays_within_the_documented_bound(in_features: int, group_size: int) -> None:
-    # All of one sign, so that nothing cancels: docs/numerics.md, the linear layer.
+    # All values have one sign and nothing cancels (docs/numerics.md, the linear layer).
     generator = torch.Generator().manual_seed(0)
     weight = quantize_weight(torch.rand((2, in_features), generator=generator) + 0.1, 2, group_size)
     x = torch.rand((1, in_features), generator=generator) + 0.1

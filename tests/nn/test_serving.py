@@ -145,7 +145,7 @@ def test_many_threads_call_one_model_while_others_read_it():
 
 
 def test_the_first_calls_of_all_come_at_once():
-    """The tables of a rotation are made by whoever comes first."""
+    """The first caller makes the tables of a rotation."""
     torch.set_num_threads(1)
     layer, inputs = make_layer("W2A4 rotated"), requests()
     with torch.inference_mode():

@@ -38,7 +38,7 @@ drawn_groups = st.builds(
 
 
 def squared_error(groups: Tensor, ratios: Tensor, count: int, importance: Tensor | None) -> Tensor:
-    """Of each group, in float64: every weight on the nearest of evenly spaced levels."""
+    """The error of each group in float64, with every weight on the nearest of evenly spaced levels."""
     wide = groups.double()
     low, high = wide.amin(1) * ratios[:, 0].double(), wide.amax(1) * ratios[:, 1].double()
     high = torch.maximum(low, high)

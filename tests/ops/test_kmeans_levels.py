@@ -38,7 +38,7 @@ def random_groups(
 
 
 def squared_error(groups: Tensor, levels: Tensor, importance: Tensor | None) -> Tensor:
-    """Of each group, in float64: every weight on its nearest level."""
+    """The error of each group in float64, with every weight on its nearest level."""
     nearest = (groups.double()[..., None] - levels.double()[:, None]).square().amin(-1)
     if importance is not None:
         mass = importance.double()

@@ -463,5 +463,5 @@ def test_bad_caches():
             cache.update(x.repeat(2, 1, 1, 1), x.repeat(2, 1, 1, 1), 0)
         with pytest.raises(ValueError, match="token 0 holds NaN"):
             cache.update(x * float("nan"), x, 0)
-        # What failed is not part of the cache.
+        # The failed call has not changed the cache.
         assert cache.get_seq_length() == 3

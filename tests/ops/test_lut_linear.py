@@ -360,7 +360,7 @@ def test_bad_rotation_arguments():
 
 
 def test_mixed_devices_raise():
-    """A meta weight among CPU tensors must not come back as memory nobody wrote."""
+    """A meta weight among CPU tensors must not give uninitialised memory."""
     layer = QuantLinear(64, 48, group_size=32, device="meta", bias=False)
     with (
         torch.no_grad(),

@@ -78,7 +78,7 @@ def test_weight_moves_between_devices_as_tensors():
 
 
 def uniform_weight(rows, columns, bits, group_size, seed=0):
-    """Of kind uniform, with the smallest and the largest first level and a group of scale 0 among others."""
+    """A weight of kind uniform, with the smallest and the largest first level and a group of scale 0."""
     weight = random_weight(rows, columns, bits, group_size, seed)
     generator = torch.Generator().manual_seed(seed)
     first = torch.randint(-128, 2 ** (7 - bits), (*weight.scales.shape, 1), generator=generator)

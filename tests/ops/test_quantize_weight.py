@@ -104,7 +104,7 @@ def test_given_levels_are_kept() -> None:
 def test_chunks_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
     weight = torch.randn((50, 200), generator=torch.Generator().manual_seed(0))
     whole = quantize_weight(weight, 3, 64)
-    monkeypatch.setattr("rcp_kernels.ops.quantize_weight._CHUNK_WEIGHTS", 1400)
+    monkeypatch.setattr("rcp_kernels.ops.quantize_weight.CHUNK_WEIGHTS", 1400)
     parts = quantize_weight(weight, 3, 64)
     assert torch.equal(whole.codes, parts.codes)
     assert torch.equal(whole.levels, parts.levels)
