@@ -22,9 +22,10 @@ from . import corpus
 from .generated import cached_texts, chat_prompts, generate_texts, opening_prompts
 from .reasoning import reasoning_questions
 
-__all__ = ["TEXTS", "check_text", "held_out_text", "training_text"]
+__all__ = ["TEXTS", "Progress", "check_text", "held_out_text", "training_text"]
 
 Progress = Callable[[str, int, int, str], None]
+"""Called with a phase, the units done, their total, and a text. The total is 0 for a text that stands alone."""
 
 # English has about four characters a token. Twice as many are enough for any tokenizer.
 _CHARACTERS_PER_TOKEN = 8
@@ -79,7 +80,7 @@ def training_text(
         model: writes "generated", "reasoning" and a part of "mixed".
         tokenizer: of the model.
         seed: of the text that the model writes.
-        progress: called with a phase, the texts done, their total, and a line, while the model writes.
+        progress: called while the model writes.
 
     Raises:
         ValueError, OSError: as :func:`check_text`; or there is no model for a text that it writes.
