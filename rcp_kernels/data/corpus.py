@@ -291,15 +291,7 @@ def dataset_text(name: str, split: str, characters: int) -> str:
 
 
 def split_windows(ids: Tensor, length: int, seed: int = 0) -> Tensor:
-    """Cut a token stream into windows and shuffle them.
-
-    Args:
-        ids: int64 [tokens]. Tokens after the last full window are dropped.
-        length: tokens per window.
-        seed: of the shuffle.
-
-    Returns:
-        int64 [windows, length].
+    """Cut int64 [tokens] into shuffled windows, int64 [windows, length]. Tokens after the last full one are dropped.
 
     Raises:
         ValueError: ids is not 1-D, or too short for one window.

@@ -194,17 +194,9 @@ def chat_prompts(tokenizer: Any, questions: Iterable[str]) -> list[str]:
 
 
 def opening_prompts(tokenizer: Any, documents: Iterable[str], count: int, tokens: int, seed: int = 0) -> list[Tensor]:
-    """The first tokens of randomly chosen documents, each document once.
+    """The first tokens, int64 [tokens], of ``count`` randomly chosen documents.
 
-    Args:
-        tokenizer: of the model that will continue the prompts.
-        documents: text.
-        count: number of prompts. There are fewer if fewer documents are long enough.
-        tokens: length of a prompt. Shorter documents are left out.
-        seed: of the choice.
-
-    Returns:
-        int64 [tokens] each.
+    Documents with fewer tokens are left out, so there may be fewer prompts than ``count``.
     """
     pool = list(documents)
     prompts: list[Tensor] = []
@@ -221,12 +213,8 @@ def opening_prompts(tokenizer: Any, documents: Iterable[str], count: int, tokens
 def cached_texts(folder: Path, conditions: dict[str, Any], make: Callable[[], list[str]]) -> list[str]:
     """The texts that ``make`` returns, or those that an earlier call with the same conditions wrote to a file.
 
-    The conditions include the version of this module: texts that an earlier version cached are written again.
-
-    Args:
-        folder: of the cache; made if missing.
-        conditions: everything that the texts depend on, as JSON types. The file keeps the conditions too.
-        make: makes the texts.
+    Conditions are everything that the texts depend on, as JSON types; the file keeps them too. A version of this module
+    is added: texts that an earlier version cached are written again.
 
     Raises:
         OSError: the file cannot be written.

@@ -26,15 +26,7 @@ _CHUNK_WEIGHTS = 32767
 
 
 def group_range(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
-    """Smallest and largest weight of each group, without gradient.
-
-    Args:
-        weight: floating point [N, K].
-        group_size: weights along K that share a table.
-
-    Returns:
-        float32 [N, ceil(K / group_size)], twice.
-    """
+    """Smallest and largest weight of each group, without gradient: float32 [N, ceil(K / group_size)] each."""
     weight = weight.detach()
     rows, in_features = weight.shape
     shape = (rows, -(-in_features // group_size))

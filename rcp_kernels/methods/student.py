@@ -182,14 +182,7 @@ class FakeQuantKV:
 def fake_quantized_kv(module: nn.Module, bits: int, clip: float, where: str) -> Iterator[dict[str, Any]]:
     """Keyword arguments with which a model or a decoder layer quantizes keys and values, inside the ``with`` block.
 
-    Args:
-        module: takes a key/value cache.
-        bits: of keys and values; 16 gives no arguments.
-        clip: in (0, 1].
-        where: name of the caller, for errors.
-
-    Raises:
-        RuntimeError: at the end of the block, if the module did not use the cache.
+    16 bits give no arguments. Raises RuntimeError at the end of the block if the module did not use the cache.
     """
     if bits == 16:
         yield {}
@@ -251,10 +244,7 @@ def with_quantized_weights(
 ) -> Iterator[None]:
     """Quantize all weights of a student once for all forward and backward passes inside the ``with`` block.
 
-    Args:
-        model: of :func:`make_student`.
-        dtype: of the quantized weights.
-        run: like ``map``; may use threads.
+    ``dtype`` is that of the quantized weights. ``run`` is like ``map`` and may use threads.
     """
     layers = students(model)
     gradients = torch.is_grad_enabled()
@@ -290,10 +280,7 @@ def is_finite(value: Tensor) -> bool:
 def first_bad_layer(model: nn.Module, forward: Callable[[], object], otherwise: str) -> str:
     """The layer where NaN or Inf began: in a weight, else in the first output, else in the gradient nearest the loss.
 
-    Args:
-        model: of :func:`make_student`.
-        forward: runs the model on the tokens that gave the loss.
-        otherwise: the name to return if no layer has NaN or Inf.
+    ``forward`` runs the student on the tokens that gave the loss. ``otherwise`` is returned if no layer is bad.
     """
     layers = students(model)
     bad: list[str] = []

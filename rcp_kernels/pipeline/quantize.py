@@ -26,7 +26,7 @@ from ..methods.gptq.quantize_model import gptq_quantize_model
 from ..methods.laquant.layer_losses import losses_csv, losses_png
 from ..methods.laquant.quantize_model import laquant_quantize_model
 from ..methods.layers import check_vocabulary
-from ..methods.rcp.train import RcpConfig, load_trained, train
+from ..methods.rcp import RcpConfig, load_trained, train
 from ..methods.rcp.training_state import write_curve
 from ..methods.rotate.rotate_model import Rotated, rotate_model
 from ..methods.student import export_student

@@ -59,15 +59,15 @@ def test_a_run_that_stopped_goes_on_after_its_last_layer(run, arguments, tmp_pat
     code, _, err = run(*arguments, "-o", tmp_path / "whole")
     assert code == 0, err
     trained = []
-    real = laquant._train_layer
+    real = laquant._LayerTraining.run
 
-    def stops(layer, names, index, *rest):
-        if index == 1 and len(trained) == 1:
+    def stops(training, progress):
+        if training.index == 1 and len(trained) == 1:
             raise Diverged("stopped in layer 1")
-        trained.append(index)
-        return real(layer, names, index, *rest)
+        trained.append(training.index)
+        return real(training, progress)
 
-    monkeypatch.setattr(laquant, "_train_layer", stops)
+    monkeypatch.setattr(laquant._LayerTraining, "run", stops)
     code, _, err = run(*arguments, "-o", tmp_path / "out")
     assert code == 1
     assert "stopped in layer 1" in err

@@ -440,9 +440,9 @@ def test_an_error_leaves_the_model_as_it_was(ids: Tensor) -> None:
     ("arguments", "message"),
     [
         ({"act_bits": 5}, r"act_bits must be one of \(4, 8, 16\), got 5"),
-        ({"act_clip": 0.0}, r"act_clip must be a number in \(0, 1\], got 0.0"),
+        ({"act_clip": 0.0}, r"act_clip must be in \(0, 1\], got 0.0"),
         ({"kv_bits": 32}, r"kv_bits must be one of .*, got 32"),
-        ({"kv_clip": 1.5}, r"kv_clip must be a number in \(0, 1\], got 1.5"),
+        ({"kv_clip": 1.5}, r"kv_clip must be in \(0, 1\], got 1.5"),
     ],
 )
 def test_bits_and_clips_are_checked_before_anything_runs(

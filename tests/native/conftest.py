@@ -1,7 +1,8 @@
 """The compiled kernels, without torch."""
 
-import build
 import pytest
+
+import build
 
 
 @pytest.fixture(scope="session")

@@ -83,12 +83,7 @@ def gptq_quantize_weight(
 
 
 def add_gram(total: Tensor, x: Tensor) -> None:
-    """Add x^T x to the upper triangle of a float32 matrix. The lower triangle is undefined.
-
-    Args:
-        total: float32 [K, K].
-        x: float32 [tokens, K].
-    """
+    """Add x^T x to the upper triangle of a float32 matrix [K, K]; x is float32 [tokens, K]."""
     for columns in _column_blocks(x.shape[1]):
         total[: columns.stop, columns].addmm_(x[:, : columns.stop].T, x[:, columns])
 
@@ -111,13 +106,7 @@ def _squared_output(weight: Tensor, hessian: Tensor) -> float:
 
 
 def relative_errors(weight: Tensor, quantized: Sequence[Tensor], hessian: Tensor) -> list[float]:
-    """``tr(E H E^T) / tr(W H W^T)`` with E = W - Q: the output's relative squared error on the calibration tokens.
-
-    Args:
-        weight: floating point [N, K].
-        quantized: one or more Q, of the weight's shape.
-        hessian: floating point [K, K], symmetric.
-    """
+    """``tr(E H E^T) / tr(W H W^T)`` with E = W - Q, for each Q: the output's relative squared error."""
     weight = weight.detach().to(hessian)
     square = _squared_output(weight, hessian)
     return [_squared_output(weight - each.to(hessian), hessian) / square if square > 0 else 0.0 for each in quantized]
@@ -308,15 +297,7 @@ def _normalize(scales: Tensor, tensor_scale: float) -> tuple[Tensor, float]:
 def _solve(
     weight: Tensor, factor: Factor, group_size: int, levels: Tensor | Chooser, block: int, tensor_scale: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Round all columns with error feedback.
-
-    Args:
-        weight: float32 [N, K], overwritten.
-        factor: of the Hessian.
-        group_size: columns that share a table.
-        levels: float32 [N, groups, 2**bits], or a function that chooses them.
-        block: number of columns after which one matrix product adds the feedback to the rest of the weight.
-        tensor_scale: float32 [N].
+    """Round all columns of a float32 weight [N, K] with error feedback; overwrites the weight.
 
     Returns:
         codes uint8 [N, K], levels int8 [N, groups, 2**bits], scales float16 [N, groups].

@@ -1,14 +1,9 @@
 """RCP: training of a low-bit student on its float teacher (arXiv 2502.15779). docs/rcp.md explains it."""
 
-from .train import (
-    PRESETS,
-    Diverged,
-    RcpConfig,
-    TrainResult,
-    load_trained,
-    student_perplexity,
-    train,
-)
+from ..layers import Diverged
+from .config import PRESETS, RcpConfig, TrainResult
+from .distillation import student_perplexity
+from .train import load_trained, train
 
 __all__ = [
     "PRESETS",

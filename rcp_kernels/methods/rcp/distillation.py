@@ -43,13 +43,8 @@ class Head:
 def reverse_weight(loss: str, confidence: float) -> float:
     """The weight m of KL(student || teacher) in ``m KL(S||T) + (1 - m) KL(T||S)``.
 
-    Args:
-        loss: ``"cakld"``: m is ``confidence`` (BitDistiller's confidence-aware KL); ``"forward_kl"``: 0;
-            ``"reverse_kl"``: 1; ``"symmetric_kl"``: 1/2.
-        confidence: mean over tokens of the teacher's largest probability.
-
-    Raises:
-        ValueError: an unknown loss.
+    ``"cakld"`` has m = ``confidence``, the mean over tokens of the teacher's largest probability (BitDistiller's
+    confidence-aware KL).
     """
     weights = {"cakld": confidence, "forward_kl": 0.0, "reverse_kl": 1.0, "symmetric_kl": 0.5}
     check_one_of("distillation", "loss", loss, LOSSES, "check the spelling")
@@ -110,10 +105,7 @@ class _Distillation(torch.autograd.Function):
 def mean_confidence(hidden_states: Callable[[Tensor], Tensor], head: Head, batches: list[Tensor]) -> float:
     """Mean over all tokens of the teacher's largest next-token probability: the m of CAKLD, which uses ten batches.
 
-    Args:
-        hidden_states: the teacher: int64 [sequences, tokens] -> [sequences * tokens, hidden_size].
-        head: of the teacher.
-        batches: int64 [sequences, tokens] each.
+    ``hidden_states`` is the teacher: int64 [sequences, tokens] -> [sequences * tokens, hidden_size].
     """
     largest: list[Tensor] = []
     for batch in batches:

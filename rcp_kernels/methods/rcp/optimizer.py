@@ -40,14 +40,7 @@ def set_rates(optimizer: torch.optim.Optimizer, share: float) -> None:
 
 
 def schedule(step: int, steps: int, warmup: int, floor: float) -> float:
-    """Share of the peak learning rate: linear up over ``warmup`` steps, then a cosine down to ``floor``.
-
-    Args:
-        step: counted from 0.
-        steps: total number.
-        warmup: steps up to the peak.
-        floor: share of the peak at the end.
-    """
+    """Share of the peak learning rate: linear up over ``warmup`` steps, then a cosine down to ``floor``."""
     if step < warmup:
         return (step + 1) / warmup
     done = (step - warmup) / max(1, steps - warmup)

@@ -13,15 +13,14 @@ from typing import Any
 from torch import Tensor, nn
 
 from ...nn.model_digest import model_digest
-from ..layers import Diverged, check_vocabulary
+from ..layers import check_vocabulary
 from ..student import students
-from .config import PRESETS, RcpConfig, TrainResult
-from .distillation import student_perplexity
+from .config import RcpConfig, TrainResult
 from .student_state import copy_student, start_student
 from .training import Training
 from .training_state import load_state
 
-__all__ = ["PRESETS", "Diverged", "RcpConfig", "TrainResult", "load_trained", "student_perplexity", "train"]
+__all__ = ["load_trained", "train"]
 
 
 def train(
