@@ -83,18 +83,19 @@ class Phases:
             TimeElapsedColumn(),
             TimeRemainingColumn(),
             console=self._console,
-            disable=not self._console.is_terminal,
         )
         self._tasks: dict[str, Any] = {}
         self._began: dict[str, float] = {}
         self._said = -_LINE_EVERY
 
     def __enter__(self) -> Phases:
-        self._bars.start()
+        if self._console.is_terminal:
+            self._bars.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        self._bars.stop()
+        if self._console.is_terminal:
+            self._bars.stop()
 
     def __call__(self, phase: str, done: int, total: int, text: str) -> None:
         """Show that ``done`` of ``total`` units of a phase are done; a phase "validation" or a total of 0 is a line."""
