@@ -105,12 +105,7 @@ def _facts(text: corpus.Corpus) -> dict[str, Any]:
 
 
 def _written_text(
-    name: str,
-    tokens: int,
-    model: nn.Module,
-    tokenizer: Any,
-    seed: int,
-    progress: Progress,
+    name: str, tokens: int, model: nn.Module, tokenizer: Any, seed: int, progress: Progress
 ) -> tuple[str, dict[str, Any]]:
     """Documents of each kind of ``_SHARES[name]``, in the order of the kinds."""
     shares = {kind: -(-tokens * percent // 100) for kind, percent in _SHARES[name].items()}
@@ -143,12 +138,7 @@ def _written_text(
 
 
 def _generated(
-    openings: corpus.Corpus,
-    tokens: int,
-    model: nn.Module,
-    tokenizer: Any,
-    seed: int,
-    progress: Progress,
+    openings: corpus.Corpus, tokens: int, model: nn.Module, tokenizer: Any, seed: int, progress: Progress
 ) -> list[str]:
     """Texts of about as many tokens as asked for. Half are answers to questions if there is a chat template."""
     # SmolLM2 writes 230 tokens a text, prompt included. Counting 150 makes up for paragraphs that are dropped later.

@@ -48,12 +48,7 @@ _STATE_FILES = re.compile(r"\.?(state\.pt|best\.pt|log\.jsonl|curve\.csv|run\.js
 
 # More than 60 lines: 28 are the docstring.
 def quantize(
-    recipe: Recipe,
-    out: str | Path,
-    *,
-    resume: bool = False,
-    shard: bool = False,
-    progress: Progress = lambda *_: None,
+    recipe: Recipe, out: str | Path, *, resume: bool = False, shard: bool = False, progress: Progress = lambda *_: None
 ) -> Summary | None:
     """Quantize a model as a recipe says, and write it.
 
