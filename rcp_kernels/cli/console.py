@@ -83,23 +83,26 @@ class Phases:
             TimeElapsedColumn(),
             TimeRemainingColumn(),
             console=self._console,
-            disable=not self._console.is_terminal,
         )
         self._tasks: dict[str, Any] = {}
         self._began: dict[str, float] = {}
         self._said = -_LINE_EVERY
 
     def __enter__(self) -> Phases:
-        self._bars.start()
+        if self._console.is_terminal:
+            self._bars.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        self._bars.stop()
+        if self._console.is_terminal:
+            self._bars.stop()
 
     def __call__(self, phase: str, done: int, total: int, text: str) -> None:
         """Show that ``done`` of ``total`` units of a phase are done; a phase "validation" or a total of 0 is a line."""
-        if phase == "validation" or total == 0:
-            self._say(f"step {done}: {text}" if phase == "validation" else f"{phase}: {text}")
+        if phase == "validation":
+            self._say(f"step {done}: {text}")
+        elif total == 0:
+            self._say(f"{phase}: {text}")
         elif self._console.is_terminal:
             if phase not in self._tasks:
                 self._tasks[phase] = self._bars.add_task(phase, total=total)
@@ -111,12 +114,12 @@ class Phases:
     def _line(self, phase: str, done: int, total: int, text: str) -> None:
         now = time.monotonic()
         first = phase not in self._began
-        began = self._began.setdefault(phase, now)
-        if first or done >= total or now - self._said >= _LINE_EVERY:
+        seconds = now - self._began.setdefault(phase, now)
+        if total == 1:
+            self._say(f"{phase}: {'done' if done else text}")
+        elif first or done >= total or now - self._said >= _LINE_EVERY:
             self._said = now
-            left = (
-                f", about {(now - began) * (total - done) / done:.0f} s left" if 0 < done < total and not first else ""
-            )
+            left = f", about {seconds * (total - done) / done:.0f} s left" if seconds and 0 < done < total else ""
             self._say(f"{phase}: {done} of {total}{left}{f' ({text})' if text else ''}")
 
     def _say(self, text: str) -> None:

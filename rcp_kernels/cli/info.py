@@ -16,9 +16,7 @@ EXAMPLES = """Example:
 rcp-kernels info --json"""
 
 
-def info(
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
-) -> None:
+def info(as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False) -> None:
     """Show this machine and installation, missing optional packages, and the commands that install them."""
     facts = hardware.describe()
     if as_json:

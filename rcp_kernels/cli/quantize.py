@@ -42,8 +42,7 @@ def quantize(
     model: Annotated[
         str | None,
         typer.Argument(
-            metavar="MODEL",
-            help="The float model: a transformers directory, a hub id, a .gguf file, or demo.",
+            metavar="MODEL", help="The float model: a transformers directory, a hub id, a .gguf file, or demo."
         ),
     ] = None,
     out: Annotated[
@@ -65,13 +64,11 @@ def quantize(
         ),
     ] = None,
     w_bits: Annotated[
-        int | None,
-        _field("w_bits", "Bits of a weight; the default is 4 for rtn and gptq, 3 for laquant, 2 for rcp."),
+        int | None, _field("w_bits", "Bits of a weight; the default is 4 for rtn and gptq, 3 for laquant, 2 for rcp.")
     ] = None,
     a_bits: Annotated[int | None, _field("a_bits", "Bits of an activation; the default is 4 for rcp, else 16.")] = None,
     kv_bits: Annotated[
-        int | None,
-        _field("kv_bits", "Bits of the keys and values in the cache; the default is 4 for rcp, else 16."),
+        int | None, _field("kv_bits", "Bits of the keys and values in the cache; the default is 4 for rcp, else 16.")
     ] = None,
     group_size: Annotated[
         int | None,
@@ -80,13 +77,7 @@ def quantize(
             "Weights that share a table of levels; the default is the largest that divides the model's sizes.",
         ),
     ] = None,
-    levels: Annotated[
-        str | None,
-        _field(
-            "levels",
-            "How rtn and gptq choose levels; the default is kmeans.",
-        ),
-    ] = None,
+    levels: Annotated[str | None, _field("levels", "How rtn and gptq choose levels; the default is kmeans.")] = None,
     preset: Annotated[str | None, _field("preset", "The budget of rcp; the default is quick.")] = None,
     steps: Annotated[
         int | None, typer.Option(min=0, metavar="N", help="Updates of rcp instead of the preset's.")
@@ -108,8 +99,7 @@ def quantize(
     ] = None,
     seed: Annotated[int | None, typer.Option(metavar="N", help="The random seed; the default is 0.")] = None,
     dtype: Annotated[
-        str | None,
-        _field("dtype", "The dtype of everything that is not packed; the default is that of the model."),
+        str | None, _field("dtype", "The dtype of everything that is not packed; the default is that of the model.")
     ] = None,
     untie_head: Annotated[
         bool,

@@ -22,9 +22,10 @@ from . import corpus
 from .generated import cached_texts, chat_prompts, generate_texts, opening_prompts
 from .reasoning import reasoning_questions
 
-__all__ = ["TEXTS", "check_text", "held_out_text", "training_text"]
+__all__ = ["TEXTS", "Progress", "check_text", "held_out_text", "training_text"]
 
 Progress = Callable[[str, int, int, str], None]
+"""Called with a phase, the units done, their total, and a text. The total is 0 for a text that stands alone."""
 
 # English has about four characters a token. Twice as many are enough for any tokenizer.
 _CHARACTERS_PER_TOKEN = 8
@@ -79,7 +80,7 @@ def training_text(
         model: writes "generated", "reasoning" and a part of "mixed".
         tokenizer: of the model.
         seed: of the text that the model writes.
-        progress: called with a phase, the texts done, their total, and a line, while the model writes.
+        progress: called while the model writes.
 
     Raises:
         ValueError, OSError: as :func:`check_text`; or there is no model for a text that it writes.
@@ -104,12 +105,7 @@ def _facts(text: corpus.Corpus) -> dict[str, Any]:
 
 
 def _written_text(
-    name: str,
-    tokens: int,
-    model: nn.Module,
-    tokenizer: Any,
-    seed: int,
-    progress: Progress,
+    name: str, tokens: int, model: nn.Module, tokenizer: Any, seed: int, progress: Progress
 ) -> tuple[str, dict[str, Any]]:
     """Documents of each kind of ``_SHARES[name]``, in the order of the kinds."""
     shares = {kind: -(-tokens * percent // 100) for kind, percent in _SHARES[name].items()}
@@ -142,12 +138,7 @@ def _written_text(
 
 
 def _generated(
-    openings: corpus.Corpus,
-    tokens: int,
-    model: nn.Module,
-    tokenizer: Any,
-    seed: int,
-    progress: Progress,
+    openings: corpus.Corpus, tokens: int, model: nn.Module, tokenizer: Any, seed: int, progress: Progress
 ) -> list[str]:
     """Texts of about as many tokens as asked for. Half are answers to questions if there is a chat template."""
     # SmolLM2 writes 230 tokens a text, prompt included. Counting 150 makes up for paragraphs that are dropped later.

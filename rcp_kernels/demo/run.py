@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import hardware
+from ..data.by_name import Progress
 from ..data.corpus import docstring_corpus, held_out_default, split_windows
 from ..evaluation.decoding import decode_seconds, greedy_tokens
 from ..evaluation.perplexity import perplexity
@@ -24,7 +25,7 @@ from ..models import describe
 from ..models.load import DEMO, encode, load_float
 from ..nn import storage_report
 from ..pipeline import Recipe
-from ..pipeline.quantize import Progress, quantize_layers, rotate
+from ..pipeline.quantize import quantize_layers, rotate
 from .report import Report, Result
 
 __all__ = ["CALIBRATED", "CONFIGS", "ROTATED", "ROTATIONS", "Config", "convert", "linear_layers", "measure", "run"]
@@ -99,7 +100,7 @@ def convert(
         base: the model; it is left as it is.
         config: see there.
         ids: int64 [windows, tokens], for a recipe that calibrates.
-        progress: see :data:`rcp_kernels.pipeline.quantize.Progress`.
+        progress: see :data:`rcp_kernels.data.by_name.Progress`.
     """
     model = copy.deepcopy(base)
     started = time.perf_counter(), time.process_time()
@@ -131,7 +132,7 @@ def run(
     """Load the model and measure every configuration.
 
     Args:
-        progress: see :data:`rcp_kernels.pipeline.quantize.Progress`.
+        progress: see :data:`rcp_kernels.data.by_name.Progress`.
         tokens: of the text that perplexity is measured on.
         window: tokens of a window of that text.
         new_tokens: decode steps timed for each configuration.

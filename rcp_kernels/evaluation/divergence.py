@@ -45,11 +45,6 @@ class Divergence:
         """Median position."""
         return statistics.median(self.positions)
 
-    @property
-    def same(self) -> int:
-        """Number of prompts without a difference."""
-        return sum(position == self.new_tokens for position in self.positions)
-
 
 def prompt_windows(ids: Tensor, count: int, length: int) -> Tensor:
     """Split a text into equal parts and return the beginning of each, int64 [count, length].

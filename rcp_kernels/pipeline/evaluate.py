@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..data.by_name import held_out_text
+from ..data.by_name import Progress, held_out_text
 from ..evaluation.decoding import greedy_tokens
 from ..evaluation.divergence import divergence, prompt_windows
 from ..evaluation.perplexity import perplexity
@@ -126,7 +126,7 @@ def evaluate(
     window: int = 512,
     divergence_from: str | Path | None = None,
     new_tokens: int = 128,
-    progress: Callable[[str, int, int, str], None] = lambda *_: None,
+    progress: Progress = lambda *_: None,
     log: Callable[[str], None] = _say,
 ) -> Measured:
     """The perplexity of a quantized or float model, with the key/value cache that its config asks for.
@@ -142,7 +142,7 @@ def evaluate(
         window: tokens of a window.
         divergence_from: also compare greedy decoding with this model's, after 16 prompts from the text.
         new_tokens: decoded after each of these prompts.
-        progress: called with a phase, the tokens done, their total, and the model's name.
+        progress: see :data:`rcp_kernels.data.by_name.Progress`.
         log: called with a warning if a window or a continuation is longer than the model's max_position_embeddings, or
             if its attention cannot read the packed cache. The default prints to standard error.
 

@@ -11,7 +11,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from .. import __version__, extras, hardware
 from ..checkpoint import QuantizationConfig, cast_floats, check_fits, check_output, save_quantized
-from ..data.by_name import check_text, training_text
+from ..data.by_name import Progress, check_text, training_text
 from ..data.corpus import split_windows
 from ..methods.gptq.quantize_model import gptq_quantize_model
 from ..methods.laquant.layer_losses import losses_csv, losses_png
@@ -37,10 +37,7 @@ from ..ops.walsh_matrices import factor_size
 from .recipe import Recipe, ResolvedRecipe, recipe_text
 from .summary import Summary
 
-__all__ = ["Progress", "quantize", "quantize_layers", "rotate", "windows_of"]
-
-Progress = Callable[[str, int, int, str], None]
-"""Called with a phase, the units done, their total, and a text. The total is 0 for a text without a phase's end."""
+__all__ = ["quantize", "quantize_layers", "rotate", "windows_of"]
 
 _VALIDATION_WINDOWS = 16
 # The file in OUT.training that shows a training which has not ended.
@@ -51,12 +48,7 @@ _STATE_FILES = re.compile(r"\.?(state\.pt|best\.pt|log\.jsonl|curve\.csv|run\.js
 
 # More than 60 lines: 28 are the docstring.
 def quantize(
-    recipe: Recipe,
-    out: str | Path,
-    *,
-    resume: bool = False,
-    shard: bool = False,
-    progress: Progress = lambda *_: None,
+    recipe: Recipe, out: str | Path, *, resume: bool = False, shard: bool = False, progress: Progress = lambda *_: None
 ) -> Summary | None:
     """Quantize a model as a recipe says, and write it.
 
@@ -66,7 +58,7 @@ def quantize(
             ``OUT.training`` beside it until the model is written.
         resume: continue the training whose state is there.
         shard: with rcp under torchrun: see :func:`rcp_kernels.methods.rcp.train`.
-        progress: see :data:`Progress`.
+        progress: see :data:`rcp_kernels.data.by_name.Progress`.
 
     Returns:
         A description of the written model. Under torchrun every process but the first returns None.
@@ -250,7 +242,7 @@ def windows_of(
         recipe: its ``text`` names the text.
         tokenizer: of the model.
         model: the float model. It writes a part of "mixed" and all of "generated" and "reasoning".
-        progress: see :data:`Progress`.
+        progress: see :data:`rcp_kernels.data.by_name.Progress`.
 
     Raises:
         ValueError: the text is too short.
@@ -259,16 +251,13 @@ def windows_of(
     training = recipe.training_config(128)
     if isinstance(training, RcpConfig):
         needed = training.steps * training.batch + _VALIDATION_WINDOWS
+    progress("reading the text", 0, 1, recipe.text or "docstrings")
     text, facts = training_text(
-        recipe.text,
-        needed * recipe.window,
-        model=model,
-        tokenizer=tokenizer,
-        seed=recipe.seed,
-        progress=progress,
+        recipe.text, needed * recipe.window, model=model, tokenizer=tokenizer, seed=recipe.seed, progress=progress
     )
     ids = encode(tokenizer, text)
     facts["tokens"] = ids.numel()
+    progress("reading the text", 1, 1, f"{ids.numel()} tokens")
     windows = split_windows(ids, recipe.window, seed=recipe.seed)
     if recipe.method == "rcp":
         return windows, facts
@@ -318,7 +307,7 @@ def quantize_layers(
         recipe: resolved for this model.
         ids: int64 [windows, tokens] of the calibration or training text; None with rtn.
         work: folder for the training's state; None keeps no state.
-        progress: see :data:`Progress`.
+        progress: see :data:`rcp_kernels.data.by_name.Progress`.
         shard: see :func:`quantize`. The model holds only a shard of the weights afterwards.
 
     Returns:

@@ -13,17 +13,24 @@ def test_progress_without_a_terminal_is_plain_lines(capsys, monkeypatch):
     clock = iter(range(0, 100, 4))
     monkeypatch.setattr(console, "time", SimpleNamespace(monotonic=lambda: next(clock)))
     with console.Phases() as phases:
+        for done in (0, 1):
+            phases("reading the model", done, 1, "demo")
         phases("recipe", 0, 0, "method gptq")
         for done in range(1, 7):
             phases("layers", done, 6, f"layer {done}")
+        for _ in range(3):
+            phases("layers of laquant", 0, 6, "step 1")
         phases("validation", 40, 340, "perplexity 20")
     out, err = capsys.readouterr()
     assert out == ""
     assert err.splitlines() == [
+        "reading the model: demo",
+        "reading the model: done",
         "recipe: method gptq",
         "layers: 1 of 6 (layer 1)",
         "layers: 4 of 6, about 6 s left (layer 4)",
         "layers: 6 of 6 (layer 6)",
+        "layers of laquant: 0 of 6 (step 1)",
         "step 40: perplexity 20",
     ]
 

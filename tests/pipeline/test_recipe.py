@@ -10,7 +10,7 @@ transformers = pytest.importorskip("transformers")
 
 from rcp_kernels.checkpoint import load_quantized  # noqa: E402
 from rcp_kernels.methods.rotate import rotation_of  # noqa: E402
-from rcp_kernels.pipeline import Recipe, quantize  # noqa: E402
+from rcp_kernels.pipeline import Recipe, evaluate, quantize  # noqa: E402
 from rcp_kernels.pipeline.quantize import rotate  # noqa: E402
 
 
@@ -81,3 +81,5 @@ def test_a_text_that_cannot_be_read_is_refused_before_the_model_is_loaded(tmp_pa
     ):
         with pytest.raises(error, match=message):
             quantize(Recipe("/no/such/model", text=str(text)), tmp_path / "out")
+        with pytest.raises(error, match=message):
+            evaluate("/no/such/model", text)
