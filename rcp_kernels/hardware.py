@@ -1,4 +1,4 @@
-"""What this machine is, as far as a number measured on it depends on it: CPU, instruction set, caches, memory, GPU."""
+"""Properties of this machine that a measurement depends on: CPU, instruction set, caches, memory, GPU."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ ISA_NAMES = ("scalar", "avx2", "avx512", "amx")
 
 
 def cpu_isa() -> str:
-    """Instruction set that the CPU kernels use now: one of ISA_NAMES."""
+    """The instruction set that the CPU kernels use: one of ISA_NAMES."""
     return ISA_NAMES[torch.ops.rcp_kernels.cpu_isa()]
 
 
 def cpu_isa_supported() -> str:
-    """Best instruction set that this CPU offers and the kernels know: one of ISA_NAMES."""
+    """The best instruction set of this CPU that has kernels: one of ISA_NAMES."""
     return ISA_NAMES[torch.ops.rcp_kernels.cpu_isa_supported()]
 
 
 def cpu_name() -> str:
-    """Marketing name of the CPU; the architecture where the system does not tell."""
+    """The name of the CPU, or its architecture if the system does not give a name."""
     try:
         match = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     except OSError:
@@ -37,12 +37,12 @@ def cpu_name() -> str:
 
 
 def cpu_count() -> int:
-    """CPUs that this process may run on."""
+    """The number of CPUs that this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def last_level_cache_bytes() -> int:
-    """Size of the largest cache of CPU 0 in bytes, as Linux reports it; 0 where it does not."""
+    """The size of the largest cache of CPU 0 in bytes, from Linux; 0 on other systems."""
     units = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
     sizes = [0]
     for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
@@ -53,7 +53,7 @@ def last_level_cache_bytes() -> int:
 
 
 def memory_available_bytes() -> int | None:
-    """Bytes that can be allocated without swapping, as Linux estimates it; None where it does not."""
+    """Linux's estimate of the bytes that can be allocated without swapping; None on other systems."""
     try:
         match = re.search(r"^MemAvailable:\s*(\d+) kB$", Path("/proc/meminfo").read_text(), re.MULTILINE)
     except OSError:
@@ -62,7 +62,7 @@ def memory_available_bytes() -> int | None:
 
 
 def conditions() -> dict[str, Any]:
-    """The facts that a measured number needs beside it to mean anything."""
+    """The conditions to record with a measurement."""
     return {
         "cpu": cpu_name(),
         "isa": cpu_isa(),
@@ -75,7 +75,7 @@ def conditions() -> dict[str, Any]:
 
 
 def describe() -> dict[str, Any]:
-    """Everything `rcp-kernels info` prints, as plain JSON types."""
+    """The output of `rcp-kernels info`, as plain JSON types."""
     cuda = torch.cuda.is_available()
     return {
         "cpu": {

@@ -70,7 +70,7 @@ Tensor run(const char* op, const Tensor& x_in, const Tensor& weight, const std::
   if (checked.input_order.has_value()) a.input_order = checked_order(op, *checked.input_order);
   std::optional<WalshArguments> rotation;
   if (rotation_group != 0) {
-    // pow is that of Python's n ** -0.5: the scale is the same to the last bit.
+    // The same pow as Python's n ** -0.5: the scales are equal to the last bit.
     rotation.emplace(where + "rotation", in_features, rotation_base, rotation_permutation, rotation_group,
                      std::pow(static_cast<double>(rotation_group), -0.5), false);
     a.rotation = &rotation->transform;

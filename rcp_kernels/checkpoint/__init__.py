@@ -8,15 +8,7 @@ from .config import QUANT_METHOD, QuantizationConfig, read_quantization_config
 from .files import check_output, file_sha256
 from .load import load_quantized, verify
 from .model_card import model_card, write_model_card
-from .save import (
-    cast_floats,
-    check_fits,
-    checked_state,
-    has_packed_layers,
-    online_rotations,
-    save_quantized,
-    stored_config,
-)
+from .save import cast_floats, check_fits, save_quantized
 
 __all__ = [
     "QUANT_METHOD",
@@ -24,15 +16,11 @@ __all__ = [
     "cast_floats",
     "check_fits",
     "check_output",
-    "checked_state",
     "file_sha256",
-    "has_packed_layers",
     "load_quantized",
     "model_card",
-    "online_rotations",
     "read_quantization_config",
     "save_quantized",
-    "stored_config",
     "verify",
     "write_model_card",
 ]

@@ -25,12 +25,11 @@ __all__ = [
     "Inspected",
     "cast_floats",
     "check_fits",
-    "checked_state",
     "has_packed_layers",
     "inspect_model",
     "online_rotations",
     "save_quantized",
-    "stored_config",
+    "tensors_to_save",
 ]
 
 WEIGHTS = "model.safetensors"
@@ -61,7 +60,7 @@ def save_quantized(
 
     Raises:
         MissingExtra: transformers or safetensors is missing.
-        ValueError: as :func:`check_output` and :func:`stored_config`; or config does not describe the layers.
+        ValueError: as :func:`check_output` and :func:`inspect_model`; or config does not describe the layers.
         OSError: writing failed (a full disk, for example); the old content is unchanged.
     """
     extras.require("transformers", "safetensors")
@@ -172,7 +171,7 @@ def online_rotations(model: nn.Module) -> dict[str, str]:
 
 
 class Inspected(NamedTuple):
-    """What :func:`inspect_model` found.
+    """The result of :func:`inspect_model`.
 
     Attributes:
         config: for config.json.
@@ -191,7 +190,9 @@ def inspect_model(model: nn.Module, stored: QuantizationConfig | None) -> Inspec
         stored: gives kv_bits and kv_clip, which the layers do not have. None for a 16-bit cache.
 
     Raises:
-        ValueError: as :func:`stored_config`.
+        ValueError: there are no packed layers, or they differ in a setting that the config has once; or a loaded model
+            would differ from this one: a rotation without a record, a layer, bias or tensor that the class of the model
+            does not make, or tables of RoPE that were cast with the model.
     """
     modules = dict(model.named_modules(remove_duplicate=False))  # the files have a shared layer under each name
     layers = {name: module for name, module in modules.items() if isinstance(module, QuantLinear)}
@@ -233,37 +234,16 @@ def inspect_model(model: nn.Module, stored: QuantizationConfig | None) -> Inspec
     return Inspected(config, biases)
 
 
-def stored_config(model: nn.Module, stored: QuantizationConfig | None) -> QuantizationConfig:
-    """The ``quantization_config`` of a model with packed layers.
-
-    Args:
-        model: of transformers, with packed layers.
-        stored: gives kv_bits and kv_clip, which the layers do not have. None for a 16-bit cache.
-
-    Raises:
-        ValueError: there are no packed layers, or they differ in a setting that the config has once; or a loaded model
-            would differ from this one: a rotation without a record, a layer, bias or tensor that the class of the model
-            does not make, or tables of RoPE that were cast with the model.
-    """
-    return inspect_model(model, stored).config
-
-
-def checked_state(
-    model: nn.Module, stored: QuantizationConfig | None, inspected: Inspected | None = None
-) -> tuple[dict[str, Tensor], QuantizationConfig]:
-    """The tensors to write, with the biases of the model's class, and their ``quantization_config``.
+def tensors_to_save(model: nn.Module, biases: Mapping[str, bool]) -> dict[str, Tensor]:
+    """The tensors to write, with the biases of the model's class.
 
     A bias that a layer lacks but the class has is written as zeros. A bias of zeros that the class does not have is
     left out. Neither changes the outputs of the layer.
 
     Args:
-        model, stored: as :func:`stored_config`.
-        inspected: the result of :func:`inspect_model` for this model. None inspects it here.
-
-    Raises:
-        ValueError: as :func:`stored_config`.
+        model: of transformers.
+        biases: of :func:`inspect_model`.
     """
-    config, biases = inspect_model(model, stored) if inspected is None else inspected
     head = model.get_output_embeddings()  # type: ignore[operator]
     for name, module in model.named_modules():
         if module is head and isinstance(head, QuantLinear):
@@ -278,7 +258,7 @@ def checked_state(
                 state[key] = torch.zeros(layer.out_features, dtype=dtype)
             if not wanted:
                 state.pop(key, None)
-    return {name: tensor.contiguous() for name, tensor in state.items()}, config
+    return {name: tensor.contiguous() for name, tensor in state.items()}
 
 
 def _check_config(model: nn.Module, config: QuantizationConfig) -> None:

@@ -26,7 +26,7 @@ class Result:
         linear_bytes, model_bytes: held in memory by the linear layers and by the whole model.
         swap_seconds, cpu_seconds: wall clock and CPU time of rotating, quantizing and casting.
         perplexity: of the held-out text.
-        seconds_per_token: median of a decode step, wall clock; NaN if not measured.
+        seconds_per_token: median of a decode step, wall clock; 0 if not measured.
         text: the greedy answer to a prompt.
     """
 
@@ -37,7 +37,7 @@ class Result:
     swap_seconds: float
     cpu_seconds: float
     perplexity: float = float("nan")
-    seconds_per_token: float = float("nan")
+    seconds_per_token: float = 0.0
     text: str = ""
 
 

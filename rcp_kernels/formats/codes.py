@@ -31,7 +31,7 @@ _CHUNK_WEIGHTS = 1 << 22
 
 
 class Geometry(NamedTuple):
-    """The numbers that say how a weight [N, K] is packed.
+    """The sizes of a packed weight [N, K].
 
     Attributes:
         out_features: N.

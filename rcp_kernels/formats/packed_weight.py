@@ -303,7 +303,7 @@ class PackedWeight:
 
     @classmethod
     def from_state_dict(cls, state_dict: Mapping[str, Tensor], prefix: str = "") -> PackedWeight:
-        """Read what :meth:`state_dict` wrote without an input order; other keys are ignored.
+        """Read the tensors of :meth:`state_dict`, without an input order; other keys are ignored.
 
         Raises:
             ValueError: as :meth:`read`, or the weight has an input order, which a PackedWeight does not hold.
@@ -318,7 +318,7 @@ class PackedWeight:
 
     @classmethod
     def read(cls, state_dict: Mapping[str, Tensor], prefix: str = "") -> tuple[PackedWeight, Tensor | None]:
-        """Read what :meth:`state_dict` wrote; other keys are ignored.
+        """Read the tensors of :meth:`state_dict`; other keys are ignored.
 
         Returns:
             The weight, and its input order or None: column k of the weight belongs to input ``input_order[k]``.
@@ -333,19 +333,10 @@ class PackedWeight:
                 f"PackedWeight: a stored weight is the five tensors {', '.join(cls.KEYS)}, missing "
                 f"{', '.join(missing)}; the checkpoint is incomplete or was not written in this format"
             )
-        version, kind, shape = read_header(state_dict[prefix + "format"])
+        version, kind, geometry = read_header(state_dict[prefix + "format"])
         codes, levels, scales, tensor_scale = (state_dict[prefix + name] for name in cls.TENSORS)
-        weight = cls(
-            codes,
-            levels,
-            scales,
-            tensor_scale,
-            shape.bits,
-            shape.group_size,
-            shape.in_features,
-            shape.out_features,
-            kind,
-        ).validate()
+        rows, columns, bits, group_size = geometry
+        weight = cls(codes, levels, scales, tensor_scale, bits, group_size, columns, rows, kind).validate()
         order = state_dict.get(prefix + "input_order")
         if (order is None) != (version < INPUT_ORDER_VERSION):
             raise ValueError(
@@ -354,7 +345,7 @@ class PackedWeight:
                 f"of two layers"
             )
         try:
-            return weight, None if order is None else check_input_order(order, shape.in_features)
+            return weight, None if order is None else check_input_order(order, columns)
         except ValueError as error:
             raise ValueError(f"PackedWeight: {error}") from None
 

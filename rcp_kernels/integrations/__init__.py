@@ -1,1 +1,1 @@
-"""Other people's stacks: one thin module for each, which imports that library and nothing of the others."""
+"""One module for each other library. It imports that library and no other of them."""

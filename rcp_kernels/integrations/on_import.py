@@ -1,7 +1,7 @@
-"""Registers our method with transformers as soon as both packages are imported, in either order.
+"""Registers the method ``"rcp"`` with transformers when both packages are imported, in either order.
 
-A directory of ours that transformers loads without it gets layers of random numbers. Importing transformers' model code
-here would take seconds, for users of the layer alone too: hence a hook that waits for it.
+Without the registration transformers fills the packed layers of a model with random numbers. Importing transformers'
+model code here would take seconds, also for users of the layer alone. An import hook therefore registers after it.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from types import ModuleType
 
 __all__ = ["install"]
 
-# from_pretrained and save_pretrained are defined here: once it is imported, all that we need of transformers is.
+# This module defines from_pretrained and save_pretrained.
 _TRIGGER = "transformers.modeling_utils"
 
 
 def install() -> None:
-    """Register now if transformers' model code is imported already, else when it will be. A second call does nothing.
+    """Register now if transformers' model code is imported, else when it is imported. A second call does nothing.
 
-    With a transformers that is too old a warning says that saved models cannot be loaded.
+    If transformers is too old, a warning says that saved models cannot be loaded.
     """
     if _TRIGGER in sys.modules:
         _register()
@@ -40,9 +40,9 @@ def _register() -> None:
 
 
 class _Finder(importlib.abc.MetaPathFinder):
-    """Finds the trigger as the other finders do, with a loader that registers after it.
+    """Finds the trigger module with the other finders, and gives it a loader that registers after the import.
 
-    It stays until the module has been imported: others may ask for the spec only, and an import may fail.
+    The finder stays until the module has been imported, as code may ask for the spec only, and an import may fail.
     """
 
     def __init__(self) -> None:
@@ -64,7 +64,7 @@ class _Finder(importlib.abc.MetaPathFinder):
 
 
 class _Loader(importlib.abc.Loader):
-    """Another loader, and the registration after it."""
+    """Runs another loader, and registers after it."""
 
     def __init__(self, loader: importlib.abc.Loader) -> None:
         self._loader = loader

@@ -1,7 +1,7 @@
 """Column- and row-parallel QuantLinear for ``torch.distributed.tensor.parallel.parallelize_module``.
 
-Megatron-LM's two ways to divide a linear layer (Shoeybi et al. 2019), as torch's ColwiseParallel and RowwiseParallel do
-it for ``nn.Linear``. docs/integrations/tensor_parallel.md has the numbers each computes.
+These are Megatron-LM's two divisions of a linear layer (Shoeybi et al. 2019), as torch's ColwiseParallel and
+RowwiseParallel for ``nn.Linear``. docs/integrations/tensor_parallel.md says how exact each is.
 """
 
 from __future__ import annotations
@@ -17,20 +17,21 @@ from torch.nn import functional
 
 from ..formats import PackedWeight
 from ..nn.quant_linear import QuantLinear, autocast_input
+from ..nn.quantize_model import count_hooks
 from ..nn.sharding import shard_columns, shard_rotation, shard_rows
+from ..ops.checks import FLOAT_DTYPES
 
 __all__ = ["ColumnParallelLinear", "RcpColwiseParallel", "RcpRowwiseParallel", "RowParallelLinear"]
 
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _Layouts = tuple[Placement, ...]
 _Parallel = TypeVar("_Parallel", bound="_ParallelLinear")
 
 
-class RcpColwiseParallel(ParallelStyle):
-    """Divide the outputs of a :class:`QuantLinear` among the ranks: bit-equal to the undivided layer.
+class _Style(ParallelStyle):
+    """The common part of the two styles: layouts as in torch's ColwiseParallel and RowwiseParallel."""
 
-    Every rank sees all inputs, and so reorders or rotates and quantizes them as one process would.
-    """
+    _default_input: Placement
+    _default_output: Placement
 
     def __init__(
         self,
@@ -39,17 +40,44 @@ class RcpColwiseParallel(ParallelStyle):
         output_layouts: Placement | None = None,
         use_local_output: bool = True,
     ) -> None:
-        """As ``torch.distributed.tensor.parallel.ColwiseParallel``.
+        """As ``torch.distributed.tensor.parallel.ColwiseParallel`` and ``RowwiseParallel``.
 
         Args:
-            input_layouts: of an input that is no DTensor; None: Replicate(), the same on all ranks.
-            output_layouts: None: Shard(-1), this rank's outputs; Replicate() gathers them.
-            use_local_output: give a plain tensor instead of a DTensor.
+            input_layouts: of an input that is no DTensor. None: the same input on all ranks (Replicate()) for
+                RcpColwiseParallel, this rank's inputs (Shard(-1)) for RcpRowwiseParallel.
+            output_layouts: None: this rank's outputs (Shard(-1)) for RcpColwiseParallel, all outputs on all ranks
+                (Replicate()) for RcpRowwiseParallel. Replicate() gathers the former; Shard(1) of
+                [batch, tokens, out_features] scatters the tokens of the latter.
+            use_local_output: return a plain tensor instead of a DTensor.
         """
         super().__init__()
-        self.input_layouts: _Layouts = (input_layouts or Replicate(),)
-        self.output_layouts: _Layouts = (output_layouts or Shard(-1),)
+        self.input_layouts: _Layouts = (input_layouts or self._default_input,)
+        self.output_layouts: _Layouts = (output_layouts or self._default_output,)
         self.use_local_output = use_local_output
+
+    def _become(self, cls: type[_Parallel], layer: QuantLinear, shard: QuantLinear, mesh: DeviceMesh) -> _Parallel:
+        """Turn a layer into a module of another class, in place, as parallelize_module does not change the parent."""
+        in_features, out_features, training = layer.in_features, layer.out_features, layer.training
+        vars(layer).clear()
+        module: nn.Module = layer
+        module.__class__ = cls
+        assert isinstance(module, cls)
+        nn.Module.__init__(module)
+        module.shard = shard
+        module.in_features, module.out_features = in_features, out_features
+        module._mesh = mesh
+        module._input_layouts, module._output_layouts = self.input_layouts, self.output_layouts
+        module._use_local_output = self.use_local_output
+        return module.train(training)
+
+
+class RcpColwiseParallel(_Style):
+    """Divide the outputs of a :class:`QuantLinear` among the ranks: bit-equal to the undivided layer.
+
+    Every rank has all inputs, and reorders or rotates and quantizes them as one process does.
+    """
+
+    _default_input, _default_output = Replicate(), Shard(-1)
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         layer, rank, world = _check("RcpColwiseParallel", module, device_mesh)
@@ -61,44 +89,18 @@ class RcpColwiseParallel(ParallelStyle):
         shard = QuantLinear.from_packed(
             weight, bias, layer.act_bits, layer.act_clip, layer.input_rotation, layer.input_order
         )
-        return _become(
-            ColumnParallelLinear,
-            layer,
-            shard,
-            device_mesh,
-            self.input_layouts,
-            self.output_layouts,
-            self.use_local_output,
-        )
+        return self._become(ColumnParallelLinear, layer, shard, device_mesh)
 
 
-class RcpRowwiseParallel(ParallelStyle):
-    """Divide the inputs of a :class:`QuantLinear` among the ranks, and sum what these give in float32.
+class RcpRowwiseParallel(_Style):
+    """Divide the inputs of a :class:`QuantLinear` among the ranks, and sum the partial outputs in float32.
 
-    Cuts run between groups of the weight, and between blocks of an input rotation, or there is an error. A layer with
-    an input order is refused: the inputs of a group then lie on several ranks. With 4- or 8-bit activations the ranks
-    agree on each token's scale first, so that their integers are those of one process.
+    A cut must lie between groups of the weight, and between blocks of an input rotation. A layer with an input order is
+    refused, because the inputs of a group are then on several ranks. With 4- or 8-bit activations the ranks first agree
+    on the scale of each token; their integers are then those of one process.
     """
 
-    def __init__(
-        self,
-        *,
-        input_layouts: Placement | None = None,
-        output_layouts: Placement | None = None,
-        use_local_output: bool = True,
-    ) -> None:
-        """As ``torch.distributed.tensor.parallel.RowwiseParallel``.
-
-        Args:
-            input_layouts: of an input that is no DTensor; None: Shard(-1), this rank's inputs.
-            output_layouts: None: Replicate(), all outputs on all ranks; Shard(1) of [batch, tokens, out_features]
-                scatters the tokens.
-            use_local_output: give a plain tensor instead of a DTensor.
-        """
-        super().__init__()
-        self.input_layouts: _Layouts = (input_layouts or Shard(-1),)
-        self.output_layouts: _Layouts = (output_layouts or Replicate(),)
-        self.use_local_output = use_local_output
+    _default_input, _default_output = Shard(-1), Replicate()
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         layer, rank, world = _check("RcpRowwiseParallel", module, device_mesh)
@@ -106,7 +108,7 @@ class RcpRowwiseParallel(ParallelStyle):
             raise ValueError(
                 f"RcpRowwiseParallel: the layer must have no input_order, as each rank has neighbouring inputs and a "
                 f"group needs inputs of all ranks, got an order of {layer.in_features} inputs; divide its outputs with "
-                f"RcpColwiseParallel, or leave the layer whole on each rank"
+                f"RcpColwiseParallel, or keep the whole layer on each rank"
             )
         weight = shard_columns(layer.packed_weight(), rank, world)
         rotation = shard_rotation(layer.input_rotation, rank, world)
@@ -114,20 +116,18 @@ class RcpRowwiseParallel(ParallelStyle):
             weight = _with_zero_group(weight)
         shard = QuantLinear.from_packed(weight, None, layer.act_bits, layer.act_clip)
         bias = layer.bias
-        parallel = _become(
-            RowParallelLinear, layer, shard, device_mesh, self.input_layouts, self.output_layouts, self.use_local_output
-        )
+        parallel = self._become(RowParallelLinear, layer, shard, device_mesh)
         parallel.bias = bias
         parallel.input_rotation = rotation
         return parallel
 
 
 class _ParallelLinear(nn.Module):
-    """What a QuantLinear becomes on each rank.
+    """The module that replaces a QuantLinear on each rank.
 
     Attributes:
         shard: the QuantLinear of this rank's part.
-        in_features, out_features: of the whole layer.
+        in_features, out_features: of the undivided layer.
     """
 
     shard: QuantLinear
@@ -139,9 +139,9 @@ class _ParallelLinear(nn.Module):
     _use_local_output: bool
 
     def _enter(self, x: Tensor, wanted: Placement, gradient: Placement) -> Tensor:
-        """This rank's tensor of x laid out as wanted; its gradient comes back laid out as ``gradient``."""
+        """This rank's tensor of x in the layout ``wanted``. Its gradient has the layout ``gradient``."""
         if not isinstance(x, DTensor):
-            # DTensor's own steps cost more than a small layer: not where they would change nothing.
+            # DTensor's steps cost more than a small layer. Skip them where they would change nothing.
             if self._input_layouts == (wanted,) and (
                 wanted == gradient or not (torch.is_grad_enabled() and x.requires_grad)
             ):
@@ -165,7 +165,7 @@ class ColumnParallelLinear(_ParallelLinear):
     """A QuantLinear whose outputs are divided among the ranks (:class:`RcpColwiseParallel`)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., in_features] -> [..., out_features / ranks], or as output_layouts says; in the dtype of x."""
+        """[..., in_features] -> [..., out_features / ranks] or the layout of output_layouts, in the dtype of x."""
         y = self.shard(self._enter(x, Replicate(), Partial()))
         if self._use_local_output and self._output_layouts == (Shard(-1),):
             return y
@@ -175,8 +175,9 @@ class ColumnParallelLinear(_ParallelLinear):
 class RowParallelLinear(_ParallelLinear):
     """A QuantLinear whose inputs are divided among the ranks (:class:`RcpRowwiseParallel`).
 
-    The operator takes a token's scale from the largest magnitude among its inputs. With 4- or 8-bit activations that is
-    to be the largest on all ranks: it comes as the first entry of one more group, whose levels in ``shard`` are zeros.
+    The operator computes a token's scale from the largest magnitude of its inputs. With 4- or 8-bit activations this
+    must be the largest magnitude on all ranks. It is the first entry of an extra group, whose levels in ``shard`` are
+    zeros.
 
     Attributes:
         bias: Parameter [out_features], the same on every rank, or None.
@@ -187,19 +188,19 @@ class RowParallelLinear(_ParallelLinear):
     input_rotation: nn.Module | None
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., in_features / ranks], or as input_layouts says -> [..., out_features], in the dtype of x or autocast's.
+        """[..., in_features / ranks] or the layout of input_layouts -> [..., out_features], in x's or autocast's dtype.
 
         Raises:
-            ValueError: an x of another width or dtype; on every rank, NaN or Inf in an x to quantize on any of them.
+            ValueError: an x of another width or dtype. NaN or Inf in an x to quantize raises on every rank.
         """
         local = self._enter(x, Shard(-1), Shard(-1))
         width = self.in_features // self._mesh.size()
-        # The operator sees neither: what is joined to the inputs would fill up a short one, in float32.
-        if local.dim() < 1 or local.shape[-1] != width or local.dtype not in _DTYPES:
+        # The operator cannot check these: it gets float32, and the extra group would fill up a short x.
+        if local.dim() < 1 or local.shape[-1] != width or local.dtype not in FLOAT_DTYPES:
             raise ValueError(
                 f"RowParallelLinear: this rank's part of x must be float32, float16 or bfloat16 with {width} features "
-                f"in its last dimension (in_features / ranks), got {local.dtype} {tuple(local.shape)} from an x laid "
-                f"out as {self._input_layouts[0]}; check x, and input_layouts of RcpRowwiseParallel"
+                f"in its last dimension (in_features / ranks), got {local.dtype} {tuple(local.shape)} with layout "
+                f"{self._input_layouts[0]}; check x, and input_layouts of RcpRowwiseParallel"
             )
         if torch._C._is_any_autocast_enabled():
             local = autocast_input(local)
@@ -211,7 +212,7 @@ class RowParallelLinear(_ParallelLinear):
     def _multiply(self, local: Tensor) -> Tensor:
         if self.input_rotation is not None:
             local = self.input_rotation(local)
-        # float32 in, float32 out: a part that is rounded to x.dtype before the sum would be outside the contract.
+        # float32 in and out: rounding a partial sum to x.dtype would break docs/numerics.md.
         values = local.to(torch.float32)
         spare = self.shard.in_features - local.shape[-1]
         if spare:
@@ -223,9 +224,9 @@ class RowParallelLinear(_ParallelLinear):
         return self._leave(y.to(local.dtype))
 
     def _largest(self, values: Tensor) -> Tensor:
-        """[..., 1]: each token's largest magnitude on all ranks, and Inf on all where any has NaN or Inf.
+        """[..., 1]: each token's largest magnitude on all ranks; Inf on all ranks if one has NaN or Inf.
 
-        An error that one rank alone finds would leave the others waiting for it.
+        If one rank alone raised an error, the others would wait for it forever.
         """
         own = values.detach().abs().amax(dim=-1, keepdim=True)
         own = torch.where(own.isfinite(), own, torch.inf)
@@ -233,32 +234,8 @@ class RowParallelLinear(_ParallelLinear):
         return largest.redistribute(placements=(Replicate(),)).to_local()
 
 
-def _become(
-    cls: type[_Parallel],
-    layer: QuantLinear,
-    shard: QuantLinear,
-    mesh: DeviceMesh,
-    input_layouts: _Layouts,
-    output_layouts: _Layouts,
-    use_local_output: bool,
-) -> _Parallel:
-    """Turn a module into another, in place: parallelize_module has the parent keep the object that it has."""
-    in_features, out_features, training = layer.in_features, layer.out_features, layer.training
-    vars(layer).clear()
-    module: nn.Module = layer
-    module.__class__ = cls
-    assert isinstance(module, cls)
-    nn.Module.__init__(module)
-    module.shard = shard
-    module.in_features, module.out_features = in_features, out_features
-    module._mesh = mesh
-    module._input_layouts, module._output_layouts = input_layouts, output_layouts
-    module._use_local_output = use_local_output
-    return module.train(training)
-
-
 def _positive(placement: Placement, dimensions: int) -> Placement:
-    """to_local, other than from_local and redistribute, does not count dimensions from the end."""
+    """The placement with a dimension counted from the start, which to_local needs."""
     return Shard(placement.dim % dimensions) if isinstance(placement, Shard) else placement
 
 
@@ -267,17 +244,16 @@ def _check(style: str, module: nn.Module, mesh: DeviceMesh) -> tuple[QuantLinear
     if not isinstance(module, QuantLinear):
         raise TypeError(
             f"{style}: the module must be a QuantLinear, got {type(module).__name__}; quantize the model first, and "
-            f"use torch's own styles for layers in floating point"
+            f"use torch's styles for layers in floating point"
         )
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    if any(hooks) or "forward" in vars(module):
+    if count_hooks(module) or "forward" in vars(module):
         raise ValueError(
-            f"{style}: the layer must have no hooks and no forward of its own, which it would lose, got "
-            f"{sum(map(len, hooks))} hooks; register them after parallelize_module"
+            f"{style}: the layer must have no hooks and no forward in the instance, which it would lose, got "
+            f"{count_hooks(module)} hooks; register them after parallelize_module"
         )
     if mesh.ndim != 1:
         raise ValueError(
-            f'{style}: the mesh must have one dimension, got {mesh.ndim}; pass the one to divide over: mesh["tp"]'
+            f'{style}: the mesh must have one dimension, got {mesh.ndim}; pass the dimension to divide over: mesh["tp"]'
         )
     if module.packed.device.type != mesh.device_type:
         raise ValueError(

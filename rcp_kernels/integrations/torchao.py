@@ -1,4 +1,4 @@
-"""torchao: ``quantize_(model, RcpWeightConfig(...))`` puts :class:`QuantLinear` where linear layers were.
+"""torchao: ``quantize_(model, RcpWeightConfig(...))`` replaces linear layers by :class:`QuantLinear`.
 
 Importing this module registers the config's handler with torchao's module registry (docs/integrations/torchao.md).
 """
@@ -11,6 +11,7 @@ from torch import nn
 
 from .. import extras
 from ..nn import QuantLinear, RotatedLinear
+from ..nn.quantize_model import count_hooks, is_more_than_linear
 from ..ops.quantize_weight import quantize_weight
 
 try:
@@ -24,12 +25,12 @@ __all__ = ["RcpWeightConfig"]
 
 @dataclass
 class RcpWeightConfig(AOBaseConfig):
-    """What every linear layer that ``quantize_`` selects becomes.
+    """The settings of the QuantLinear for every linear layer that ``quantize_`` selects.
 
     Attributes:
         bits: bits a weight code: 2, 3 or 4.
         group_size: weights along K that share a table of levels: 32, 64, 128, or -1 for a whole row.
-        act_bits: 4 or 8 bits an activation, or 16 for none quantized.
+        act_bits: 4 or 8 bits an activation; 16 means that activations are not quantized.
         levels: ``"kmeans"`` or ``"uniform"``, as :func:`rcp_kernels.quantize_weight`.
         act_clip: the share of a token's largest magnitude that 4 or 8 bits cover, in (0, 1].
     """
@@ -43,21 +44,20 @@ class RcpWeightConfig(AOBaseConfig):
 
 @register_quantize_module_handler(RcpWeightConfig)
 def _quantize_module(module: nn.Module, config: RcpWeightConfig) -> nn.Module:
-    """Turn a linear layer into a QuantLinear, the object itself.
+    """Turn a linear layer into a QuantLinear; the object stays the same.
 
-    torchao's own handlers exchange the weight inside a module. A new module in its place would be lost where
-    ``quantize_`` cannot put it: the model itself, and the second name of a layer that a parent has twice.
+    torchao's handlers replace the weight inside a module. ``quantize_`` cannot insert a new module for the model
+    itself, or for the second name of a layer that a parent has twice.
 
     Raises:
         TypeError, ValueError: as :func:`rcp_kernels.quantize_weight`; the module is no plain nn.Linear.
     """
     if isinstance(module, QuantLinear):
-        return module  # met again under a second name
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    if type(module) not in (nn.Linear, RotatedLinear) or any(hooks) or "forward" in vars(module):
+        return module  # a layer with a second name
+    if is_more_than_linear(module):
         raise ValueError(
             f"RcpWeightConfig: a module must be a plain nn.Linear, got {type(module).__name__} with "
-            f"{sum(map(len, hooks))} hooks; leave it out by quantize_'s filter_fn"
+            f"{count_hooks(module)} hooks; leave it out by quantize_'s filter_fn"
         )
     assert isinstance(module, nn.Linear)
     group_size = module.in_features if config.group_size == -1 else config.group_size

@@ -1,7 +1,7 @@
 """Quantized models in vLLM: the plugin that vLLM loads by its entry point group ``vllm.general_plugins``.
 
-The checkpoint is the one of :mod:`rcp_kernels.checkpoint`. docs/integrations/vllm.md says what works, and which of
-vLLM's interfaces this relies on.
+The checkpoint is that of :mod:`rcp_kernels.checkpoint`. docs/integrations/vllm.md says which features work, and which
+interfaces of vLLM the plugin uses.
 """
 
 from __future__ import annotations
@@ -38,20 +38,20 @@ from vllm.model_executor.utils import set_weight_attrs  # noqa: E402
 __all__ = ["RcpLinearMethod", "RcpQuantizationConfig", "register"]
 
 _SHARDS = {"q": 0, "k": 1, "v": 2}
-# The families' name of the layer whose input R4 rotates, the only one of vLLM's layers with a rotation.
+# The layer whose input R4 rotates, the only layer with a rotation in vLLM.
 _ROTATED = "down_proj"
 
 
 class RcpQuantizationConfig(QuantizationConfig):
-    """``quantization_config`` of config.json, as vLLM asks for it.
+    """``quantization_config`` of config.json, with the interface of vLLM.
 
     Attributes:
-        stored: what config.json says.
-        kept: names, in vLLM's model, of the linear layers that stay in floating point.
+        stored: the fields of config.json.
+        kept: names, in vLLM's model, of the linear layers in floating point.
     """
 
     def __init__(self, stored: StoredConfig) -> None:
-        """Wrap what config.json says.
+        """Wrap the fields of config.json.
 
         Raises:
             ValueError: the rotation needs an operation between vLLM's layers, or a layer has an input order.
@@ -69,14 +69,14 @@ class RcpQuantizationConfig(QuantizationConfig):
             if family is not None and family.attention_output_norm is not None:
                 raise ValueError(
                     f"RcpQuantizationConfig: rotation must be none for a model of type {rotation.model_type!r} in "
-                    f"vLLM, got {rotation.rotation!r}, which runs after norms that vLLM owns; quantize it with "
+                    f"vLLM, got {rotation.rotation!r}, which must run after norms inside vLLM; quantize it with "
                     f"--rotation none"
                 )
             if rotation.tied:
                 raise ValueError(
                     f"RcpQuantizationConfig: the output head of a model with rotation {rotation.rotation!r} must not "
-                    f"be tied to the embedding in vLLM, got one that is: it rotates around the final norm, which vLLM "
-                    f"owns; quantize it with --untie-head"
+                    f"be tied to the embedding in vLLM, got one that is: it rotates around the final norm inside vLLM; "
+                    f"quantize it with --untie-head"
                 )
         self.stored = stored
         self.kept = list(stored.modules_to_not_convert)
@@ -93,7 +93,7 @@ class RcpQuantizationConfig(QuantizationConfig):
 
     @staticmethod
     def get_config_filenames() -> list[str]:
-        return []  # it is in config.json
+        return []  # config.json has the fields
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> RcpQuantizationConfig:
@@ -108,7 +108,7 @@ class RcpQuantizationConfig(QuantizationConfig):
         self.kept = hf_to_vllm_mapper.apply_list(self.kept)
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> LinearMethodBase | None:
-        """The method of a layer, one object each; None for what is no linear layer.
+        """The method of a layer, a new object for each; None for other modules than linear layers.
 
         Raises:
             ValueError: one part of a merged layer is packed and another is not, or the output head is packed.
@@ -136,12 +136,12 @@ class RcpQuantizationConfig(QuantizationConfig):
 class RcpLinearMethod(LinearMethodBase):
     """The packed weights of one of vLLM's linear layers, on one rank.
 
-    Until all is loaded the layer has the canonical tensors of docs/format.md as parameters, for the shards of a merged
-    layer one below the other; then :meth:`process_weights_after_loading` packs them, once, into ``layer.rcp``.
+    While vLLM loads, the layer has the canonical tensors of docs/format.md as parameters. Those of a merged layer are
+    stacked. :meth:`process_weights_after_loading` then packs them once, into ``layer.rcp``.
     """
 
     def __init__(self, stored: StoredConfig, prefix: str) -> None:
-        """Of the layer that vLLM calls ``prefix``."""
+        """The method of the layer that vLLM calls ``prefix``."""
         self.stored = stored
         self.prefix = prefix
         self.rows: list[int] = []
@@ -159,10 +159,10 @@ class RcpLinearMethod(LinearMethodBase):
         params_dtype: torch.dtype,
         **extra_weight_attrs: Any,
     ) -> None:
-        """Register the parameters that the checkpoint's tensors are copied into.
+        """Register the parameters for the checkpoint's tensors.
 
         Raises:
-            ValueError: a rank's share of the input does not end at the boundary of a group, or of a block of R4.
+            ValueError: a rank's part of the input does not end at the end of a group, or of a block of R4.
         """
         stored = self.stored
         features, group = input_size_per_partition, stored.group_size
@@ -184,7 +184,7 @@ class RcpLinearMethod(LinearMethodBase):
         for name, tensor in weights.items():
             attributes = {"output_dim": 0, "input_dim": 1, "weight_loader": self._loader(name, load)}
             self._register(layer, name, tensor, {**attributes, **extra_weight_attrs})
-        # Each part has its own, as long as its version says; the parameters are there to be found by vLLM.
+        # vLLM needs a parameter for each name. The values are in self.headers, as each part has its own.
         headers = {"tensor_scale": torch.float32, "format": torch.int64}
         if rotation is not None:
             headers["rotation"] = torch.int64
@@ -193,7 +193,7 @@ class RcpLinearMethod(LinearMethodBase):
             self._register(layer, name, torch.zeros((), dtype=dtype), attributes)
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
-        """Check what was loaded as a checkpoint is checked, and pack it.
+        """Check the loaded tensors with the rules of the format, and pack them.
 
         Raises:
             ValueError: a tensor is missing, belongs to another layer, or breaks a rule of the format.
@@ -226,7 +226,7 @@ class RcpLinearMethod(LinearMethodBase):
             x = rotation(x)
         outputs, start = [], 0
         for linear in linears:
-            # The bias is not the QuantLinear's own: vLLM leaves it out on all ranks but one, or adds it elsewhere.
+            # The QuantLinear has no bias: vLLM leaves it out on all ranks but one, or adds it elsewhere.
             stop = start + linear.out_features
             part = None if bias is None else bias[start:stop]
             outputs.append(lut_linear(x, linear.packed, part, linear.geometry, linear.act_bits, linear.act_clip))
@@ -247,9 +247,10 @@ class RcpLinearMethod(LinearMethodBase):
         self.loaded[name] = set()
 
     def _loader(self, name: str, load: Callable[..., None] | None) -> Callable[..., None]:
-        """What vLLM calls with a tensor of the checkpoint: vLLM's own loader behind checks, or without it a copy.
+        """The function that vLLM calls with a tensor of the checkpoint: checks, then vLLM's loader, or a copy without
+        it.
 
-        vLLM's loaders cut a rank's share out of the tensor, but copy any dtype into any other.
+        vLLM's loaders cut out a rank's part of the tensor. They would convert any dtype into any other.
         """
 
         def checked(parameter: nn.Parameter, tensor: Tensor, shard: str | int | None = None) -> None:
@@ -267,7 +268,7 @@ class RcpLinearMethod(LinearMethodBase):
                 self.headers[name, index] = tensor.detach().cpu().clone()
             else:
                 if name == "levels" and not self.loaded[name] and tensor.shape[2:] == (1,):
-                    # A uniform grid has one level a group, which only the file says.
+                    # Groups of kind "uniform" have one level, which only the file shows.
                     parameter.data = parameter.data[:, :, :1].contiguous()
                 if name == "levels" and tensor.shape[2:] != parameter.shape[2:]:
                     raise ValueError(
@@ -281,14 +282,14 @@ class RcpLinearMethod(LinearMethodBase):
         return checked
 
     def _shard(self, layer: Any, shard: int, rows: slice) -> PackedWeight:
-        """One part of the layer, as this rank has it, in the format of a checkpoint."""
+        """This rank's tensors of one part of the layer, in the format of a checkpoint."""
         header = self.headers["format", shard].clone()
         count = rows.stop - rows.start
         if header.dim() == 1 and header.numel() >= 5 and 1 <= header[0] <= FORMAT_VERSION:
             bits, group_size, in_features, out_features = header[1:5].tolist()
             found = (bits, group_size, in_features)
             rule = (self.stored.bits, self.stored.group_size, self.full_in_features)
-            # Key and value heads may be fewer than ranks, and are repeated then.
+            # If there are fewer key and value heads than ranks, vLLM repeats them.
             if found != rule or out_features % count or out_features > count * layer.tp_size:
                 raise ValueError(
                     f"{self.prefix}: bits, group_size and in_features of the stored weight must be {rule}, and "
@@ -316,7 +317,7 @@ class RcpLinearMethod(LinearMethodBase):
             raise ValueError(f"{self.prefix}: {error}") from None
 
     def _rotation(self) -> OnlineRotation | None:
-        """R4 of this rank's inputs: its blocks lie within the cut, which create_weights has seen to."""
+        """R4 of this rank's inputs. create_weights has checked that no block is cut."""
         if "rotation" not in self.loaded:
             return None
         full = OnlineRotation.from_state(self.headers["rotation", 0])
@@ -330,6 +331,6 @@ class RcpLinearMethod(LinearMethodBase):
 
 
 def register() -> None:
-    """Make ``quant_method: "rcp"`` known to vLLM; called by vLLM in each of its processes, maybe more than once."""
+    """Register ``quant_method: "rcp"`` with vLLM, which may call this several times in each of its processes."""
     if QUANT_METHOD not in QUANTIZATION_METHODS:
         register_quantization_config(QUANT_METHOD)(RcpQuantizationConfig)

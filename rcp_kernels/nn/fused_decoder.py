@@ -142,8 +142,7 @@ def _fused_attention(base: type[nn.Module]) -> type[nn.Module]:
             if output is not None:
                 return apply_linear(o, output, o._parameters["bias"], residual=residual), None
         heads = merged.view(*lead, -1, self.head_dim).transpose(1, 2)
-        q_heads, k_heads, v_heads = (size // self.head_dim for size in plan.sizes)
-        query, key, value = heads.split((q_heads, k_heads, v_heads), 1)
+        query, key, value = heads.split([size // self.head_dim for size in plan.sizes], 1)
         if plan.q_norm is not None:
             query = modules[plan.q_norm](query)
         if plan.k_norm is not None:
@@ -152,12 +151,11 @@ def _fused_attention(base: type[nn.Module]) -> type[nn.Module]:
         # Looked up in each call, as rotate_queries_and_keys replaces it.
         query, key = namespace["apply_rotary_pos_emb"](query, key, cos, sin)
         cache = kwargs.pop(keyword, None)
-        if cache is not None:
-            if keyword == "cache":
-                key, value = cache.update(key, value, self.layer_idx, kwargs=kwargs)
-            else:
-                rope = {"sin": sin, "cos": cos, "cache_position": kwargs.get("cache_position")}
-                key, value = cache.update(key, value, self.layer_idx, rope)
+        if cache is not None and keyword == "cache":
+            key, value = cache.update(key, value, self.layer_idx, kwargs=kwargs)
+        elif cache is not None:
+            rope = {"sin": sin, "cos": cos, "cache_position": kwargs.get("cache_position")}
+            key, value = cache.update(key, value, self.layer_idx, rope)
         interface = attention_function(
             namespace["ALL_ATTENTION_FUNCTIONS"],
             self.config._attn_implementation,

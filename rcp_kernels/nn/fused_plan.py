@@ -16,6 +16,7 @@ from ..models.families import FAMILIES
 from ..ops.token_prologue import rms_norm_reference
 from .merged_linear import Norm
 from .quant_linear import QuantLinear
+from .quantize_model import count_hooks
 
 __all__ = ["AttentionPlan", "LayerPlan", "MlpPlan", "namespace_of", "plan_layer"]
 
@@ -156,11 +157,10 @@ def _check_modules(model: nn.Module, layer: Layer) -> str:
     mlp_name = parents.pop()
     hooked = (*layer.linears, layer.attention_norm, layer.mlp_norm, layer.name, mlp_name)
     for name in hooked:
-        module = model.get_submodule(name)
-        hooks = len(module._forward_hooks) + len(module._forward_pre_hooks)
+        hooks = count_hooks(model.get_submodule(name))
         if hooks:
             raise ValueError(
-                f"fuse_decoder: {name} must have no forward hooks, as the fused layer does not call it, got {hooks}; "
+                f"fuse_decoder: {name} must have no hooks, as the fused layer does not call it, got {hooks}; "
                 f"remove them, or do not fuse the model"
             )
     for name in (*hooked, layer.attention):

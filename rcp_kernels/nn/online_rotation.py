@@ -105,11 +105,11 @@ class OnlineRotation(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``R x``: float32, float16 or bfloat16 [..., size] -> the same shape and dtype."""
-        return self._rotate(x, walsh_transform)
+        return self._transform(x, walsh_transform)
 
     def inverse(self, y: Tensor) -> Tensor:
         """``R^T y``, which undoes :meth:`forward`: [..., size] -> the same shape and dtype."""
-        return self._unrotate(y, walsh_transform)
+        return self._transform(y, walsh_transform, inverse=True)
 
     def apply_or_defer(self, x: Tensor) -> tuple[Tensor, Rotation]:
         """The arguments ``x`` and ``rotation`` of :func:`rcp_kernels.lut_linear` for the rotated x.
@@ -155,8 +155,8 @@ class OnlineRotation(nn.Module):
             )
         # The rows of W R^T are R times the rows of W, and the columns of R W are R times the columns of W.
         if side == "input":
-            return self._rotate(weight.detach().to(torch.float64), walsh_transform_reference)
-        return self._rotate(weight.detach().to(torch.float64).T, walsh_transform_reference).T
+            return self._transform(weight.detach().to(torch.float64), walsh_transform_reference)
+        return self._transform(weight.detach().to(torch.float64).T, walsh_transform_reference).T
 
     def fuse_into(self, linear: nn.Linear, side: str = "input") -> None:
         """Fold this rotation into a linear layer, in place, in float64.
@@ -192,7 +192,7 @@ class OnlineRotation(nn.Module):
         with torch.no_grad():
             linear.weight.copy_(weight)
             if side == "output" and linear.bias is not None:
-                linear.bias.copy_(self._rotate(linear.bias.to(torch.float64), walsh_transform_reference))
+                linear.bias.copy_(self._transform(linear.bias.to(torch.float64), walsh_transform_reference))
 
     def state(self) -> Tensor:
         """R without its signs: int64 [version, size, group_size, order, heads], on the CPU.
@@ -233,28 +233,18 @@ class OnlineRotation(nn.Module):
         signs = "" if self.signs is None else ", signs=True"
         return f"size={self.size}, group_size={self.group_size}, order={self.order!r}{heads}{signs}"
 
-    def _rotate(self, x: Tensor, transform: Callable[..., Tensor]) -> Tensor:
+    def _transform(self, x: Tensor, transform: Callable[..., Tensor], inverse: bool = False) -> Tensor:
         self._check(x)
         signs = self._buffers["signs"]
-        if signs is not None:
+        if signs is not None and not inverse:
             x = x * signs
         if self.heads is None:
-            return transform(x, self.order, self.group_size)
-        return transform(self._split(x), self.order, self.group_size).transpose(-1, -2).flatten(-2)
-
-    def _unrotate(self, y: Tensor, transform: Callable[..., Tensor]) -> Tensor:
-        self._check(y)
-        if self.heads is None:
-            x = transform(y, self.order, self.group_size, inverse=True)
+            x = transform(x, self.order, self.group_size, inverse=inverse)
         else:
-            x = transform(self._split(y), self.order, self.group_size, inverse=True).transpose(-1, -2).flatten(-2)
-        signs = self._buffers["signs"]
-        return x if signs is None else x * signs
-
-    def _split(self, x: Tensor) -> Tensor:
-        """[..., heads * d] -> [..., d, heads]: the transform runs along the last dimension."""
-        assert self.heads is not None
-        return x.unflatten(-1, (self.heads, self.size // self.heads)).transpose(-1, -2)
+            # [..., heads * d] -> [..., d, heads]: the transform runs along the last dimension.
+            x = x.unflatten(-1, (self.heads, self.size // self.heads)).transpose(-1, -2)
+            x = transform(x, self.order, self.group_size, inverse=inverse).transpose(-1, -2).flatten(-2)
+        return x * signs if signs is not None and inverse else x
 
     def _check(self, x: Tensor) -> None:
         if x.dim() < 1 or x.shape[-1] != self.size:

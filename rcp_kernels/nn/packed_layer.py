@@ -51,7 +51,7 @@ def _stored(name: str) -> Any:
 
 
 class PackedLayer(nn.Module):
-    """What :class:`QuantLinear` stores, without its bias and its forward pass.
+    """The packed weight of a :class:`QuantLinear`, its input order, and its input rotation.
 
     ``packed`` is the weight in the order of the running backend. ``state_dict`` and pickles hold the canonical tensors
     instead, as the backend's order may change between versions.
@@ -110,7 +110,7 @@ class PackedLayer(nn.Module):
         try:
             after = fn(self.packed.new_empty(0)).device
         except (AssertionError, RuntimeError) as error:
-            # torch's errors for a missing GPU, whose type depends on what is missing.
+            # The type of torch's error for a missing GPU depends on the missing part.
             if re.search("cuda|nvidia", str(error), re.IGNORECASE):
                 cuda_library.require("QuantLinear")
             raise

@@ -47,6 +47,34 @@ def autocast_input(x: Tensor) -> Tensor:
     return x.to(torch.get_autocast_dtype(device))
 
 
+def _zero_weight(geometry: Geometry, device: torch.device | str | None) -> PackedWeight:
+    rows, columns, bits, group_size = geometry
+    groups = num_groups(columns, group_size)
+    codes = torch.zeros((rows, row_bytes(columns, bits, group_size)), dtype=torch.uint8, device=device)
+    levels = torch.zeros((rows, groups, 2**bits), dtype=torch.int8, device=device)
+    scales = torch.zeros((rows, groups), dtype=torch.float16, device=device)
+    one = torch.ones((), dtype=torch.float32, device=device)
+    return PackedWeight(codes, levels, scales, one, bits, group_size, columns, rows)
+
+
+def _copy_bias(bias: Tensor, weight: PackedWeight) -> nn.Parameter:
+    """A copy of the bias on the device of the weight, checked. float64 becomes float32."""
+    if not isinstance(bias, Tensor) or not bias.is_floating_point():
+        found = bias.dtype if isinstance(bias, Tensor) else type(bias).__name__
+        raise TypeError(f"QuantLinear: bias must be a floating point tensor or None, got {found}; convert it")
+    if tuple(bias.shape) != (weight.out_features,):
+        raise ValueError(
+            f"QuantLinear: bias must have shape ({weight.out_features},) (out_features), got {tuple(bias.shape)}; pass "
+            f"the bias of the same layer"
+        )
+    if bias.is_meta and not weight.codes.is_meta:
+        raise ValueError("QuantLinear: bias is on the meta device and has no values; load the checkpoint first")
+    copy = bias.detach().clone().to(weight.codes.device)
+    if copy.dtype == torch.float64:
+        copy = copy.to(torch.float32)
+    return nn.Parameter(copy, requires_grad=bias.requires_grad)
+
+
 class QuantLinear(PackedLayer):
     """``y = x W^T + bias`` with W packed in 2, 3 or 4 bits and x quantized per token on the way in.
 
@@ -143,12 +171,7 @@ class QuantLinear(PackedLayer):
         check_float("QuantLinear", "dtype", dtype, "dtype is that of the bias, bits that of the weight")
         zeros = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
         self.register_parameter("bias", zeros)
-        groups = num_groups(in_features, group_size)
-        codes = torch.zeros((out_features, row_bytes(in_features, bits, group_size)), dtype=torch.uint8, device=device)
-        levels = torch.zeros((out_features, groups, 2**bits), dtype=torch.int8, device=device)
-        scales = torch.zeros((out_features, groups), dtype=torch.float16, device=device)
-        one = torch.ones((), dtype=torch.float32, device=device)
-        self._hold(PackedWeight(codes, levels, scales, one, bits, group_size, in_features, out_features))
+        self._hold(_zero_weight(self.geometry, device))
 
     @classmethod
     def from_packed(
@@ -166,8 +189,7 @@ class QuantLinear(PackedLayer):
             weight: checked before use.
             bias: floating point [out_features], copied; a Parameter keeps its requires_grad. float64 becomes float32,
                 the widest that the kernels read. None for no bias.
-            act_bits: 4, 8 or 16.
-            act_clip: in (0, 1].
+            act_bits, act_clip: as the constructor.
             input_rotation: of in_features entries, already folded into weight; not copied. None for none.
             input_order: int64 [in_features], copied: column k of weight belongs to ``x[..., input_order[k]]``. None for
                 columns in the order of x.
@@ -182,11 +204,6 @@ class QuantLinear(PackedLayer):
             raise TypeError(
                 f"QuantLinear: weight must be a PackedWeight, got {type(weight).__name__}; make one with "
                 f"quantize_weight"
-            )
-        if bias is not None and not isinstance(bias, Tensor):
-            raise TypeError(
-                f"QuantLinear: bias must be a floating point tensor or None, got {type(bias).__name__}; convert with "
-                f"torch.as_tensor"
             )
         weight.validate()
         module = cls(
@@ -207,20 +224,7 @@ class QuantLinear(PackedLayer):
                 raise ValueError(f"QuantLinear: {error}") from None
             module._check_order_alone(input_order)
         module._hold(weight, input_order)
-        if bias is not None:
-            if tuple(bias.shape) != (weight.out_features,):
-                raise ValueError(
-                    f"QuantLinear: bias must have shape ({weight.out_features},) (out_features), got "
-                    f"{tuple(bias.shape)}; pass the bias of the same layer"
-                )
-            if not bias.is_floating_point():
-                raise TypeError(f"QuantLinear: bias must be floating point, got {bias.dtype}; convert with .float()")
-            if bias.is_meta and not weight.codes.is_meta:
-                raise ValueError("QuantLinear: bias is on the meta device and has no values; load the checkpoint first")
-            copy = bias.detach().clone().to(weight.codes.device)
-            if copy.dtype == torch.float64:
-                copy = copy.to(torch.float32)
-            module.bias = nn.Parameter(copy, requires_grad=bias.requires_grad)
+        module.bias = None if bias is None else _copy_bias(bias, weight)
         return module
 
     @classmethod
@@ -239,8 +243,7 @@ class QuantLinear(PackedLayer):
         Args:
             linear: with a floating point weight.
             bits, group_size, levels: as :func:`rcp_kernels.quantize_weight`.
-            act_bits: 4, 8 or 16.
-            act_clip: in (0, 1].
+            act_bits, act_clip: as the constructor.
             input_rotation: of in_features entries, not copied. It is folded into the weight in float64 before the
                 quantization, and applied to the input: the layer still computes the function of ``linear``. None for
                 none, or for that of a :class:`RotatedLinear`.
@@ -274,8 +277,7 @@ class QuantLinear(PackedLayer):
 
         Args:
             imported: of :mod:`rcp_kernels.integrations.importers`.
-            act_bits: 4, 8 or 16.
-            act_clip: in (0, 1].
+            act_bits, act_clip: as the constructor.
 
         Raises:
             TypeError: imported is not an ImportedWeight.
@@ -300,8 +302,7 @@ class QuantLinear(PackedLayer):
         Args:
             state_dict: with the keys of one layer; other keys are ignored.
             prefix: of the layer's keys, for example ``"model.layers.0.mlp.up_proj."``.
-            act_bits: 4, 8 or 16.
-            act_clip: in (0, 1].
+            act_bits, act_clip: as the constructor.
 
         Returns:
             The layer, on the device of codes. The bias has the stored dtype and requires a gradient.

@@ -159,18 +159,9 @@ def quantize_model(
         except (TypeError, ValueError) as error:
             raise type(error)(f"quantize_model: layer {names[0]}: {error}") from error
         replacements.append(module)
-        layers.append(
-            LayerReport(
-                names[0],
-                weight.in_features,
-                weight.out_features,
-                bits,
-                group_size,
-                weight.bits_per_weight,
-                linear.weight.nbytes,
-                weight.nbytes,
-            )
-        )
+        rows, columns, *_ = weight.geometry
+        sizes = (weight.bits_per_weight, linear.weight.nbytes, weight.nbytes)
+        layers.append(LayerReport(names[0], columns, rows, bits, group_size, *sizes))
         if progress is not None:
             progress(done, len(targets), names[0])
     for (_, names), module in zip(targets, replacements, strict=True):
@@ -209,7 +200,7 @@ def _targets(model: nn.Module, skip: Iterable[str]) -> tuple[list[tuple[nn.Linea
         id(module)
         for name, module in linears.items()
         if _inside(name, skipped)
-        or _is_more_than_linear(module)
+        or is_more_than_linear(module)
         or isinstance(modules[name.rpartition(".")[0]], _READERS_OF_WEIGHTS)
     }
     targets: dict[int, tuple[nn.Linear, list[str]]] = {}
@@ -221,10 +212,15 @@ def _targets(model: nn.Module, skip: Iterable[str]) -> tuple[list[tuple[nn.Linea
     return list(targets.values()), [name for name, module in linears.items() if id(module) in kept]
 
 
-def _is_more_than_linear(module: nn.Module) -> bool:
-    """Whether an nn.Linear does more than a QuantLinear of its weight and bias would do."""
+def count_hooks(module: nn.Module) -> int:
+    """The number of forward and backward hooks of a module."""
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return type(module) not in (nn.Linear, RotatedLinear) or any(hooks) or "forward" in vars(module)
+    return sum(map(len, hooks))
+
+
+def is_more_than_linear(module: nn.Module) -> bool:
+    """Whether a module does more than a QuantLinear of its weight and bias would do."""
+    return type(module) not in (nn.Linear, RotatedLinear) or count_hooks(module) > 0 or "forward" in vars(module)
 
 
 def _nothing_to_replace(model: nn.Module, linears: list[str]) -> str:

@@ -1,4 +1,4 @@
-"""A count of what a model stores: its packed layers, and every parameter in floating point by name."""
+"""Sizes of a model as stored: its packed layers, and every parameter in floating point by name."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class FloatPart(NamedTuple):
 
 @dataclass(frozen=True)
 class StorageReport:
-    """What a model stores. ``str()`` gives a few lines.
+    """The sizes of a model as stored. ``str()`` gives a few lines.
 
     Attributes:
         layers: number of packed layers.

@@ -14,7 +14,7 @@ _OPS = ("quantize_activation", "lut_linear", "pack_weight", "unpack_weight", "de
 
 
 def _load() -> str | None:
-    """Load the library; return None, or a sentence that says what is missing and the remedy."""
+    """Load the library; return None, or a sentence with the missing part and the remedy."""
     if torch.version.cuda is None:
         # The library needs libtorch_cuda.so, which only a CUDA build of torch has.
         return f"torch {torch.__version__} is built without CUDA; install a CUDA build of torch"

@@ -1,4 +1,4 @@
-"""Round-to-nearest quantization of a weight into the packed format: uniform, k-means or given levels per group."""
+"""Round-to-nearest quantization of a weight into the packed format, with uniform, k-means or given levels."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ def quantize_weight(
     Args:
         weight: floating point [N, K] = [out_features, in_features], finite.
         bits: bits a code: 2, 3 or 4.
-        group_size: consecutive weights of a row that share a table: 32, 64, 128 or K. K need not be a multiple.
-        levels: ``"uniform"``: evenly spaced from the group's minimum to its maximum; ``"kmeans"``: the levels of least
-            squared error that Lloyd's algorithm finds for each group (Lloyd 1982); or a floating point tensor
+        group_size: consecutive weights of a row that share a table: 32, 64, 128 or K. It need not divide K.
+        levels: ``"uniform"``: evenly spaced from the group's minimum to its maximum. ``"kmeans"``: the levels of least
+            squared error that Lloyd's algorithm finds for each group (Lloyd 1982). Or a floating point tensor
             [N, ceil(K/group_size), 2**bits] of ascending levels in units of the weight.
 
     Returns:
@@ -39,33 +39,9 @@ def quantize_weight(
             in either; unknown, descending or misshapen levels.
     """
     check_bits(bits)
-    if not isinstance(weight, Tensor):
-        raise TypeError(
-            f"quantize_weight: weight must be a floating point tensor, got {type(weight).__name__}; convert with "
-            f"torch.as_tensor"
-        )
-    if not weight.is_floating_point():
-        raise TypeError(f"quantize_weight: weight must be floating point, got {weight.dtype}; convert with .float()")
-    if weight.dim() != 2 or weight.numel() == 0:
-        raise ValueError(
-            f"quantize_weight: weight must be [out_features, in_features], both at least 1, got shape "
-            f"{tuple(weight.shape)}; flatten leading dimensions or skip the empty layer"
-        )
-    if weight.is_meta:
-        raise ValueError("quantize_weight: weight is on the meta device and has no values; load the checkpoint first")
-    if weight.layout != torch.strided:
-        raise ValueError(f"quantize_weight: weight must be dense, got {weight.layout}; convert with .to_dense()")
-    # Contiguous, so that groups are.
-    weight = weight.detach().to(torch.float32).contiguous()
+    weight = _check_weight(weight)
     rows, in_features = weight.shape
     check_group_size(group_size, in_features)
-    finite = torch.isfinite(weight)
-    if not bool(finite.all()):
-        index = (~finite).nonzero()[0].tolist()
-        raise ValueError(
-            f"quantize_weight: weight must be finite in float32, got {float(weight[tuple(index)])} at row, column "
-            f"{index}; check the checkpoint for overflow"
-        )
     shape = (rows, num_groups(in_features, group_size), 2**bits)
     if isinstance(levels, Tensor):
         if tuple(levels.shape) != shape:
@@ -73,7 +49,7 @@ def quantize_weight(
                 f"quantize_weight: levels must be [out_features, groups, 2**bits] = {shape}, got "
                 f"{tuple(levels.shape)}; expand a shared table to every group"
             )
-        # Levels without values are refused by snap_levels; they cannot be moved.
+        # Meta levels cannot be moved; snap_levels refuses them.
         values = levels.detach() if levels.is_meta else levels.detach().to(weight.device)
     elif isinstance(levels, str):
         if levels not in _CHOOSERS:
@@ -93,6 +69,36 @@ def quantize_weight(
     return PackedWeight(
         codes, snapped.contiguous(), scales, tensor_scale, bits, group_size, in_features, rows
     ).validate()
+
+
+def _check_weight(weight: Tensor) -> Tensor:
+    """The weight as contiguous float32, checked."""
+    if not isinstance(weight, Tensor):
+        raise TypeError(
+            f"quantize_weight: weight must be a floating point tensor, got {type(weight).__name__}; convert with "
+            f"torch.as_tensor"
+        )
+    if not weight.is_floating_point():
+        raise TypeError(f"quantize_weight: weight must be floating point, got {weight.dtype}; convert with .float()")
+    if weight.dim() != 2 or weight.numel() == 0:
+        raise ValueError(
+            f"quantize_weight: weight must be [out_features, in_features], both at least 1, got shape "
+            f"{tuple(weight.shape)}; flatten leading dimensions or skip the empty layer"
+        )
+    if weight.is_meta:
+        raise ValueError("quantize_weight: weight is on the meta device and has no values; load the checkpoint first")
+    if weight.layout != torch.strided:
+        raise ValueError(f"quantize_weight: weight must be dense, got {weight.layout}; convert with .to_dense()")
+    # Contiguous, as groups are views of it.
+    weight = weight.detach().to(torch.float32).contiguous()
+    finite = torch.isfinite(weight)
+    if not bool(finite.all()):
+        index = (~finite).nonzero()[0].tolist()
+        raise ValueError(
+            f"quantize_weight: weight must be finite in float32, got {float(weight[tuple(index)])} at row, column "
+            f"{index}; check the checkpoint for overflow"
+        )
+    return weight
 
 
 def whole_and_tail(in_features: int, group_size: int) -> list[tuple[slice, slice, int]]:
@@ -123,8 +129,8 @@ def _choose_levels(
 
 def uniform_levels(groups: Tensor, count: int) -> Tensor:
     """[C, length] -> [C, count], evenly spaced from each group's minimum to its maximum."""
-    # In float64, where the span of a group cannot overflow. Rounding keeps this form ascending; a weighted sum of the
-    # two ends would not be for a constant group.
+    # In float64 the span of a group cannot overflow. Rounding keeps this form ascending. A weighted sum of the two ends
+    # would not be ascending for a constant group.
     low, high = (end.to(torch.float64) for end in groups.aminmax(dim=1, keepdim=True))
     position = torch.linspace(0.0, 1.0, count, dtype=torch.float64, device=groups.device)
     return (low + (high - low) * position).to(torch.float32)

@@ -1,4 +1,4 @@
-"""rcp_kernels._C_cuda without a GPU: what is in the file, where it loads, and what is said where it does not."""
+"""rcp_kernels._C_cuda without a GPU: its contents, loading, and the errors where it is missing."""
 
 import importlib.util
 import json
@@ -51,7 +51,7 @@ def tool_output(*command: str | Path) -> str:
 
 @pytest.fixture(scope="module")
 def cuobjdump() -> Path:
-    """The one that Triton brings, or the CUDA toolkit's."""
+    """cuobjdump of Triton or of the CUDA toolkit."""
     triton = importlib.util.find_spec("triton")
     folders = [Path(folder) / "backends/nvidia/bin" for folder in triton.submodule_search_locations] if triton else []
     found = shutil.which("cuobjdump", path=os.pathsep.join([*map(str, folders), os.environ.get("PATH", "")]))
@@ -61,11 +61,11 @@ def cuobjdump() -> Path:
 
 
 def test_library_links_torch_and_the_driver_alone(library: Path) -> None:
-    """No CUDA runtime of its own to find: that is inside, and the driver comes with the GPU."""
+    """The CUDA runtime is linked in, and the driver comes with the GPU."""
     needed = set(re.findall(r"\(NEEDED\).*\[(.*)\]", tool_output("readelf", "-d", library)))
     assert {"libtorch_cuda.so", "libtorch_cpu.so"} <= needed
     assert not [name for name in needed if re.match(r"libcud|libpython|libtorch_python|libc10_cuda|libgomp", name)]
-    # The empty library it was linked with must not be looked for where it was.
+    # The loader must not look for the empty library that the build linked with.
     assert "RUNPATH" not in tool_output("readelf", "-d", library)
 
 
@@ -75,7 +75,7 @@ def test_library_uses_nothing_of_torch_but_its_stable_c_functions(library: Path)
     ours = re.compile(r"aoti_torch_|torch_|Py[A-Z]|_Py_|_ITM_|__gmon_start__|_Z")
     assert [name for name in symbols if "@" not in name and not ours.match(name)] == []
     assert {"torch_library_impl", "aoti_torch_get_current_cuda_stream"} <= set(symbols)
-    # The runtime inside must not be found by torch, which has its own.
+    # Torch has its own CUDA runtime and must not find this one.
     defined = tool_output("nm", "-D", "--defined-only", library)
     assert "PyInit__C_cuda" in defined
     assert not re.search(r" cuda[A-Z]", defined)
@@ -103,7 +103,7 @@ def resource_usage(library: Path, cuobjdump: Path) -> list[tuple[str, str, dict[
 
 
 def test_no_kernel_spills_on_any_architecture(library: Path, cuobjdump: Path) -> None:
-    """Registers that do not fit go to the stack, in DRAM: 400 cycles where 4 were planned."""
+    """A spilled register is in DRAM: 400 cycles instead of 4."""
     usage = resource_usage(library, cuobjdump)
     assert {architecture for architecture, _, _ in usage} == set(toolkit.ARCHITECTURES)
     for op in ("quantize_activation", "pack_weight", "unpack_weight", "dequantize", "lut_linear"):
@@ -113,7 +113,7 @@ def test_no_kernel_spills_on_any_architecture(library: Path, cuobjdump: Path) ->
 
 
 def test_weights_are_loaded_16_bytes_at_a_time(library: Path, cuobjdump: Path) -> None:
-    """By every kernel that streams a weight: LDG.E.128, or a copy to shared memory (LDGSTS) of as many bytes."""
+    """Every kernel that streams a weight has LDG.E.128, or copies to shared memory (LDGSTS) of as many bytes."""
     loads: dict[str, list[str]] = {}
     kernel = ""
     for line in tool_output(cuobjdump, "-sass", "-arch", "sm_80", library).splitlines():
@@ -134,7 +134,7 @@ def test_weights_are_loaded_16_bytes_at_a_time(library: Path, cuobjdump: Path) -
 
 
 def other_python() -> Path:
-    """Python of the torch with CUDA that `make wheel-check` installs and keeps."""
+    """The Python whose torch has CUDA. `make wheel-check` installs and keeps it."""
     home = Path(os.environ.get("RCP_CACHE_DIR") or Path.home() / ".cache" / "rcp_kernels")
     found = [path.parent / "bin/python" for path in sorted(home.glob("torch-*/.complete"))]
     if not found:

@@ -39,7 +39,7 @@ def run(x, weight, bias=None, act_bits=4, clip=1.0, **rotation):
 
 
 def allowed(x, weight, bias, act_bits, clip):
-    """What float32 sums may lose (docs/numerics.md, and lut_linear_a16.cuh for 16 bits), and the cast of the result."""
+    """The exact result and its bound: float32 sums (docs/numerics.md; lut_linear_a16.cuh for 16 bits) and the cast."""
     columns, group = weight.in_features, min(weight.group_size, 128)
     steps = -(-columns // group) + 2 * -(-columns // 512) + 3
     dense = weight.dequantize().double().abs()
@@ -109,7 +109,7 @@ def test_pack_unpack_and_dequantize(bits, group_size):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_lut_linear(bits, act_bits, dtype):
     for rows, columns in SHAPES:
-        # The kernel depends on the tokens and on the group size; not every pair of them is run for every shape.
+        # The kernel depends on the tokens and on the group size. Not every shape runs every pair of them.
         groups = itertools.cycle((32, 64, 128, columns) if rows % 2 else (128, columns, 32, 64, 64))
         for tokens in (1, 2, 5, 8, 9, 16, 17, 40):
             weight = random_weight(rows, columns, bits, next(groups))
@@ -155,8 +155,8 @@ def test_input_rotation_is_walsh_transform_before_it(order, group):
             if tokens > 1 or group not in (32, 64, 128):
                 assert torch.equal(y, run(rotated, weight))
                 continue
-            # One token that a kernel rotates takes the kernel for several, whose float32 sums run in another order:
-            # the same integers, so both are within the contract of the reference of the rotated token.
+            # One token with a rotation takes the kernel for several tokens, whose float32 sums have another order.
+            # The integers are the same, so both results are within the bound of the rotated token's reference.
             exact, bound = allowed(rotated.cpu(), weight, None, 4, 1.0)
             assert bool(((y.cpu().double() - exact).abs() <= bound).all())
 

@@ -1,4 +1,4 @@
-"""lut_linear with act_bits 4 and 8 on CUDA, executed, against the exact reference and against counts.
+"""lut_linear with act_bits 4 and 8 on CUDA, run by the PTX executor, against the exact reference and counts.
 
 cuda_blob.py packs the weight, not the header's own functions.
 """
@@ -280,9 +280,9 @@ def test_maxima_of_one_token() -> None:
 
 @pytest.mark.parametrize(("tokens", "columns"), [(1, 16384), (8, 12288)])
 def test_splits_of_the_columns(tokens: int, columns: int) -> None:
-    """Few rows and many multiprocessors: the columns are split, and the last block adds the parts in order.
+    """Few rows and many multiprocessors: the columns are split, and the last block adds the sums in order.
 
-    With 8 tokens four warps of a block store parts, for which one thread arrives.
+    With 8 tokens four warps of a block store sums, and one thread arrives for them.
     """
     weight = random_weight(2, 16, columns, 128, unit_scales=False)
     x = random_x(tokens, columns, "float16")
@@ -301,7 +301,7 @@ def test_splits_of_the_columns(tokens: int, columns: int) -> None:
 
 
 def test_division_by_qmax_is_exact() -> None:
-    """The kernels divide by 7 and 127 with a product and one correction: every significand, against the quotient."""
+    """The kernels divide by 7 and 127 with a product and one correction. This compares every significand."""
     clipped = np.arange(2**23, 2**24, dtype=np.float32)
     for qmax in (np.float32(7), np.float32(127)):
         inverse = np.float32(1) / qmax
@@ -314,7 +314,7 @@ def test_division_by_qmax_is_exact() -> None:
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_every_weight_byte_is_fetched_once(bits: int) -> None:
-    """In whole sectors and 16 bytes a lane; but for the header, of which every warp reads 16 bytes."""
+    """In whole sectors and 16 bytes a lane. Only the header is read by every warp, 16 bytes each."""
     weight = random_weight(bits, 96, 4096, 128, unit_scales=False)
     (counts,) = Run(weight, random_x(1, 4096, "float16"), sms=1).counts
     traffic, warps = counts.buffers["weight"], counts.threads // 32

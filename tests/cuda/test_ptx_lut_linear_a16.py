@@ -1,4 +1,4 @@
-"""lut_linear with act_bits 16 on CUDA, executed, against float64.
+"""lut_linear with act_bits 16 on CUDA, run by the PTX executor, against float64.
 
 The bounds are those that csrc/include/rcp/cuda/lut_linear_a16.cuh states, with an mma as the executor does it.
 """
@@ -63,7 +63,7 @@ int run(const uint8_t* weight, const void* x, const void* bias, int64_t bias_typ
 
 
 def stored(values: np.ndarray, kind: int) -> np.ndarray:
-    """float64 -> what memory holds: float32, float16, or the bits of bfloat16 (truncated: any value is as good)."""
+    """float64 -> float32, float16, or the bits of bfloat16 (truncated: any value will do)."""
     if kind == BFLOAT16:
         return (values.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
     return values.astype(np.float16 if kind == FLOAT16 else np.float32)
@@ -98,7 +98,7 @@ class Layer:
         self, x: np.ndarray, kind: int, bias_kind: int | None = FLOAT32, arch: str = "sm_80", misaligned: int = 0,
         blob: np.ndarray | None = None, counters: Buffer | None = None, sms: int = SMS, **options: object,
     ) -> tuple[np.ndarray, list[Counters]]:  # fmt: skip
-        """y as memory holds it. Its buffer starts as NaN, the workspace as unreadable."""
+        """y in its own dtype (bits of bfloat16). The buffers of y and the workspace start unreadable."""
         compiled = program(self.bits, arch)
         shape = (x.shape[0], self.rows, self.columns, self.group, kind)
         sizes = []
@@ -184,7 +184,7 @@ def test_against_float64(bits, group, tokens, rows, columns, kind, bias):
     ],
 )  # fmt: skip
 def test_a_single_column_is_exact(bits, group, kind):
-    """One activation a token: every digit and every place counts, where a sum would hide them in its bound."""
+    """One activation a token: an error in any digit or place shows, where the bound of a sum would cover it."""
     layer = Layer(bits, 16, 256, group, equal_scales=True)
     rng = np.random.default_rng(1)
     x = np.zeros((32, 256))
@@ -239,7 +239,7 @@ def test_few_and_many_multiprocessors_stay_within_the_bound():
 
 
 def test_activations_are_not_quantized():
-    """One outlier of 2**14 beside values of 1: quantization to 8 bits would lose the others; here nothing is lost."""
+    """An outlier of 2**14 beside values up to 8: quantization to 8 bits would lose the others."""
     layer = Layer(4, 16, 512, 128)
     x = np.random.default_rng(1).integers(-8, 9, (1, 512)).astype(np.float64)
     x[0, 100] = 2.0**14

@@ -1,4 +1,4 @@
-"""pack_weight, unpack_weight and dequantize of CUDA, executed, against the canonical format's own definition."""
+"""pack_weight, unpack_weight and dequantize on CUDA, run by the PTX executor, against the definition of the format."""
 
 import ctypes
 from functools import cache
@@ -46,7 +46,7 @@ extern "C" int dequantize_to(const uint8_t* blob, void* y, int64_t type, int64_t
 
 
 class Canonical:
-    """Random tensors of the canonical format, and the weight they stand for as docs/format.md defines it."""
+    """Random tensors of the canonical format, and their weight as docs/format.md defines it."""
 
     def __init__(self, rows: int, columns: int, group: int, bits: int, seed: int = 0) -> None:
         rng = np.random.default_rng(seed)

@@ -1,4 +1,4 @@
-"""quantize_activation on CUDA, executed: bit-equal to the steps of docs/numerics.md in numpy float32."""
+"""quantize_activation on CUDA, run by the PTX executor: bit-equal to docs/numerics.md in numpy float32."""
 
 from functools import cache
 
@@ -25,7 +25,7 @@ extern "C" int quantize(const void* x, int64_t type, int64_t tokens, int64_t col
 
 
 def stored(values: np.ndarray, kind: int) -> np.ndarray:
-    """float64 -> what memory holds: float32, float16, or the bits of bfloat16 (truncated: any value is as good)."""
+    """float64 -> float32, float16, or the bits of bfloat16 (truncated: any value will do)."""
     if kind == BFLOAT16:
         return (values.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
     return values.astype(np.float16 if kind == FLOAT16 else np.float32)

@@ -322,7 +322,7 @@ def test_an_input_of_another_width_or_dtype_is_refused(ranks):
         for message in found["bad input"][3:6]:
             assert "must be in_features (192), got shape [2, " in message
         for message, width in zip(found["bad input"][6:], (64, 96, 128), strict=True):
-            assert f"got torch.float32 (2, {width // 2}) from an x laid out as" in message
+            assert f"got torch.float32 (2, {width // 2}) with layout" in message
 
 
 def test_errors_name_the_rule_and_leave_the_layer(ranks):
@@ -339,7 +339,7 @@ def test_errors_name_the_rule_and_leave_the_layer(ranks):
         assert "out_features must be a multiple of the number of ranks, got 7 and 2 ranks" in rows
         assert kind.startswith("TypeError: RcpColwiseParallel: the module must be a QuantLinear, got Linear; quantize")
         assert "RcpRowwiseParallel: the layer must be on a device of the mesh, cpu, got meta" in device
-        assert "the layer must have no hooks and no forward of its own, which it would lose, got 1 hooks" in hooks
+        assert "the layer must have no hooks and no forward in the instance, which it would lose, got 1 hooks" in hooks
         assert found["untouched"]
 
 

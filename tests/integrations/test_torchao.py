@@ -97,7 +97,7 @@ def test_other_modules_and_wrong_settings_are_refused():
     for config, message in (
         (RcpWeightConfig(bits=5), "bits must be one of"),
         (RcpWeightConfig(group_size=48), "group_size must be one of"),
-        (RcpWeightConfig(act_bits=6), "act_bits must be 4, 8 or 16"),
+        (RcpWeightConfig(act_bits=6), "act_bits must be one of \\(4, 8, 16\\)"),
         (RcpWeightConfig(levels="nf4"), "levels must be one of"),
     ):
         layers = model()

@@ -1,7 +1,7 @@
-"""A stand-in for the classes of vLLM that rcp_kernels.integrations.vllm builds on, for machines without vLLM.
+"""Copies of the classes of vLLM that rcp_kernels.integrations.vllm uses, for machines without vLLM.
 
-Written from vLLM 0.33.0, and only as much of it as a linear layer goes through: these files, whose behaviour (names,
-arguments, attributes that a loader reads, the order of the calls) is what this file states in fewer words:
+They follow vLLM 0.33.0, as far as a linear layer needs it: names, arguments, attributes that a loader reads, and the
+order of the calls. The originals are in these files:
 
 - vllm/model_executor/layers/linear.py: the base classes; ``weight_loader`` of each parallel layer, the one that is used
   for a linear method not listed in WEIGHT_LOADER_V2_SUPPORTED; ``forward``.

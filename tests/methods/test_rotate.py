@@ -364,7 +364,7 @@ def test_no_gain_to_fold_needs_nothing_online(models) -> None:
 def test_saved_by_transformers(tmp_path, models) -> None:
     model = copy.deepcopy(models["llama_tied"])
     record = rotate_model(model, "gsr", group_size=32)
-    with pytest.warns(UserWarning, match=r"save_pretrained: this float model rotates while it runs"):
+    with pytest.warns(UserWarning, match=r"save_pretrained: this float model has a rotation that runs in it"):
         model.save_pretrained(tmp_path)
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
     apply_structure(loaded, record)
@@ -458,5 +458,5 @@ def test_attention_that_cannot_be_rotated() -> None:
     rotate_queries_and_keys(attention, OnlineRotation(32))
     with pytest.raises(RuntimeError, match=r"position_embeddings=\.\.\., got"):
         attention(torch.zeros(1, 2, 96))
-    with pytest.raises(ValueError, match="no qk_rotation yet"):
+    with pytest.raises(ValueError, match="qk_rotation must not be there yet, got OnlineRotation"):
         rotate_queries_and_keys(attention, OnlineRotation(32))

@@ -1,10 +1,10 @@
-"""Compiles tests/native/native.cpp: the CPU kernels of csrc/include with numpy in and numpy out, no torch anywhere.
+"""Compiles tests/native/*.cpp: the CPU kernels of csrc/include with numpy in and numpy out, no torch anywhere.
 
     python tests/native/build.py [--sanitize]
 
-A library's name holds a digest of all that went into it (sources, flags, compiler, Python), so a stale one is never
-loaded and an unchanged one is never compiled again. Compiling is a step of its own because a sanitizer run preloads
-libasan into Python, and a compiler started from there would inherit it.
+A library's folder is named by a digest of its inputs (sources, flags, compiler, Python). A stale library is never
+loaded, and an unchanged one is never compiled again. Compile before a sanitizer run: that
+preloads libasan into Python, and a compiler started there would inherit it.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ HERE = Path(__file__).parent.resolve()
 ROOT = HERE.parents[1]
 INCLUDE = ROOT / "csrc" / "include"
 
-# As in setup.py, and every warning is an error, except the one that GCC 12 gives for its own AVX-512 intrinsics, whose
+# As in setup.py, and every warning is an error. Two are off: GCC 12 gives them for its own AVX-512 intrinsics, where an
 # "undefined" register is a variable initialised with itself.
 FLAGS = ["-std=c++17", "-ffp-contract=off", "-fvisibility=hidden", "-fPIC", "-shared", "-pthread"]
 FLAGS += ["-Wall", "-Wextra", "-Werror", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
 OPTIMIZED = ["-O3", "-g0"]
-# -O1: at -O0 the intrinsics that take an immediate do not compile. vptr needs type information that hidden visibility
-# keeps from it, and there is no virtual function here.
+# -O1: at -O0 the intrinsics that take an immediate do not compile. Without vptr: it needs type information, which
+# hidden visibility removes, and there is no virtual function here.
 SANITIZED = ["-O1", "-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize=vptr"]
 SANITIZED += ["-fno-sanitize-recover=all"]
 

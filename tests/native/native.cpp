@@ -82,16 +82,26 @@ rcp::LutLinearPlan soft_amx_plan(rcp::Isa isa, int bits, int64_t tokens, int act
 }
 #endif
 
-// The usual plan, but walking four row blocks at once as on Intel, whatever this CPU is.
+// The usual plan, but with the four streams of Intel on every CPU.
 rcp::LutLinearPlan four_stream_plan(rcp::Isa isa, int bits, int64_t tokens, int act_bits, rcp::FloatType type) {
   rcp::LutLinearPlan plan = rcp::lut_linear_plan(isa, bits, tokens, act_bits, type);
   plan.streams = 4;
   return plan;
 }
 
-// The usual plan of float32 activations: bfloat16 ones are widened, as on a CPU without AVX512-BF16.
+// The usual plan for float32 x: bfloat16 x is widened, as on a CPU without AVX512-BF16.
 rcp::LutLinearPlan widened_plan(rcp::Isa isa, int bits, int64_t tokens, int act_bits, rcp::FloatType) {
   return rcp::lut_linear_plan(isa, bits, tokens, act_bits, rcp::FloatType::float32);
+}
+
+decltype(rcp::lut_linear_plan)* plan_of(const std::string& variant) {
+  if (variant == "four streams") return four_stream_plan;
+  if (variant == "widened") return widened_plan;
+#if RCP_X86
+  if (variant == "soft amx") return soft_amx_plan;
+#endif
+  require(variant.empty(), "variant must be 'four streams', 'widened', 'soft amx' (x86-64) or empty");
+  return rcp::lut_linear_plan;
 }
 
 // Returns raw bytes [tokens, rows] of the type; they start as 0xff, which is NaN in all three types.
@@ -146,22 +156,7 @@ Array<uint8_t> lut_linear(const Array<uint8_t>& x, const std::string& type_name,
   const rcp::Isa chosen = isa_of(isa);
   const rcp::ThreadPool pool = thread_pool(threads);
   py::gil_scoped_release release;
-  if (variant == "four streams") {
-    rcp::lut_linear(a, chosen, pool, four_stream_plan);
-    return y;
-  }
-  if (variant == "widened") {
-    rcp::lut_linear(a, chosen, pool, widened_plan);
-    return y;
-  }
-#if RCP_X86
-  if (variant == "soft amx") {
-    rcp::lut_linear(a, chosen, pool, soft_amx_plan);
-    return y;
-  }
-#endif
-  require(variant.empty(), "variant must be 'four streams', 'widened', 'soft amx' (x86-64) or empty");
-  rcp::lut_linear(a, chosen, pool);
+  rcp::lut_linear(a, chosen, pool, plan_of(variant));
   return y;
 }
 

@@ -24,7 +24,7 @@ def from_bytes(raw: np.ndarray, name: str) -> np.ndarray:
 
 
 def representable(x: np.ndarray, name: str) -> np.ndarray:
-    """x rounded (down, for bfloat16) to what the type can hold, as float32."""
+    """x rounded to the type (down, for bfloat16), as float32."""
     with np.errstate(over="ignore"):
         return from_bytes(to_bytes(x, name), name).reshape(x.shape)
 
@@ -77,7 +77,7 @@ class Weight:
     def linear(
         self, x: np.ndarray, bias: np.ndarray | None, act_bits: int, clip: float
     ) -> tuple[np.ndarray, np.ndarray]:
-        """(y, magnitude) in float64: magnitude, what rounding errors scale with, is the sum over absolute values."""
+        """(y, magnitude) in float64. The magnitude is the sum over absolute values: rounding errors scale with it."""
         if act_bits == 16:
             q, scale = x.astype(np.float64), np.ones(len(x))
         else:

@@ -1,5 +1,5 @@
-// The AMX tile instructions that lut_linear_amx.h uses, computed in plain C++ as the manual defines them, so that the
-// tiled algorithm runs on machines without AMX. Checks what the hardware would fault on.
+// The AMX tile instructions of lut_linear_amx.h, computed in plain C++ as the manual defines them: the tiled algorithm
+// runs on machines without AMX. Throws where the hardware would fault.
 #pragma once
 
 #include <cstring>
@@ -30,7 +30,7 @@ struct SoftTiles {
     }
     state().config = config;
     state().configured = true;
-    std::memset(state().tiles, 0xa5, sizeof state().tiles);  // nothing may rely on what a tile held before
+    std::memset(state().tiles, 0xa5, sizeof state().tiles);  // no code may rely on earlier contents
   }
   static void release() { configured().configured = false; }
   template <int T>

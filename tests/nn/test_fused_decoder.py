@@ -408,7 +408,7 @@ def test_refusals_name_what_stands_against_it():
     refused(r"model.layers.1.self_attn.v_proj must be a QuantLinear, got Linear")
     layer.self_attn.v_proj = packed
     handle = layer.mlp.up_proj.register_forward_hook(lambda *_: None)
-    refused(r"model.layers.1.mlp.up_proj must have no forward hooks")
+    refused(r"model.layers.1.mlp.up_proj must have no hooks")
     handle.remove()
     layer.self_attn.forward = layer.self_attn.forward
     refused(r"model.layers.1.self_attn must have the forward of its class")

@@ -461,7 +461,7 @@ def test_bad_arguments() -> None:
     weight = quantize_weight(torch.randn(24, 200))
     with pytest.raises(ValueError, match=r"bias must have shape \(24,\) \(out_features\), got \(23,\); pass"):
         QuantLinear.from_packed(weight, bias=torch.zeros(23))
-    with pytest.raises(TypeError, match=r"bias must be floating point, got torch.int64; convert"):
+    with pytest.raises(TypeError, match=r"bias must be a floating point tensor or None, got torch.int64; convert"):
         QuantLinear.from_packed(weight, bias=torch.zeros(24, dtype=torch.int64))
     with pytest.raises(TypeError, match=r"bias must be a floating point tensor or None, got list; convert"):
         QuantLinear.from_packed(weight, bias=[0.0] * 24)  # type: ignore[arg-type]

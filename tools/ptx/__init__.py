@@ -26,7 +26,8 @@ from .counters import Counters
 from .host import HostProgram
 from .launching import launch
 from .memory import Buffer, Memory
-from .parser import Module, PtxError, parse
+from .module import Module, PtxError
+from .parser import parse
 
 __all__ = [
     "Buffer",

@@ -8,15 +8,15 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from .groups import Group
+from .module import Instruction, PtxError
 from .operands import source, target
-from .parser import Instruction, PtxError
 
 __all__ = ["Barriers"]
 
 
 @dataclass
 class _Waiting:
-    """Lanes at a barrier, and where they go on: with a reduction, what takes its result and what they contribute."""
+    """Lanes at a barrier and their next instruction. With a reduction also its target and their contributions."""
 
     lanes: np.ndarray
     place: int
@@ -27,7 +27,7 @@ class _Waiting:
 
 @dataclass
 class _Barrier:
-    """One that has not been passed yet."""
+    """A barrier that has not been passed yet."""
 
     count: int = 0
     arrived: list[int] = field(default_factory=list)  # warps, of bar.arrive
@@ -42,7 +42,7 @@ class Barriers:
         self.pending: dict[tuple[int, int], _Barrier] = {}
 
     def execute(self, group: Group, instruction: Instruction) -> None:
-        """Lanes come to a barrier: they wait, go on, or let all go on."""
+        """Lanes arrive at a barrier. They wait, continue, or release all waiting lanes."""
         machine, place = self.machine, group.place
         kind, *words = [word for word in instruction.modifiers if word not in ("cta", "aligned")]
         operands = list(instruction.operands)
@@ -105,14 +105,14 @@ class Barriers:
             machine.join(waiting.lanes, waiting.place)
 
     def _passed(self, blocks: np.ndarray) -> None:
-        """By all threads of these blocks."""
+        """All threads of these blocks passed a barrier."""
         self.machine.counters.barriers += blocks.size
         if self.machine.races:
             self.machine.races.barrier(blocks)
         self._seen(blocks)
 
     def _seen(self, blocks: np.ndarray) -> None:
-        """What its threads stored and acquired, a barrier hands on; one of some threads is taken as one of all."""
+        """A barrier passes on the stores and acquisitions of its threads. One of some threads counts as a full one."""
         if self.machine.visibility:
             self.machine.visibility.barrier(np.asarray(self.machine.block_numbers)[blocks])
 
@@ -125,7 +125,7 @@ class Barriers:
         return int(values[0])
 
     def require_none(self) -> None:
-        """At the end of a kernel: nobody waits."""
+        """Checks at the end of a kernel that no lane waits."""
         machine = self.machine
         for (block, number), barrier in self.pending.items():
             places = sorted({waiting.place - 1 for waiting in barrier.waiting})

@@ -26,8 +26,8 @@ def run(text: str, memory: Memory, *arguments: object, grid=1, block=32, **optio
 def evaluate(
     body: str, inputs: dict[str, np.ndarray], outputs: dict[str, str], block: int = 128
 ) -> dict[str, np.ndarray]:
-    """Runs the body once for each element, with inputs in registers of their names, and gives what it left in those
-    that outputs name, with their dtypes. Elements have 2, 4 or 8 bytes. Some threads of the last block do nothing."""
+    """Runs the body once for each element. Inputs are in registers of their names; returns the registers that `outputs`
+    names, in its dtypes. Elements have 2, 4 or 8 bytes. Some threads of the last block do nothing."""
     count = len(next(iter(inputs.values())))
     memory = Memory()
     lines, registers, arguments = [], "", []

@@ -20,7 +20,7 @@ FLAGS = ("-O3", "-std=c++17", "--expt-relaxed-constexpr")
 
 @functools.cache
 def cuda_toolkit() -> ModuleType:
-    """tools/cuda_toolkit.py, which knows where nvcc is; tools is no package."""
+    """tools/cuda_toolkit.py, which finds nvcc. tools is not a package."""
     spec = importlib.util.spec_from_file_location("cuda_toolkit", ROOT / "tools" / "cuda_toolkit.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
@@ -44,7 +44,7 @@ def nvcc() -> tuple[str, bytes]:
 
 
 def header_digest(folders: tuple[str | Path, ...]) -> bytes:
-    """Of every header below these folders, so that what was compiled with others is compiled again."""
+    """A digest of every header below these folders. A changed header compiles its users again."""
     digest = hashlib.sha256()
     for folder in map(Path, folders):
         for path in sorted(folder.rglob("*")):
@@ -90,7 +90,7 @@ def compile_ptx(
             raise RuntimeError(f"compile_ptx: nvcc must compile the source, got\n{run.stdout}{run.stderr}")
         text = output.read_text()
     kept.parent.mkdir(parents=True, exist_ok=True)
-    # Renamed, so that nobody ever reads half of it.
+    # Renamed, because another process must not read half a file.
     partial = kept.with_suffix(f".{os.getpid()}")
     partial.write_text(text)
     partial.rename(kept)

@@ -1,4 +1,4 @@
-"""What a launch did, counted: instructions, sectors of global memory, bank conflicts, barriers."""
+"""Counts of a launch: instructions, sectors of global memory, bank conflicts, barriers."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from .parser import Instruction, Kernel
+from .module import Instruction, Kernel
 
 __all__ = ["Accesses", "BufferTraffic", "Counters"]
 
@@ -72,7 +72,7 @@ class Counters:
 
     @property
     def thread_instructions(self) -> int:
-        """Issued instructions of PTX times 32: what "instructions per weight" counts."""
+        """Issued instructions of PTX times 32, the numerator of "instructions per weight"."""
         return 32 * self.warp_instructions
 
     def by_opcode(self) -> Counter[str]:
@@ -100,7 +100,7 @@ class Counters:
         return sum(accesses.bank_conflicts for accesses in self.shared.values())
 
     def __add__(self, other: Counters) -> Counters:
-        """Of two launches of the same kernel."""
+        """The sum of two launches of the same kernel."""
         total = Counters(self.kernel, self.per_instruction + other.per_instruction, self.lanes + other.lanes)
         for name in ("global_loads", "global_stores", "shared"):
             mine = getattr(total, name)
@@ -127,20 +127,20 @@ def instruction_class(instruction: Instruction) -> str:
 
 
 def _firsts(values: np.ndarray) -> np.ndarray:
-    """Where sorted values change, and the first place."""
+    """True at the first value and wherever sorted values change."""
     first = np.ones(values.size, bool)
     np.not_equal(values[1:], values[:-1], out=first[1:])
     return first
 
 
 def _different(values: np.ndarray) -> np.ndarray:
-    """Sorted. numpy.unique makes a hash table first, which takes ten times as long."""
+    """The different values, sorted. numpy.unique makes a hash table first and takes ten times as long."""
     values = np.sort(values)
     return values[_firsts(values)]
 
 
 def count_sectors(accesses: Accesses, warps: np.ndarray, starts: np.ndarray, width: int) -> np.ndarray:
-    """Counts a request by every warp; the sectors touched come back, once for each request that touched them."""
+    """Counts a request of every warp. Returns the touched sectors, once for each request that touched them."""
     shift = np.int64(width.bit_length() - 1)
     granules = _different((warps.astype(np.int64) << 44) | (starts >> shift))
     sectors = granules >> (5 - shift)
@@ -153,7 +153,7 @@ def count_sectors(accesses: Accesses, warps: np.ndarray, starts: np.ndarray, wid
 
 
 def count_banks(accesses: Accesses, lanes: np.ndarray, offsets: np.ndarray, width: int) -> None:
-    """Counts a request by every warp: 32 lanes of up to 4 bytes at once, 16 of 8, 8 of 16."""
+    """Counts a request of every warp: 32 lanes of up to 4 bytes at once, 16 lanes of 8, 8 lanes of 16."""
     words = max(1, width // 4)
     phases = lanes // (32 // words)
     numbers = offsets >> 2

@@ -1,6 +1,6 @@
 """Runs host code that launches kernels: nvcc compiles it without the CUDA runtime, and its launches are executed here.
 
-So what a launcher computes (grids, argument structures, sizes of workspaces) is tested with the kernels, as it is.
+Grids, argument structures and workspace sizes that a launcher computes are therefore tested with the kernels.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from .build import FLAGS, ROOT, cache_folder, compile_ptx, header_digest, nvcc
 from .counters import Counters
 from .launching import launch
 from .memory import GLOBAL_BASE, WRITTEN, Memory
-from .parser import PtxError, parse
+from .module import PtxError
+from .parser import parse
 
 __all__ = ["HostProgram"]
 
@@ -157,7 +158,7 @@ def _library(source: str, arch: str, includes, defines, flags) -> Path:
     compiler, version = nvcc()
     runtime = Path(__file__).with_name("host_runtime.cpp")
     name = arch.split("_")[1]
-    # Of the device code only the kernels' names are looked at: half of the time with less of it optimised.
+    # Only the kernels' names of the device code are used: less optimisation halves the time.
     words = [*FLAGS, "-Xcicc", "-O0", f"-gencode=arch=compute_{name},code=compute_{name}", *flags]
     words += [f"-D{key}={value}" for key, value in (defines or {}).items()]
     key = hashlib.sha256(version + runtime.read_bytes() + header_digest(includes))
@@ -171,7 +172,7 @@ def _library(source: str, arch: str, includes, defines, flags) -> Path:
     file, partial = folder / f"{key.hexdigest()}-{os.getpid()}.cu", folder / f"{key.hexdigest()}-{os.getpid()}.so"
     file.write_text(source)
     command = [compiler, *words, *(f"-I{path}" for path in includes), "-shared", "-Xcompiler=-fPIC"]
-    # Its own runtime, whatever else the process has loaded.
+    # Uses its own runtime even if the process has loaded another.
     command += ["-Xlinker=-Bsymbolic", "-cudart=none"]
     try:
         run = subprocess.run(

@@ -7,8 +7,8 @@ from collections.abc import Callable
 import numpy as np
 
 from .instructions_integer import typed
+from .module import Instruction, PtxError
 from .operands import DTYPES, binds, elementwise, source, target
-from .parser import Instruction, PtxError
 
 U64, U32 = np.uint64, np.uint32
 

@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import numpy as np
 
+from .module import Instruction, PtxError
 from .operands import DTYPES, binds, elementwise, require, source, target
-from .parser import Instruction, PtxError
 from .rounding import bfloat_value, flush
 
 _ORDERED = {
@@ -26,7 +26,7 @@ _COMBINE = {"and": np.logical_and, "or": np.logical_or, "xor": np.logical_xor}
 
 
 def _float_comparison(name: str) -> Callable:
-    """numpy's are false with NaN, but for !=; the .<op>u forms are true."""
+    """numpy's comparisons with NaN are false, except !=. The .<op>u forms are true."""
     if name == "num":
         return lambda a, b: ~(np.isnan(a) | np.isnan(b))
     if name == "nan":
@@ -70,7 +70,7 @@ def _setp(machine, instruction: Instruction) -> Callable:
     def run(group) -> None:
         a, b = gets[0](group), gets[1](group)
         if pairs:
-            # The first predicate is of the low halves, the second of the high ones.
+            # The first predicate belongs to the low halves, the second to the high halves.
             dtype = DTYPES[type_name.removesuffix("x2")]
             a, b = (np.ascontiguousarray(np.broadcast_to(x, (group.count,))).view(dtype) for x in (a, b))
             both = compare(a, b)

@@ -7,8 +7,8 @@ from collections.abc import Callable
 import numpy as np
 
 from .memory import LOCAL_WINDOW, SHARED_WINDOW
+from .module import Instruction, PtxError
 from .operands import DTYPES, binds, elementwise, require, source, target
-from .parser import Instruction, PtxError
 from .rounding import bfloat_bits, bfloat_value, flush, to_float32, toward
 
 _INTEGER_ROUNDING = {"rni": np.rint, "rzi": np.trunc, "rmi": np.floor, "rpi": np.ceil}
@@ -69,7 +69,7 @@ def _as_float(values: np.ndarray, name: str) -> np.ndarray:
 
 
 def _to_integer(values: np.ndarray, name: str, source_name: str, rounding: str) -> np.ndarray:
-    """Of floats: out of range clamps, NaN is 0, or the top bit if 64 bits are on either side."""
+    """Floats to integers: out of range clamps. NaN becomes 0, or the top bit if either side has 64 bits."""
     info = np.iinfo(DTYPES[name])
     nan = np.isnan(values)
     rounded = _INTEGER_ROUNDING[rounding](values.astype(np.float64))
@@ -85,7 +85,7 @@ def _to_integer(values: np.ndarray, name: str, source_name: str, rounding: str) 
 
 
 def _to_float(values: np.ndarray, name: str, mode: str) -> np.ndarray:
-    """Of integers or floats, one rounding."""
+    """Integers or floats to floats, with one rounding."""
     values = np.asarray(values)
     if name == "bf16":
         if values.dtype.kind in "iu":

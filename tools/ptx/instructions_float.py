@@ -7,8 +7,8 @@ from collections.abc import Callable
 import numpy as np
 
 from . import instructions_integer as integer
+from .module import Instruction, PtxError
 from .operands import binds, elementwise, require
-from .parser import Instruction, PtxError
 from .rounding import bfloat_bits, bfloat_value, flush, fma32, fma64, odd_sum, to_float32
 
 FLOATS = {"f32", "f64", "f16", "bf16", "f16x2", "bf16x2"}
@@ -17,7 +17,7 @@ F32 = np.float32
 
 
 def _canonical(values: np.ndarray) -> np.ndarray:
-    """NaN as PTX makes them."""
+    """The NaN that PTX produces."""
     if values.dtype == np.float32:
         return np.where(np.isnan(values), np.uint32(0x7FFFFFFF).view(F32), values)
     if values.dtype == np.float16:
@@ -26,8 +26,8 @@ def _canonical(values: np.ndarray) -> np.ndarray:
 
 
 def sixteen(machine, instruction: Instruction, function: Callable, count: int) -> Callable:
-    """A float16 or bfloat16 instruction, alone or in pairs; the function has float32 operands and gives values that its
-    result is the one rounding of."""
+    """A float16 or bfloat16 instruction, alone or in pairs. The function takes float32 operands; its values are rounded
+    once to the result."""
     name = instruction.modifiers[-1]
     brain = name.startswith("bf16")
 
@@ -47,7 +47,7 @@ def sixteen(machine, instruction: Instruction, function: Callable, count: int) -
 
 
 def _modified(function: Callable, words: tuple[str, ...]) -> Callable:
-    """With .ftz of operands and result, and .sat."""
+    """Applies .ftz to operands and result, and .sat."""
     if "ftz" in words:
         inner = function
 
@@ -156,7 +156,7 @@ def _unary(machine, instruction: Instruction) -> Callable:
     if name != "f32":
         raise PtxError(f"unknown type .{name}")
     if instruction.base in ("rcp", "sqrt"):
-        # numpy's are the nearest float32, which .approx may be too.
+        # numpy gives the nearest float32, which .approx may give too.
         plain = (lambda a: F32(1) / a) if instruction.base == "rcp" else np.sqrt
         return elementwise(machine, instruction, ["f32"], "f32", _modified(plain, tuple(words)))
     return elementwise(

@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import numpy as np
 
+from .module import Immediate, Instruction, PtxError
 from .operands import DTYPES, binds, elementwise, require, source, target
-from .parser import Immediate, Instruction, PtxError
 
 INTEGERS = {f"{kind}{bits}" for kind in "us" for bits in (16, 32, 64)}
 BITS = {"b16", "b32", "b64"}
@@ -47,7 +47,7 @@ def add_subtract(machine, instruction: Instruction) -> Callable:
 
 
 def _with_carry(machine, instruction: Instruction, name: str, carry_in: bool) -> Callable:
-    """add.cc, addc, sub.cc, subc: the carry is a predicate register of no name that the program could write."""
+    """add.cc, addc, sub.cc, subc: the carry is a predicate register whose name no program can write."""
     unsigned = "u" + name[1:]
     put = target(machine, instruction.operands[0], unsigned)
     first, second = (source(machine, operand, unsigned) for operand in instruction.operands[1:3])
@@ -143,7 +143,7 @@ def mul_mad(machine, instruction: Instruction) -> Callable:
 
 
 def _truncated(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Quotient and remainder, towards zero; of a division by zero all ones and the dividend."""
+    """Quotient and remainder, towards zero. A division by zero gives all ones and the dividend."""
     a, b = np.broadcast_arrays(a, b)
     ones = a.dtype.type(-1) if a.dtype.kind == "i" else a.dtype.type(np.iinfo(a.dtype).max)
     zero = b == 0

@@ -8,8 +8,8 @@ import numpy as np
 
 from .groups import Group
 from .memory import LOCAL_WINDOW, SHARED_WINDOW
+from .module import Address, Instruction, PtxError, Symbol
 from .operands import DTYPES, address, binds, source, target
-from .parser import Address, Instruction, PtxError, Symbol
 
 SPACES = ("global", "shared", "local", "const", "param")
 # Caching, eviction and ordering: lanes see all that was stored before, so these have no further meaning here.
@@ -43,7 +43,7 @@ def split_modifiers(
 
 
 def by_space(machine, space: str, group: Group, addresses: np.ndarray) -> list:
-    """(space, group, mask or None, addresses in the space): generic addresses say which space they are in."""
+    """(space, group, mask or None, addresses in the space). Generic addresses contain their space."""
     if space in ("global", "const"):
         return [(machine.memory.space, group, None, addresses)]
     if space == "shared":
@@ -111,7 +111,7 @@ def _ld(machine, instruction: Instruction) -> Callable:
 
 
 def refused(machine, what: str) -> Callable:
-    """What may be in a kernel, but not be executed."""
+    """An instruction that a kernel may contain but not execute."""
 
     def run(group: Group) -> None:
         raise machine.fault(group, int(group.lanes[0]), f"the executor knows no functions, got {what}")
@@ -127,7 +127,7 @@ def _call(machine, instruction: Instruction) -> Callable:
 def _load_parameter(machine, operand: Address, type_name: str, puts: list) -> Callable:
     dtype = DTYPES[type_name]
     if isinstance(operand.base, str):
-        # nvcc moves the place of a structure to a register, and loads with offsets from there.
+        # nvcc moves the address of a structure to a register and loads with offsets from it.
         where = address(machine, operand, "param")
         data = np.frombuffer(machine.parameters, np.uint8)
         width = dtype.itemsize * len(puts)
@@ -274,7 +274,7 @@ def _atom(machine, instruction: Instruction) -> Callable:
         for there, some, mask, inside in by_space(machine, space, group, addresses):
             mine = values if mask is None else [value[mask] for value in values]
             places = machine.places(some, there, inside, width, True)
-            # Atomics among themselves are no race, so what races asks about reads and writes is not asked.
+            # Atomics do not race with each other, so the checks of reads and writes do not apply.
             if there.load(places, width, False) is None:
                 raise machine.access_fault(some, there, inside, width, False)
             if np.unique(places).size == places.size and operation in _AT_ONCE and dtype.kind != "f":

@@ -8,8 +8,8 @@ import numpy as np
 
 from .fragments import accumulators, matrix_a, matrix_b, matrix_c
 from .groups import Group
+from .module import Instruction, PtxError
 from .operands import binds, source, target
-from .parser import Instruction, PtxError
 from .rounding import bfloat_value
 
 U32 = np.uint32

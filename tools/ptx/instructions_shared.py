@@ -9,13 +9,13 @@ import numpy as np
 
 from .groups import Group
 from .memory import GLOBAL_BASE, IN_FLIGHT, SHARED_WINDOW, WRITTEN
+from .module import Instruction, PtxError
 from .operands import address, binds, require, source, target
-from .parser import Instruction, PtxError
 
 
 @dataclass
 class Copy:
-    """One execution of cp.async: what arrives where once its group has been waited for."""
+    """One execution of cp.async: its bytes and their place, which arrive once its group has been waited for."""
 
     instruction: Instruction
     lanes: np.ndarray
@@ -122,7 +122,7 @@ def _cp(machine, instruction: Instruction) -> Callable:
 
 
 def wait(machine, group: Group, count: int | None) -> None:
-    """cp.async.wait_group: a lane's copies arrive, but for its last `count` groups; None is all, committed or not."""
+    """cp.async.wait_group: all copies of a lane arrive except its last `count` groups. None: all, committed or not."""
     waiting = np.zeros(machine.total, bool)
     waiting[group.lanes] = True
     for copy in machine.copies:

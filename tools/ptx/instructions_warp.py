@@ -7,8 +7,8 @@ from collections.abc import Callable
 import numpy as np
 
 from .groups import Group
+from .module import Instruction, PtxError
 from .operands import DTYPES, binds, source, target
-from .parser import Instruction, PtxError
 
 U32 = np.uint32
 
@@ -67,7 +67,7 @@ def _shfl(machine, instruction: Instruction) -> Callable:
 
 
 def _warps(group: Group) -> tuple[np.ndarray, int]:
-    """The number of its warp among the group's, per lane, and how many there are."""
+    """For each lane the index of its warp in the group, and the number of warps."""
     numbers = group.lanes >> 5
     return np.concatenate(([0], np.cumsum(numbers[1:] != numbers[:-1]))), group.warps
 

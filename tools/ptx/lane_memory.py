@@ -1,4 +1,4 @@
-"""Loads and stores by lanes: what is checked of each, and counted."""
+"""Loads and stores by lanes: their checks and counts."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from .counters import Accesses, Counters, count_banks, count_sectors
 from .groups import Group
 from .layout import Layout
 from .memory import GLOBAL_BASE, Memory, Space
-from .parser import PtxError
+from .module import PtxError
 from .races import Races
 from .visibility import Visibility
 
@@ -16,7 +16,7 @@ __all__ = ["LaneMemory"]
 
 
 class LaneMemory:
-    """The part of a machine that is its memory. Addresses are uint64, of the space that they are for."""
+    """The memory of a machine. Addresses are uint64 within their space."""
 
     memory: Memory
     layout: Layout
@@ -27,7 +27,7 @@ class LaneMemory:
     visibility: Visibility | None
 
     def access_fault(self, group: Group, space: Space, addresses: np.ndarray, width: int, store: bool) -> PtxError:
-        """Why an access of the group's lanes to these addresses (of their space) may not be."""
+        """The reason why the group's lanes may not access these addresses of their space."""
         base = GLOBAL_BASE if space is self.memory.space else 0
         room = self.memory.space.size
         if space is self.shared:
@@ -105,7 +105,7 @@ class LaneMemory:
         if space is self.shared and self.races:
             found = self.races.read(group.lanes, places * width, width)
             if found:
-                # What no one may read yet is told first.
+                # Pending copies are reported first.
                 if space.load(places, width, False) is None:
                     raise self.access_fault(group, space, addresses, width, False)
                 raise self.race_fault(group, found, addresses, "reads")

@@ -9,7 +9,7 @@ import numpy as np
 from .counters import Counters
 from .machine import Launch, Machine
 from .memory import Buffer, Memory
-from .parser import Kernel, Module, PtxError
+from .module import Kernel, Module, PtxError
 
 __all__ = ["launch", "pack_arguments"]
 
@@ -20,8 +20,8 @@ def _three(size: int | tuple) -> tuple[int, int, int]:
 
 
 def pack_arguments(kernel: Kernel, arguments: list | tuple) -> bytes:
-    """Parameter bytes: a Buffer is its address, an int or float what the size of its parameter says, bytes and ctypes
-    structures are themselves."""
+    """Parameter bytes: a Buffer gives its address; an int or float takes the size of its parameter; bytes and ctypes
+    structures are copied."""
     if len(arguments) != len(kernel.parameters):
         raise PtxError(
             f"launch: {kernel.name} takes {len(kernel.parameters)} parameters, got {len(arguments)}; pass each"

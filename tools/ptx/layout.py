@@ -1,11 +1,12 @@
-"""Where a kernel's variables and parameters are."""
+"""Addresses of a kernel's variables and parameters."""
 
 from __future__ import annotations
 
 import numpy as np
 
 from .memory import Memory
-from .parser import TYPE_BYTES, Address, Instruction, Kernel, Module, PtxError, Symbol, Variable
+from .module import Address, Instruction, Kernel, Module, PtxError, Symbol, Variable
+from .parser import TYPE_BYTES
 
 __all__ = ["Layout", "narrowest_shared"]
 
@@ -74,7 +75,7 @@ class Layout:
         return self.memory.variables[key][0].address
 
     def address(self, name: str) -> int:
-        """Of a variable or parameter, in its space."""
+        """The address of a variable or parameter in its space."""
         for table in (self.symbols, self.parameters):
             if name in table:
                 return table[name]

@@ -29,8 +29,9 @@ from .groups import Group
 from .lane_memory import LaneMemory
 from .layout import Layout, narrowest_shared
 from .memory import EXISTS, WRITABLE, Memory, Space
+from .module import Instruction, Kernel, Module, PtxError
 from .operands import BINDERS
-from .parser import TYPE_BYTES, Instruction, Kernel, Module, PtxError
+from .parser import TYPE_BYTES
 from .races import Races
 from .specials import special_bytes, special_value
 from .visibility import Visibility
@@ -58,7 +59,7 @@ class Machine(LaneMemory):
         self.threads = int(np.prod(launch.block))
         self.lanes_per_block = -(-self.threads // 32) * 32
         self.layout = Layout(module, kernel, memory, launch.shared_bytes)
-        self.shared_bytes = max(32, -(-self.layout.shared // 32) * 32)  # what a block has of the machine's
+        self.shared_bytes = max(32, -(-self.layout.shared // 32) * 32)  # of one block
         self.local_bytes = -(-self.layout.local // 32) * 32
         self.slots: dict[str, int] = {}
         self.slot_bytes: list[int] = []
@@ -75,7 +76,7 @@ class Machine(LaneMemory):
     # Binding.
 
     def slot(self, name: str) -> int:
-        """Where a register's value is. Special registers are registers that nothing writes."""
+        """The index of a register's value. Special registers are registers that nothing writes."""
         if name in self.slots:
             return self.slots[name]
         if name in self.kernel.registers:
@@ -91,7 +92,7 @@ class Machine(LaneMemory):
         return self.slots[name]
 
     def _bind(self, place: int, instruction: Instruction) -> tuple[Instruction | None, Callable | None]:
-        """(None, function of the group), or what changes the flow of control, and the function of its guard."""
+        """(None, function of the group), or the kind of control flow and the function of its guard."""
         if instruction.base in ("bra", "ret", "exit", "bar", "barrier", "trap", "brkpt"):
             return instruction, self._bind_guard(instruction)
         try:
@@ -101,7 +102,7 @@ class Machine(LaneMemory):
         except (PtxError, KeyError, ValueError, IndexError, TypeError) as error:
             raise PtxError(
                 f"{self.kernel.name}: the executor must know every instruction, got {instruction} ({error!r}); "
-                "add it to tests/ptx"
+                "add it to tools/ptx"
             ) from error
         return None, self._guarded(function, instruction, place)
 
@@ -147,7 +148,7 @@ class Machine(LaneMemory):
         return run
 
     def value(self, slot: int) -> np.ndarray:
-        """A register's lanes; one that nothing wrote has arbitrary contents."""
+        """A register's lanes. A register that nothing wrote has arbitrary contents."""
         found = self.registers[slot]
         if found is None:
             size = self.slot_bytes[slot]
@@ -193,7 +194,7 @@ class Machine(LaneMemory):
         self.groups = [Group(self.total, lanes, 0)]
 
     def join(self, lanes: np.ndarray, place: int) -> None:
-        """Lanes go on at an instruction, together with those that are there."""
+        """Lanes continue at an instruction, together with the lanes already there."""
         if not lanes.size:
             return
         for index, group in enumerate(self.groups):
@@ -218,7 +219,7 @@ class Machine(LaneMemory):
         self._require_finished()
 
     def _advance(self, group: Group, limit: int) -> int:
-        """Executes a group until it branches, waits, ends or comes to `limit`. How many instructions that were."""
+        """Executes a group until it branches, waits, ends or reaches `limit`. Returns the number of instructions."""
         code, issues = self.code, self.issues
         start = place = group.place
         while place < limit:
@@ -238,7 +239,7 @@ class Machine(LaneMemory):
         return place - start
 
     def _control(self, instruction: Instruction, group: Group, mask_of: Callable | None) -> bool:
-        """Whether the group as a whole just goes on to the next instruction. If not, its lanes have been sent on."""
+        """Whether the whole group continues with the next instruction. If not, its lanes have been sent elsewhere."""
         place = group.place
         mask = None if mask_of is None else mask_of(group)
         if mask is not None and not mask.any():
@@ -276,12 +277,12 @@ class Machine(LaneMemory):
         group.place = -1
 
     def _not_yet(self, group: Group) -> None:
-        """The group comes to this instruction again: it has not executed it."""
+        """The group has not executed this instruction and returns to it."""
         self.issues[group.place] -= group.warps
         self.executions[group.place] -= group.count
 
     def unpark(self, place: int) -> np.ndarray:
-        """The lanes that wait at a warp-wide instruction, which wait no longer."""
+        """Releases and returns the lanes that wait at a warp-wide instruction."""
         found = [group.lanes for group in self.parked if group.place == place]
         self.parked = [group for group in self.parked if group.place != place]
         return np.concatenate(found) if found else np.zeros(0, np.int64)

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from .parser import PtxError
+from .module import PtxError
 
 __all__ = ["GLOBAL_BASE", "LOCAL_WINDOW", "SHARED_WINDOW", "Buffer", "Memory", "Space"]
 
-# Where generic addresses say which space is meant. Far apart, so that a wrong offset does not lead from one to another.
+# First generic address of each space. They are far apart: a wrong offset does not reach another space.
 GLOBAL_BASE = 0x7020_0000_0000
 SHARED_WINDOW = 0x7E00_0000_0000
 LOCAL_WINDOW = 0x7D00_0000_0000
@@ -70,7 +70,7 @@ class Space:
         return self.views[width][places]
 
     def store(self, places: np.ndarray, width: int, values: np.ndarray) -> bool:
-        """False, and nothing is stored, if one element may not be."""
+        """Stores the elements. False, and nothing is stored, if one element may not be stored."""
         shadow = self.shadows[width][places]
         wanted = STORABLE[width]
         if np.bitwise_and.reduce(shadow, axis=None) & wanted != wanted:
@@ -82,7 +82,7 @@ class Space:
         return True
 
     def complaint(self, start: int, width: int, store: bool) -> str | None:
-        """What forbids an access to `width` bytes at byte `start`, which are inside the space."""
+        """The reason that forbids an access to `width` bytes at byte `start`, which are inside the space."""
         shadow = self.shadow[start : start + width]
         if not (shadow & EXISTS).all():
             return "out of bounds"
@@ -95,7 +95,7 @@ class Space:
 
 
 class Buffer:
-    """An array in global memory. `address` is what a kernel is given."""
+    """An array in global memory. A kernel gets its `address`."""
 
     def __init__(self, memory: Memory, name: str, start: int, size: int, dtype: np.dtype, shape: tuple) -> None:
         self.memory, self.name, self.start, self.size, self.dtype, self.shape = memory, name, start, size, dtype, shape
@@ -109,12 +109,12 @@ class Buffer:
 
     @property
     def written(self) -> np.ndarray:
-        """bool per byte: whether it was ever written, by a kernel or by what it was allocated with."""
+        """bool per byte: whether it was ever written, by a kernel or by the allocation."""
         return (self.memory.space.shadow[self.start : self.start + self.size] & WRITTEN).astype(bool)
 
     @property
     def read_bytes(self) -> int:
-        """How many of its bytes kernels have read at least once."""
+        """The number of bytes that kernels have read at least once."""
         return int(np.count_nonzero(self.memory.space.shadow[self.start : self.start + self.size] & READ))
 
     def bytes(self) -> np.ndarray:
@@ -160,7 +160,7 @@ class Memory:
         return buffer
 
     def output(self, name: str, shape: int | tuple, dtype: object, misaligned: int = 0) -> Buffer:
-        """A writable buffer whose contents are uninitialised: 0xFF bytes, NaN as a float, that must not be read."""
+        """A writable buffer with uninitialised contents (0xFF bytes, NaN as a float). Reading them is an error."""
         dtype = np.dtype(dtype)
         shape = (shape,) if isinstance(shape, int) else tuple(shape)
         size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
@@ -179,7 +179,7 @@ class Memory:
         return buffer
 
     def nearest(self, address: int) -> str:
-        """In words, for an error message."""
+        """The buffer nearest to an address, as text for an error message."""
         if not self.buffers:
             return "there are no buffers"
         start = address - GLOBAL_BASE

@@ -1,4 +1,4 @@
-"""How instructions get at operands, and how they register themselves.
+"""The operands of instructions, and the registration of instructions.
 
 Registers are unsigned arrays of their width, one element per lane, predicates bool. :func:`source` makes a function
 that gives an operand's values for a group of lanes in the dtype of an instruction's type, :func:`target` one that takes
@@ -13,14 +13,14 @@ import numpy as np
 
 from .groups import Group
 from .memory import LOCAL_WINDOW, SHARED_WINDOW
-from .parser import Address, Immediate, Instruction, PtxError, Symbol
+from .module import Address, Immediate, Instruction, PtxError, Symbol
 
 __all__ = ["BINDERS", "DTYPES", "address", "binds", "elementwise", "require", "source", "target"]
 
 # base opcode -> function(machine, instruction) that gives function(group)
 BINDERS: dict[str, Callable] = {}
 
-# bfloat16 has no numpy type, pairs of halves are taken apart by the instructions: both come as their bits.
+# bfloat16 has no numpy type, and the instructions split pairs of halves: both are passed as bits.
 DTYPES = {f"{kind}{bits}": np.dtype(f"u{bits // 8}") for kind in "bu" for bits in (8, 16, 32, 64)}
 DTYPES |= {f"s{bits}": np.dtype(f"i{bits // 8}") for bits in (8, 16, 32, 64)}
 DTYPES |= {"f16": np.dtype("f2"), "f32": np.dtype("f4"), "f64": np.dtype("f8"), "pred": np.dtype(bool)}
@@ -57,7 +57,7 @@ def _immediate(operand: Immediate, type_name: str) -> np.generic:
 
 
 def source(machine, operand, type_name: str) -> Callable[[Group], np.ndarray]:
-    """A function group -> values in the dtype of the type; those of an immediate may be a scalar."""
+    """A function group -> values in the dtype of the type. An immediate may give a scalar."""
     dtype = DTYPES[type_name]
     if isinstance(operand, tuple) and operand and operand[0] == "!":
         inner = source(machine, operand[1], "pred")
@@ -100,7 +100,7 @@ def source(machine, operand, type_name: str) -> Callable[[Group], np.ndarray]:
 
 
 def target(machine, operand, type_name: str) -> Callable[[Group, np.ndarray], None]:
-    """A function (group, values) that writes a register; it keeps `values`, which nothing else may hold on to."""
+    """A function (group, values) that writes a register. It keeps `values`, and nothing else may keep them."""
     dtype = DTYPES[type_name]
     if operand == "_":
         return lambda group, values: None

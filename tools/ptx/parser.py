@@ -1,118 +1,20 @@
-"""Reads PTX text into a :class:`Module`: variables, kernels, and each kernel's instructions with their operands.
+"""Reads PTX text into a :class:`Module`.
 
-After the PTX ISA (https://docs.nvidia.com/cuda/parallel-thread-execution), as far as nvcc and Triton write it. What an
-instruction means is for the ``instructions_*`` modules to say; here every opcode is accepted.
+The grammar is the part of the PTX ISA (https://docs.nvidia.com/cuda/parallel-thread-execution) that nvcc and Triton
+write. Every opcode is accepted; the ``instructions_*`` modules define the meaning of instructions.
 """
 
 from __future__ import annotations
 
 import re
 import struct
-from dataclasses import dataclass, field
 
-__all__ = ["Address", "Immediate", "Instruction", "Kernel", "Module", "PtxError", "Symbol", "Variable", "parse"]
+from .module import Address, Immediate, Instruction, Kernel, Module, PtxError, Symbol, Variable
+
+__all__ = ["TYPE_BYTES", "parse"]
 
 TYPE_BYTES = {f"{kind}{bits}": bits // 8 for kind in "busf" for bits in (8, 16, 32, 64, 128)}
 TYPE_BYTES |= {"bf16": 2, "f16x2": 4, "bf16x2": 4, "pred": 1}
-
-
-class PtxError(Exception):
-    """Something is wrong with the PTX, or with what it did when executed."""
-
-
-@dataclass(frozen=True)
-class Immediate:
-    """A constant operand: an integer, or the bits of a float of `float_bytes`."""
-
-    value: int
-    float_bytes: int = 0
-
-
-@dataclass(frozen=True)
-class Symbol:
-    """The address of a variable, or a label."""
-
-    name: str
-    offset: int = 0
-
-
-@dataclass(frozen=True)
-class Address:
-    """[base + offset]; base is a register name, a Symbol, or None for an absolute address."""
-
-    base: str | Symbol | None
-    offset: int
-
-
-@dataclass
-class Variable:
-    """A variable of the module or of a kernel; size 0 with extern means as many bytes as the launch asks for."""
-
-    name: str
-    space: str
-    size: int
-    align: int
-    initial: bytes = b""
-    extern: bool = False
-    pointers: list[tuple[int, Symbol]] = field(default_factory=list)
-
-
-@dataclass
-class Instruction:
-    """opcode ``base.modifiers``; operands are register names, Immediate, Symbol, Address or tuples (vectors)."""
-
-    text: str
-    line: int
-    base: str
-    modifiers: tuple[str, ...]
-    operands: tuple
-    guard: str | None = None
-    negated: bool = False
-    target: int = -1
-
-    def __str__(self) -> str:
-        return f"line {self.line}: {self.text}"
-
-
-@dataclass
-class Kernel:
-    name: str
-    parameters: list[Variable]
-    registers: dict[str, str]
-    variables: list[Variable]
-    instructions: list[Instruction]
-    labels: dict[str, int]
-    required_threads: tuple[int, ...] = ()
-    most_threads: tuple[int, ...] = ()
-
-    def leaders(self) -> list[int]:
-        """First instructions of the basic blocks, ascending."""
-        starts = {0, *self.labels.values()}
-        for place, instruction in enumerate(self.instructions):
-            if instruction.base in ("bra", "ret", "exit"):
-                starts.add(place + 1)
-        return sorted(start for start in starts if start < len(self.instructions))
-
-
-@dataclass
-class Module:
-    target: str
-    version: str
-    variables: list[Variable]
-    kernels: dict[str, Kernel]
-
-    def kernel(self, name: str) -> Kernel:
-        """The kernel of that name, or the only one whose (mangled) name contains it."""
-        if name in self.kernels:
-            return self.kernels[name]
-        found = [kernel for full, kernel in self.kernels.items() if name in full]
-        if len(found) != 1:
-            raise PtxError(
-                f"Module.kernel: a name must select one kernel, got {name!r} for {len(found)} of "
-                f"{sorted(self.kernels)}; write more of it"
-            )
-        return found[0]
-
 
 _COMMENT = re.compile(r"//[^\n]*|/\*.*?\*/", re.S)
 _NUMBER = re.compile(r"[+-]?(?:0[xX][0-9a-fA-F]+|0[bB][01]+|\d+)U?$")
@@ -129,7 +31,7 @@ def _number(text: str) -> int:
 
 
 def _split(text: str, separator: str = ",") -> list[str]:
-    """At separators outside of braces, brackets and parentheses."""
+    """Splits at separators outside of braces, brackets and parentheses."""
     parts, depth, start = [], 0, 0
     for place, letter in enumerate(text):
         if letter in "{[(":
@@ -145,7 +47,7 @@ def _split(text: str, separator: str = ",") -> list[str]:
 
 class _Reader:
     def __init__(self, text: str) -> None:
-        # Comments become blanks, so that line numbers stay.
+        # Comments become blanks, which keeps the line numbers.
         self.text = _COMMENT.sub(lambda match: re.sub(r"[^\n]", " ", match[0]), text)
         self.place = 0
         self.newlines = [match.start() for match in re.finditer("\n", self.text)]
@@ -359,7 +261,7 @@ class _Body:
                 name = name.name if isinstance(name, Symbol) else name
                 found = [label for label in self.kernel.labels if label.split("@")[0] == name.split("@")[0]]
                 if len(found) > 1:
-                    # A label of an inline assembly that is there several times: the nearest one is that of its scope.
+                    # A label of inline assembly may occur several times: the nearest one belongs to this scope.
                     place = self.kernel.instructions.index(instruction)
                     found.sort(key=lambda label: abs(self.kernel.labels[label] - place))
                 if not found:

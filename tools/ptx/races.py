@@ -1,4 +1,4 @@
-"""Shared memory accesses that no barrier orders: an error, in whatever order the lanes were executed."""
+"""Finds accesses to shared memory that no barrier orders, whatever the order of execution."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Races:
         self.last_warp_sync.reshape(-1, self.warps)[blocks] = self.time
 
     def partial_barrier(self, block: int, arrived: list[int], waited: list[int]) -> None:
-        """A barrier of some warps of a block: those that only arrived, and those that waited for all of them."""
+        """A barrier of some warps of a block: warps that only arrived, and warps that waited for all of them."""
         if block not in self.after:
             self.after[block] = np.full((self.warps, self.warps), self.last_barrier[block] - 1, np.int32)
         after = self.after[block]
@@ -91,7 +91,7 @@ class Races:
             return first * self.granule // width, int(self.writer[places[first]]), "wrote"
         readers = self.reader[places]
         warp_bits = np.uint64(1) << (lanes % self.lanes_per_block >> 5).astype(np.uint64)
-        # Whoever comes after me comes after the reads that I come after: these need not be remembered.
+        # An access ordered after this one is also ordered after the reads before it: those need not be remembered.
         old_bits, old_time = self.reading_warps[places], self.read_time[places]
         keep = (readers != -1) & (readers != lanes) & (old_time >= self.last_barrier[lanes // self.lanes_per_block])
         keep &= (old_bits != warp_bits) | (old_time >= self.last_warp_sync[lanes >> 5])

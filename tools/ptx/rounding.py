@@ -47,7 +47,7 @@ def toward(value: np.ndarray, rounded: np.ndarray, mode: str) -> np.ndarray:
 
 
 def to_float32(value: np.ndarray, mode: str = "rn") -> np.ndarray:
-    """From float64, exact or rounded to odd."""
+    """float32 of a float64 that is exact or rounded to odd."""
     value = np.asarray(value)
     return toward(value, value.astype(np.float32), mode)
 
@@ -101,7 +101,7 @@ def bfloat_bits(values: np.ndarray, mode: str = "rn") -> np.ndarray:
         inexact = (back != values) & np.isfinite(narrow) & (bits & U32(1) == 0)
         away = np.abs(back) < np.abs(values)
         bits = np.where(inexact, np.where(away, bits + U32(1), bits - U32(1)), bits)
-        # What overflows float32 is beyond every bfloat16: infinity to nearest, the largest towards zero.
+        # A value that overflows float32 is beyond every bfloat16: infinity to nearest, the largest towards zero.
     else:
         bits = values.view(U32)
     if mode == "rn":

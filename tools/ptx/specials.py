@@ -1,4 +1,4 @@
-"""Special registers: where a thread is, and how large what it is part of."""
+"""Special registers: the place of a thread, and the sizes of its block and grid."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _AXES = {"x": 0, "y": 1, "z": 2}
 
 
 def special_bytes(name: str) -> int:
-    """Of a special register, 0 if the executor does not know it."""
+    """Bytes of a special register; 0 if the executor does not know it."""
     base, _, axis = name[1:].partition(".")
     if base in ("tid", "ntid", "ctaid", "nctaid"):
         return 4 if axis in _AXES else 0

@@ -1,4 +1,4 @@
-"""Stands in for a Triton kernel: compiles it as Triton would for a GPU, and executes the PTX on CPU tensors."""
+"""Runs a Triton kernel without a GPU: compiles it as Triton does, and executes the PTX on CPU tensors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What blocks of a launch write for each other through global memory: only what is released and acquired may be read.
+"""Checks global memory that blocks of a launch share: a block may read only stores that were released and acquired.
 
 The pattern is that of a split sum: a block stores its part, executes a fence and then an atomic; whoever's atomic comes
 later, and then executes a fence, may read the part. A thread's fence holds for its own stores and for those it has
@@ -79,7 +79,7 @@ class Visibility:
         return (starts // _GRANULE)[:, None] + np.arange(count)
 
     def _unordered(self, warps: np.ndarray, starts: np.ndarray, width: int) -> tuple[int, int] | None:
-        """(index, other warp) of an access to what another block stored and did not release before it."""
+        """(index, other warp) of an access to a store of another block that was not released before it."""
         granules = self._granules(starts, width)
         writer = self.writer[granules]
         foreign = (writer >= 0) & (writer // self.warps != (warps // self.warps)[:, None])
@@ -95,7 +95,7 @@ class Visibility:
         return self.low < self.high and starts.min() < self.high and starts.max() >= self.low
 
     def load(self, warps: np.ndarray, starts: np.ndarray, width: int, constant: bool) -> tuple[int, int] | None:
-        """As above; a load of data that is declared constant may not read what this launch stored at all."""
+        """The same for reads. A load declared constant may not read any store of this launch."""
         if not self._touched(starts):
             return None
         if constant:

@@ -33,7 +33,7 @@ def import_awq(
     Args:
         tensors: ``qweight`` int32 [K, N/8], ``qzeros`` int32 [groups, N/8] and ``scales`` [groups, N] float16, bfloat16
             or float32 and, optional, ``bias`` [N], each under ``prefix``; tensors or numpy arrays.
-        prefix: of the layer, ``"model.layers.0.mlp.up_proj."`` say.
+        prefix: of the layer, for example ``"model.layers.0.mlp.up_proj."``.
         group_size: of the checkpoint's quantization_config; -1 for a whole row.
         exact: refuse scales that float16 cannot hold; False rounds them.
 

@@ -48,7 +48,7 @@ def import_compressed_tensors(
             ``weight_shape`` integer [2] and, optional, ``weight_zero_point`` int32 [ceil(N*bits/32), groups] or
             plain integers of the scale's shape, ``weight_g_idx`` integer [K] (-1 in all of them: never set) and
             ``bias`` [N], each under ``prefix``; tensors or numpy arrays.
-        prefix: of the layer, ``"model.layers.0.mlp.up_proj."`` say.
+        prefix: of the layer, for example ``"model.layers.0.mlp.up_proj."``.
         bits: ``num_bits`` of the checkpoint: 2, 3 or 4.
         group_size: of the checkpoint; None or -1 for the strategies ``channel`` and ``tensor``.
         exact: refuse scales that float16 cannot hold; False rounds them.

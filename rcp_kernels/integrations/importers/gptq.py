@@ -52,7 +52,7 @@ def import_gptq(
         tensors: ``qweight`` int32 [K*bits/32, N], ``qzeros`` int32 [groups, ceil(N*bits/32)], ``scales`` [groups, N]
             float16, bfloat16 or float32 and, optional, ``g_idx`` int32 or int64 [K] and ``bias`` [N], each under
             ``prefix``; tensors or numpy arrays.
-        prefix: of the layer, ``"model.layers.0.mlp.up_proj."`` say.
+        prefix: of the layer, for example ``"model.layers.0.mlp.up_proj."``.
         bits: 2, 3 or 4.
         group_size: of the checkpoint's quantization_config; -1 for a whole row.
         version: 1 (``gptq``) or 2 (``gptq_v2``).
@@ -80,41 +80,38 @@ def import_gptq(
     qweight = take(where, tensors, prefix + "qweight", (torch.int32,), 2)
     qzeros = take(where, tensors, prefix + "qzeros", (torch.int32,), 2)
     scales = take(where, tensors, prefix + "scales", FLOAT_DTYPES, 2)
+    has_order = prefix + "g_idx" in tensors
+    g_idx = take(where, tensors, prefix + "g_idx", (torch.int32, torch.int64), 1) if has_order else None
+    in_features, (groups, out_features) = _in_features(where, bits, qweight, qzeros, scales, g_idx), scales.shape
+    group_size = code_groups(where, group_size, in_features, groups)
+    zeros = _zeros(where, qzeros, bits, out_features, version, sym, zero_of_all_ones).t()
+    levels = torch.arange(2**bits, dtype=torch.int16, device=zeros.device) - zeros[..., None]
+    order = None if g_idx is None else column_order(where, g_idx, group_size)
+    bias = check_bias(where, tensors.get(prefix + "bias"), out_features)
+    codes = unpack_words(qweight.t(), bits, in_features)
+    return pack_levels(
+        where, codes, levels, scales.t(), bits=bits, group_size=group_size, exact=exact, permutation=order, bias=bias
+    )
+
+
+def _in_features(where: str, bits: int, qweight: Tensor, qzeros: Tensor, scales: Tensor, g_idx: Tensor | None) -> int:
+    """The number of columns, after a check of all shapes."""
     groups, out_features = scales.shape
     in_features = qweight.shape[0] * 32 // bits
-    g_idx = None
-    if prefix + "g_idx" in tensors:
-        g_idx = take(where, tensors, prefix + "g_idx", (torch.int32, torch.int64), 1)
-        if -(-len(g_idx) * bits // 32) == qweight.shape[0]:  # the last word may hold padding
-            in_features = len(g_idx)
-    rules = {
-        "qweight": (tuple(qweight.shape), (-(-in_features * bits // 32), out_features)),
-        "qzeros": (tuple(qzeros.shape), (groups, -(-out_features * bits // 32))),
-        "g_idx": ((in_features,) if g_idx is None else tuple(g_idx.shape), (in_features,)),
-    }
-    for name, (shape, wanted) in rules.items():
+    if g_idx is not None and -(-len(g_idx) * bits // 32) == qweight.shape[0]:  # the last word may hold padding
+        in_features = len(g_idx)
+    for name, tensor, wanted in (
+        ("qweight", qweight, (-(-in_features * bits // 32), out_features)),
+        ("qzeros", qzeros, (groups, -(-out_features * bits // 32))),
+        ("g_idx", g_idx, (in_features,)),
+    ):
+        shape = wanted if tensor is None else tuple(tensor.shape)
         if shape != wanted:
             raise ValueError(
                 f"{where}: {name} must have shape {wanted} for {bits} bits and scales of shape {tuple(scales.shape)}, "
                 f"got {shape}; check bits, and that the tensors belong to one layer"
             )
-    group_size = code_groups(where, group_size, in_features, groups)
-    codes = unpack_words(qweight.t(), bits, in_features)
-    zeros = _zeros(where, qzeros, bits, out_features, version, sym, zero_of_all_ones).t()
-    levels = torch.arange(2**bits, dtype=torch.int16, device=zeros.device) - zeros[..., None]
-    order = None if g_idx is None else column_order(where, g_idx, group_size)
-    bias = check_bias(where, tensors.get(prefix + "bias"), out_features)
-    return pack_levels(
-        where,
-        codes,
-        levels,
-        scales.t(),
-        bits=bits,
-        group_size=group_size,
-        exact=exact,
-        permutation=order,
-        bias=bias,
-    )
+    return in_features
 
 
 def _zeros(
@@ -159,15 +156,14 @@ def _zeros(
         if _may_be_spilled(words, bits, count):
             raise ValueError(
                 f"{where}: a stored zero of version 1 must be below {2**bits - 1}, or have others after it in its "
-                f"32-bit word that are not all ones, got {found}, which libraries read as {2**bits} or as 0; say which "
-                f'by zero_of_all_ones, "borrow" if the zeros after it are 1, or pass version=2 if the checkpoint is '
-                f"gptq_v2"
+                f"32-bit word that are not all ones, got {found}, which libraries read as {2**bits} or as 0; pass "
+                f'zero_of_all_ones ("borrow" if the zeros after it are 1), or version=2 if the checkpoint is gptq_v2'
             )
         if bits == 3:
             warnings.warn(
-                f"{where}: a stored zero of {found} is read as 0 that has borrowed from the next code, as AutoRound "
-                f'writes it; pass zero_of_all_ones="borrow" if that is so, or 0 for a checkpoint that GPTQModel wrote '
-                f"since April 2026",
+                f"{where}: a stored zero of {found} is read as a 0 that borrowed from the next code, as AutoRound "
+                f'writes it; pass zero_of_all_ones="borrow" to confirm that, or 0 for a checkpoint that GPTQModel '
+                f"wrote since April 2026",
                 stacklevel=3,
             )
     return readings[label]

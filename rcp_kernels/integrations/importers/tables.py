@@ -56,12 +56,9 @@ def pack_levels(
     """
     in_features = codes.shape[1]
     stored_size = _stored_group_size(where, group_size, in_features)
-    for name, tensor in (("levels", levels), ("scales", scales)):
-        if tensor is not None and not bool(torch.isfinite(tensor).all()):
-            index = (~torch.isfinite(tensor)).nonzero()[0].tolist()
-            raise ValueError(
-                f"{where}: {name} must be finite, got {tensor[tuple(index)]} at {index}; the file is damaged"
-            )
+    _check_finite(where, "levels", levels)
+    if scales is not None:
+        _check_finite(where, "scales", scales)
     if stored_size != group_size:  # a long group becomes several with the same table
         source = torch.arange(num_groups(in_features, stored_size), device=levels.device) * stored_size // group_size
         levels, scales = levels[:, source], None if scales is None else scales[:, source]
@@ -162,6 +159,13 @@ class _Packer:
                 row, group = np.unravel_index(int(error.argmax()), error.shape)
                 place = (chunk.start + int(row), int(group))
         return worst, place
+
+
+def _check_finite(where: str, name: str, tensor: Tensor) -> None:
+    finite = torch.isfinite(tensor)
+    if not bool(finite.all()):
+        index = (~finite).nonzero()[0].tolist()
+        raise ValueError(f"{where}: {name} must be finite, got {tensor[tuple(index)]} at {index}; the file is damaged")
 
 
 def _stored_group_size(where: str, group_size: int, in_features: int) -> int:

@@ -17,7 +17,7 @@ namespace rcp {
 
 using ClipRatios = std::array<float, 24>;
 
-// 0.99, 0.96, ..., 0.30, the widest first. 0.99 and not 1: as the sigmoid of a parameter, 1 would be at infinity.
+// 0.99, 0.96, ..., 0.30. Not 1: a ratio is the sigmoid of a parameter, and that of 1 would be infinite.
 inline ClipRatios clip_ratios() {
   ClipRatios ratios;
   for (int i = 0; i < 24; ++i) ratios[static_cast<std::size_t>(i)] = static_cast<float>((99 - 3 * i) / 100.0);

@@ -1,4 +1,4 @@
-// clip_search for as many groups side by side as a register has lanes. Included by each_isa.h.
+// clip_search of one group in each lane of a register. Included by each_isa.h.
 
 // The sum over the weights [length][lanes] of their squared errors on the evenly spaced levels between two ends, each
 // times its importance where there is one.

@@ -1,4 +1,4 @@
-// gptq_round for as many rows side by side as a register has lanes. Included by each_isa.h.
+// gptq_round of one row in each lane of a register. Included by each_isa.h.
 
 // Rounds columns [0, rounded) of the weights [columns][lanes], one row a lane, and feeds the error of each column back
 // to all columns after it. `upper` points to the diagonal entry of the first column; its rows are `stride` apart.

@@ -38,7 +38,7 @@ struct SortingNetwork {
   std::vector<Pair> pairs;
 };
 
-// Sorts `lanes` groups side by side, one a lane: keys [length][lanes].
+// Sorts `lanes` groups at once, one a lane: keys [length][lanes].
 struct SortKernels {
   int64_t lanes;
   void (*sort32)(const SortingNetwork& network, int32_t* keys);

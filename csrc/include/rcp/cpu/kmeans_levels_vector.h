@@ -1,4 +1,4 @@
-// Sorts as many groups side by side as a register has lanes, keys [length][lanes]. Included by each_isa.h.
+// Sorts one group in each lane of a register: keys [length][lanes]. Included by each_isa.h.
 
 template <class Key>
 RCP_TARGET inline void sort_groups(const SortingNetwork& network, Key* keys) {

@@ -11,7 +11,7 @@
 
 namespace rcp {
 
-// Kernels take 32 codes at a time: 16 bytes, whose low and high nibbles fill sixteen lanes each.
+// Kernels take 32 codes at a time: 16 bytes. The low nibbles fill sixteen lanes, and so do the high nibbles.
 inline constexpr int64_t kv_block = 32;
 // Positions that one partial softmax covers. Partial results are joined in ascending order, on any thread.
 inline constexpr int64_t kv_chunk = 256;

@@ -49,7 +49,7 @@ RCP_TARGET inline bool append(const void* x, FloatType type, const KvShape& shap
     deinterleave(q[0], q[1], even, odd);
     const int64_t bytes = shape.row_bytes() - b * kv_block / 2;
     if (i + kv_block > n && n % 2) {
-      // The missing last code must be 0, not the code that stands for 0.
+      // The missing last code must be 0, not the code of the number 0.
       store(all, odd);
       all[(n - i) / 2] = 0.0f;
       odd = load(all);

@@ -243,7 +243,7 @@ RCP_AVX2 void lut_linear_float_tile(const LutLinearCall& call, int64_t token, in
   __m256 totals[2][TOKENS];
   for (int half = 0; half < 2; ++half) {
     const uint8_t* chunk = call.blocks + block * shape.block_bytes();
-    __m256* total = totals[half];
+    __m256 total[TOKENS];
     for (int m = 0; m < TOKENS; ++m) total[m] = _mm256_setzero_ps();
     for (int64_t g = 0; g < groups; ++g, chunk += shape.chunk_bytes()) {
       Decoder<BITS> decoder;
@@ -278,6 +278,7 @@ RCP_AVX2 void lut_linear_float_tile(const LutLinearCall& call, int64_t token, in
         total[m] = _mm256_fmadd_ps(scales, sum, total[m]);
       }
     }
+    for (int m = 0; m < TOKENS; ++m) totals[half][m] = total[m];
   }
   for (int m = 0; m < TOKENS; ++m) store_block(call, token + m, block, totals[0][m], totals[1][m]);
 }

@@ -1,4 +1,4 @@
-// Reads memory and does nothing else with it: what a benchmark compares a streaming kernel against.
+// Reads memory and does nothing else. Benchmarks compare kernels that wait for memory with it.
 #pragma once
 
 #include <algorithm>
@@ -35,7 +35,7 @@ RCP_AVX512 inline int64_t sum_words_avx512(const uint8_t* data, int64_t bytes, i
     }
   }
   for (int i = 1; i < 8; ++i) sum[0] = _mm512_add_epi64(sum[0], sum[i]);
-  // Not _mm512_reduce_add_epi64: it adds as signed, and this sum is meant to wrap.
+  // Not _mm512_reduce_add_epi64: it adds signed numbers, and this sum wraps.
   alignas(64) uint64_t lanes[8];
   _mm512_store_si512(lanes, sum[0]);
   uint64_t total = static_cast<uint64_t>(sum_words(data + stream * streams, bytes - stream * streams));
@@ -46,7 +46,7 @@ RCP_AVX512 inline int64_t sum_words_avx512(const uint8_t* data, int64_t bytes, i
 
 }  // namespace detail
 
-// Sum of the 8-byte words, read in `streams` sequential streams per thread; every thread has a contiguous part.
+// The sum of the 8-byte words. Each thread reads a contiguous part, in `streams` sequential streams.
 inline int64_t plain_read(const uint8_t* data, int64_t bytes, int64_t streams, Isa isa, const ThreadPool& pool) {
   const int64_t part = std::max<int64_t>(4096, (bytes / std::max(pool.threads, 1) + 4095) / 4096 * 4096);
   std::atomic<uint64_t> total{0};

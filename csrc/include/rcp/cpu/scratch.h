@@ -1,4 +1,4 @@
-// 64-byte aligned working memory of one call, handed out in parts.
+// The working memory of one call, which is split into parts at 64-byte boundaries.
 #pragma once
 
 #include <cstdint>

@@ -56,7 +56,7 @@ __global__ void __launch_bounds__(256, 1) half_kernel(const LutLinearParameters 
   using Unit = typename decltype(block)::Unit;
   const int lane = block.lane, gr = lane / 4, q = lane % 4;
 
-  float acc[TOKEN_TILES][4] = {};  // rows gr (0, 1) and gr + 8 (2, 3), tokens 8 t + 2q and + 1
+  float acc[4 * TOKEN_TILES] = {};  // [token tile t]: rows gr (0, 1) and gr + 8 (2, 3), tokens 8 t + 2q and + 1
   // Columns of B without a token repeat the last token. Nobody reads their sums.
   int x_places[TOKEN_TILES][2];
 #pragma unroll
@@ -69,7 +69,7 @@ __global__ void __launch_bounds__(256, 1) half_kernel(const LutLinearParameters 
     return stage_halves<tokens>(raw, block.p.call.x_type, lane, token, x);
   };
   block.run(stage, [&](const Unit& unit, const uint8_t* x, const float* factors) {
-    float unit_sums[TOKEN_TILES][4] = {};
+    float unit_sums[4 * TOKEN_TILES] = {};
     unit.visit_slots(0x80808080u, [&](int s, int first, const uint32_t (&bytes)[4][4], const float (&scale)[2]) {
       float c[TOKEN_TILES][4] = {};
 #pragma unroll
@@ -91,24 +91,19 @@ __global__ void __launch_bounds__(256, 1) half_kernel(const LutLinearParameters 
       }
 #pragma unroll
       for (int i = 0; i < 4 * TOKEN_TILES; ++i) {
-        float& sum = unit_sums[i / 4][i % 4];
-        sum = __fmaf_rn(scale[i % 4 / 2], c[i / 4][i % 4], sum);
+        unit_sums[i] = __fmaf_rn(scale[i % 4 / 2], c[i / 4][i % 4], unit_sums[i]);
       }
     });
 #pragma unroll
     for (int i = 0; i < 4 * TOKEN_TILES; ++i) {
-      float& sum = acc[i / 4][i % 4];
-      sum = __fmaf_rn(unit_sums[i / 4][i % 4], factors[i / 4 * 8 + 2 * q + i % 2], sum);
+      acc[i] = __fmaf_rn(unit_sums[i], factors[i / 4 * 8 + 2 * q + i % 2], acc[i]);
     }
   });
-  float sums[4 * TOKEN_TILES];
-#pragma unroll
-  for (int i = 0; i < 4 * TOKEN_TILES; ++i) sums[i] = acc[i / 4][i % 4];
-  if (!block.sum_splits(sums)) return;
+  if (!block.sum_splits(acc)) return;
   const float scale = block.tensor_scale();
 #pragma unroll
   for (int i = 0; i < 4 * TOKEN_TILES; ++i) {
-    block.store(i / 4 * 8 + 2 * q + i % 2, gr + i % 4 / 2 * 8, sums[i], scale);
+    block.store(i / 4 * 8 + 2 * q + i % 2, gr + i % 4 / 2 * 8, acc[i], scale);
   }
 }
 

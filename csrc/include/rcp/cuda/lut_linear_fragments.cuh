@@ -226,10 +226,9 @@ struct OneTokenSums {
 
   __device__ __forceinline__ void clear() { bits[0] = bits[1] = 0; }
 
-  // Whether lane gr's column of B belongs to the slot of a part with SLOTS slots.
-  template <int SLOTS>
-  static __device__ __forceinline__ bool has_column(int slot, int lane) {
-    return (SLOTS == 4 ? lane / 8 : lane / 4) == slot;
+  // Whether lane gr's column of B belongs to the slot, of a part with that many slots.
+  static __device__ __forceinline__ bool has_column(int slot, int slots, int lane) {
+    return lane / (32 / slots) == slot;
   }
 
   template <int BITS>

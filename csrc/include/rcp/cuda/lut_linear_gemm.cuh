@@ -8,6 +8,23 @@
 
 namespace rcp::cuda {
 
+// Starts the copy of the B fragments of a part, whose first sub-block is given, to shared memory
+// [sub-block][token tile][2][32 lanes]. Those that do not exist become zeros.
+template <int SUB_BLOCKS>
+__device__ __forceinline__ void copy_fragments(const LutLinearParameters& p, uint4* to, int first_token_tile,
+                                               int first_sub_block, int sub_blocks) {
+  const int token_tiles = static_cast<int>((p.call.tokens + 7) / 8);
+  for (int i = threadIdx.x; i < SUB_BLOCKS * gemm_token_tiles * 64; i += 32 * gemm_warps) {
+    const int t = first_token_tile + i / 64 % gemm_token_tiles,
+              sub_block = first_sub_block + i / (64 * gemm_token_tiles);
+    if (t < token_tiles && sub_block < sub_blocks) {
+      ptx::copy_async(to + i, p.fragments + (static_cast<int64_t>(t) * sub_blocks + sub_block) * 1024 + i % 64 * 16);
+    } else {
+      to[i] = {0, 0, 0, 0};
+    }
+  }
+}
+
 // Grid: x over groups of 4 token tiles, which meet the same weights in L2, y over groups of 8 row tiles.
 template <int BITS, int GROUP>
 __global__ void __launch_bounds__(32 * gemm_warps, 1) lut_linear_many_tokens(const LutLinearParameters parameters) {
@@ -18,7 +35,6 @@ __global__ void __launch_bounds__(32 * gemm_warps, 1) lut_linear_many_tokens(con
   extern __shared__ uint4 shared[];                    // [2][part_vectors]: [sub-block][token tile][2][32]
   const int warp = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x / 32), 0), lane = threadIdx.x % 32;
   const int tile = blockIdx.y * gemm_warps + warp, first_token_tile = blockIdx.x * tiles;
-  const int token_tiles = static_cast<int>((p.call.tokens + 7) / 8);
   const bool present = tile < p.row_tiles;
   const int sub_blocks = (p.units - 1) * unit_sub_blocks + p.tail_sub_blocks;
   const int total_parts = (sub_blocks + per_part - 1) / per_part;
@@ -40,16 +56,7 @@ __global__ void __launch_bounds__(32 * gemm_warps, 1) lut_linear_many_tokens(con
   };
   const auto copy = [&](int index) {
     if (index < total_parts) {
-      uint4* to = shared + index % 2 * part_vectors;
-      for (int i = threadIdx.x; i < part_vectors; i += 32 * gemm_warps) {
-        const int t = first_token_tile + i / 64 % tiles, sub_block = index * per_part + i / (64 * tiles);
-        if (t < token_tiles && sub_block < sub_blocks) {
-          ptx::copy_async(to + i,
-                          p.fragments + (static_cast<int64_t>(t) * sub_blocks + sub_block) * 1024 + i % 64 * 16);
-        } else {
-          to[i] = {0, 0, 0, 0};
-        }
-      }
+      copy_fragments<per_part>(p, shared + index % 2 * part_vectors, first_token_tile, index * per_part, sub_blocks);
     }
     ptx::copy_commit();
   };

@@ -45,8 +45,8 @@ __global__ void __launch_bounds__(32 * gemv_warps, 1) lut_linear_one_token(const
         const uint8_t* at = bytes + (unit - main_loop.unit_begin) * unit_columns + lane % 4 * 32;
 #pragma unroll
         for (int first = 0; first < 4 * unit_sub_blocks; first += steps) {
-          const bool mine = fragments::OneTokenSums<GROUP>::template has_column<PartType::slots>(
-              first / steps % PartType::slots, lane);
+          const int slot = first / steps % PartType::slots;
+          const bool mine = fragments::OneTokenSums<GROUP>::has_column(slot, PartType::slots, lane);
           const uint8_t* from = mine ? at + first / 4 * 128 + first % 4 * 8 : reinterpret_cast<const uint8_t*>(zeros);
 #pragma unroll
           for (int step = 0; step < steps; step += 2) {

@@ -26,12 +26,13 @@ struct LutLinearCall {
   int64_t tokens, rows, columns;
   int bits, group_size, act_bits;  // 2, 3, 4; 32, 64, 128 or columns; 4, 8, 16
   float clip;                      // multiplies the activations' maximum; act_bits 4 and 8 only
-  int rotation_group;  // 0: none; 32, 64, 128: orthonormal Walsh transform of each run of that many columns. act_bits
-                       // 16: only 0
+  // 0: none. 32, 64, 128: orthonormal Walsh transform of each run of that many columns, act_bits 4 and 8 only.
+  int rotation_group;
   bool rotation_sequency;  // rows of the transform in sequency order, else in natural order
   void* workspace;         // LutLinearPlan::workspace_bytes(), 16-byte aligned, contents arbitrary
-  unsigned* counters;  // LutLinearPlan::counter_bytes, zeroed once by the caller. Every launch leaves zeros. Launches
-                       // that may run at the same time need different counters
+  // LutLinearPlan::counter_bytes, zeroed once by the caller. Every launch leaves zeros. Launches that may run at the
+  // same time need different counters.
+  unsigned* counters;
   cudaStream_t stream;
 };
 

@@ -45,48 +45,70 @@ struct DequantizeCall {
 
 namespace pack_weight_detail {
 
-constexpr int threads = 256, unit_chunks = unit_columns / chunk_columns;
+constexpr int threads = 256;
+
+// The unit of a thread block: blockIdx is (row tile, unit).
+template <int BITS>
+struct UnitOfBlock {
+  CudaLayout layout;
+  int64_t first_row, first_column;
+  int n;  // sub-blocks
+  int64_t offset;
+
+  __device__ __forceinline__ explicit UnitOfBlock(const CudaLayout& shape)
+      : layout{shape.rows, shape.columns, shape.group_size, BITS},
+        first_row(int64_t{blockIdx.x} * tile_rows),
+        first_column(int64_t{blockIdx.y} * unit_columns),
+        n(layout.sub_blocks_of(blockIdx.y)),
+        offset(layout.unit_offset(blockIdx.x, blockIdx.y)) {}
+
+  __device__ __forceinline__ bool is_first_thread() const {
+    return blockIdx.x == 0 && blockIdx.y == 0 && threadIdx.x == 0;
+  }
+  // f(row 0..15, chunk of the unit) for the rows that exist.
+  template <class F>
+  __device__ __forceinline__ void visit_chunks(const F& f) const {
+    for (int i = threadIdx.x; i < tile_rows * n * 16; i += threads) {
+      if (first_row + i / (n * 16) < layout.rows) f(i / (n * 16), i % (n * 16));
+    }
+  }
+  // f(row 0..15, slot, level, place, k) for all levels. `place` is row * groups + group in the canonical tensors, k the
+  // slot's first column; place is -1 where the row or the column does not exist.
+  template <class F>
+  __device__ __forceinline__ void visit_levels(const F& f) const {
+    const int levels = layout.levels(), slots = layout.slots();
+    for (int i = threadIdx.x; i < tile_rows * slots * levels; i += threads) {
+      const int level = i % levels, slot = i / levels % slots, row = i / levels / slots;
+      const int64_t n_row = first_row + row, k = first_column + slot * layout.slot_columns();
+      const bool exists = n_row < layout.rows && k < layout.columns;
+      f(row, slot, level, exists ? n_row * layout.groups() + layout.group_of(blockIdx.y, slot) : -1, k);
+    }
+  }
+};
 
 template <int BITS>
-__device__ __forceinline__ CudaLayout with_bits(const CudaLayout& layout) {
-  return {layout.rows, layout.columns, layout.group_size, BITS};
-}
-
-template <int BITS>
-__device__ __forceinline__ unsigned read_code(const CudaLayout& layout, const uint8_t* area, int row, int column) {
+__device__ __forceinline__ unsigned read_code(const CudaLayout& layout, const uint8_t* unit, int row, int column) {
   unsigned code = 0;
   layout.visit_code(row, column, [&](int byte, int bit, int from, int count) {
-    const uint32_t word = __ldg(reinterpret_cast<const uint32_t*>(area + byte));
+    const uint32_t word = __ldg(reinterpret_cast<const uint32_t*>(unit + byte));
     code |= ((word >> bit) & ((1u << count) - 1u)) << from;
   });
   return code;
 }
 
-}  // namespace pack_weight_detail
-
+// The canonical codes of the unit into `halves`, its code area in shared memory. A thread has 16 codes of a row, two
+// k-steps of a lane. They fill halves of words that no other thread touches.
 template <int BITS>
-__global__ void __launch_bounds__(pack_weight_detail::threads) pack_weight_kernel(const PackWeightCall a) {
-  namespace detail = pack_weight_detail;
-  const CudaLayout layout = detail::with_bits<BITS>(a.layout);
-  __shared__ uint4 shared[BITS * unit_sub_blocks / 2 * 32];
-  auto* halves = reinterpret_cast<uint16_t*>(shared);
-  const int64_t row_tile = blockIdx.x, unit = blockIdx.y;
-  const int n = layout.sub_blocks_of(unit), code_bytes = layout.table_area(n);
-  uint8_t* area = a.blob + layout.unit_offset(row_tile, unit);
-
-  for (int i = threadIdx.x; i < code_bytes / 16; i += detail::threads) shared[i] = make_uint4(0, 0, 0, 0);
-  __syncthreads();
-  // A thread has 16 codes of a row, two k-steps of a lane. They fill halves of words that no other thread touches.
-  const int64_t row_bytes = layout.canonical_row_bytes();
-  for (int i = threadIdx.x; i < tile_rows * n * 8; i += detail::threads) {
-    const int row = i / (n * 8), sub_block = i / 8 % n, q = i / 2 % 4, pair = i % 2;
-    const int64_t from_row = row_tile * tile_rows + row;
-    if (from_row >= layout.rows) continue;
-    const uint8_t* codes = a.codes + from_row * row_bytes;
+__device__ __forceinline__ void pack_codes(const UnitOfBlock<BITS>& unit, const uint8_t* all_codes, uint16_t* halves) {
+  const CudaLayout& layout = unit.layout;
+  for (int i = threadIdx.x; i < tile_rows * unit.n * 8; i += threads) {
+    const int row = i / (unit.n * 8), sub_block = i / 8 % unit.n, q = i / 2 % 4, pair = i % 2;
+    if (unit.first_row + row >= layout.rows) continue;
+    const uint8_t* codes = all_codes + (unit.first_row + row) * layout.canonical_row_bytes();
     for (int c = 0; c < 16; ++c) {
       const int column =
           sub_block * sub_block_columns + layout.fragment_column({2 * pair + c / chunk_columns, q, c / 4 % 2, c % 4});
-      const int64_t k = unit * unit_columns + column;
+      const int64_t k = unit.first_column + column;
       if (k >= layout.columns) continue;
       const int64_t byte = k * BITS / 8;
       const int shift = static_cast<int>(k * BITS % 8);
@@ -99,136 +121,105 @@ __global__ void __launch_bounds__(pack_weight_detail::threads) pack_weight_kerne
       });
     }
   }
-  __syncthreads();
-  for (int i = threadIdx.x; i < code_bytes / 16; i += detail::threads) reinterpret_cast<uint4*>(area)[i] = shared[i];
+}
 
-  const int64_t groups = layout.groups();
-  const int slots = layout.slots();
-  uint8_t* tables = area + layout.table_area(n);
-  auto* scales = reinterpret_cast<uint16_t*>(area + layout.scale_area(n));
-  for (int i = threadIdx.x; i < tile_rows * slots * layout.levels(); i += detail::threads) {
-    const int level = i % layout.levels(), slot = i / layout.levels() % slots, row = i / layout.levels() / slots;
-    const int64_t from_row = row_tile * tile_rows + row, group = layout.group_of(unit, slot);
-    // A slot past the last column becomes zeros.
-    const bool there = from_row < layout.rows && unit * unit_columns + slot * layout.slot_columns() < layout.columns;
+}  // namespace pack_weight_detail
+
+template <int BITS>
+__global__ void __launch_bounds__(pack_weight_detail::threads) pack_weight_kernel(const PackWeightCall a) {
+  namespace detail = pack_weight_detail;
+  const detail::UnitOfBlock<BITS> unit(a.layout);
+  const CudaLayout& layout = unit.layout;
+  __shared__ uint4 shared[BITS * unit_sub_blocks / 2 * 32];
+  const int code_vectors = layout.table_area(unit.n) / 16;
+  uint8_t* to = a.blob + unit.offset;
+
+  for (int i = threadIdx.x; i < code_vectors; i += detail::threads) shared[i] = make_uint4(0, 0, 0, 0);
+  __syncthreads();
+  detail::pack_codes(unit, a.codes, reinterpret_cast<uint16_t*>(shared));
+  __syncthreads();
+  for (int i = threadIdx.x; i < code_vectors; i += detail::threads) reinterpret_cast<uint4*>(to)[i] = shared[i];
+
+  uint8_t* tables = to + layout.table_area(unit.n);
+  auto* scales = reinterpret_cast<uint16_t*>(to + layout.scale_area(unit.n));
+  unit.visit_levels([&](int row, int slot, int level, int64_t place, int64_t) {
     tables[layout.table_offset(row, slot, level)] =
-        there ? static_cast<uint8_t>(__ldg(a.levels + (from_row * groups + group) * layout.levels() + level)) : 0;
-    if (level == 0) {
-      scales[layout.scale_offset(row, slot) / 2] = there ? __ldg(a.scales + from_row * groups + group) : 0;
-    }
+        place < 0 ? 0 : static_cast<uint8_t>(__ldg(a.levels + place * layout.levels() + level));
+    if (level == 0) scales[layout.scale_offset(row, slot) / 2] = place < 0 ? 0 : __ldg(a.scales + place);
+  });
+  if (!unit.is_first_thread()) return;
+  WeightHeader header{};
+  for (int i = 0; i < 8; ++i) {
+    header.magic[i] = static_cast<char>((i < 4 ? weight_magic_low : weight_magic_high) >> (8 * (i % 4)));
   }
-  if (row_tile == 0 && unit == 0 && threadIdx.x == 0) {
-    WeightHeader header{};
-    for (int i = 0; i < 8; ++i)
-      header.magic[i] = static_cast<char>((i < 4 ? weight_magic_low : weight_magic_high) >> (8 * (i % 4)));
-    header.shape_hash = layout.shape_hash();
-    header.layout_version = weight_layout_version;
-    header.tensor_scale = a.tensor_scale;
-    header.bits = BITS;
-    header.group_size = static_cast<uint32_t>(layout.group_size);
-    header.rows = layout.rows;
-    header.columns = layout.columns;
-    *reinterpret_cast<WeightHeader*>(a.blob) = header;
-  }
+  header.shape_hash = layout.shape_hash();
+  header.layout_version = weight_layout_version;
+  header.tensor_scale = a.tensor_scale;
+  header.bits = BITS;
+  header.group_size = static_cast<uint32_t>(layout.group_size);
+  header.rows = layout.rows;
+  header.columns = layout.columns;
+  *reinterpret_cast<WeightHeader*>(a.blob) = header;
 }
 
 template <int BITS>
 __global__ void __launch_bounds__(pack_weight_detail::threads) unpack_weight_kernel(const UnpackWeightCall a) {
   namespace detail = pack_weight_detail;
-  const CudaLayout layout = detail::with_bits<BITS>(a.layout);
-  const int64_t row_tile = blockIdx.x, unit = blockIdx.y;
-  const int n = layout.sub_blocks_of(unit);
-  const uint8_t* area = a.blob + layout.unit_offset(row_tile, unit);
+  const detail::UnitOfBlock<BITS> unit(a.layout);
+  const CudaLayout& layout = unit.layout;
+  const uint8_t* from = a.blob + unit.offset;
 
   const int64_t row_bytes = layout.canonical_row_bytes();
-  for (int i = threadIdx.x; i < tile_rows * n * 16; i += detail::threads) {
-    const int chunk = i % (n * 16), row = i / (n * 16);
-    const int64_t to_row = row_tile * tile_rows + row;
-    if (to_row >= layout.rows) continue;
+  unit.visit_chunks([&](int row, int chunk) {
     uint32_t bytes = 0;
     for (int c = 0; c < chunk_columns; ++c) {
       const int column = chunk * chunk_columns + c;
-      if (unit * unit_columns + column >= layout.columns) break;
-      bytes |= detail::read_code<BITS>(layout, area, row, column) << (BITS * c);
+      if (unit.first_column + column >= layout.columns) break;
+      bytes |= detail::read_code<BITS>(layout, from, row, column) << (BITS * c);
     }
-    const int64_t first = (unit * detail::unit_chunks + chunk) * BITS;
+    const int64_t first = (unit.first_column / chunk_columns + chunk) * BITS;
     for (int b = 0; b < BITS; ++b) {
-      if (first + b < row_bytes) a.codes[to_row * row_bytes + first + b] = static_cast<uint8_t>(bytes >> (8 * b));
+      if (first + b < row_bytes) {
+        a.codes[(unit.first_row + row) * row_bytes + first + b] = static_cast<uint8_t>(bytes >> (8 * b));
+      }
     }
-  }
+  });
 
-  const int64_t groups = layout.groups();
-  const int slots = layout.slots();
-  const uint8_t* tables = area + layout.table_area(n);
-  const auto* scales = reinterpret_cast<const uint16_t*>(area + layout.scale_area(n));
-  for (int i = threadIdx.x; i < tile_rows * slots * layout.levels(); i += detail::threads) {
-    const int level = i % layout.levels(), slot = i / layout.levels() % slots, row = i / layout.levels() / slots;
-    const int64_t to_row = row_tile * tile_rows + row, group = layout.group_of(unit, slot);
-    const int64_t k = unit * unit_columns + slot * layout.slot_columns();
+  const uint8_t* tables = from + layout.table_area(unit.n);
+  const auto* scales = reinterpret_cast<const uint16_t*>(from + layout.scale_area(unit.n));
+  unit.visit_levels([&](int row, int slot, int level, int64_t place, int64_t k) {
     // Only the slot with the group's first column: the other slots of a long group hold the same.
-    if (to_row >= layout.rows || k >= layout.columns || k != group * layout.group_size) continue;
-    a.levels[(to_row * groups + group) * layout.levels() + level] =
-        static_cast<int8_t>(tables[layout.table_offset(row, slot, level)]);
-    if (level == 0) a.scales[to_row * groups + group] = scales[layout.scale_offset(row, slot) / 2];
-  }
-  if (row_tile == 0 && unit == 0 && threadIdx.x == 0) *a.tensor_scale = header_tensor_scale(a.blob, layout);
+    if (place < 0 || k % layout.group_size != 0) return;
+    a.levels[place * layout.levels() + level] = static_cast<int8_t>(tables[layout.table_offset(row, slot, level)]);
+    if (level == 0) a.scales[place] = scales[layout.scale_offset(row, slot) / 2];
+  });
+  if (unit.is_first_thread()) *a.tensor_scale = header_tensor_scale(a.blob, layout);
 }
 
 template <int BITS>
 __global__ void __launch_bounds__(pack_weight_detail::threads) dequantize_kernel(const DequantizeCall a) {
   namespace detail = pack_weight_detail;
-  const CudaLayout layout = detail::with_bits<BITS>(a.layout);
-  const int64_t row_tile = blockIdx.x, unit = blockIdx.y;
-  const int n = layout.sub_blocks_of(unit);
-  const uint8_t* area = a.blob + layout.unit_offset(row_tile, unit);
-  const auto* tables = reinterpret_cast<const int8_t*>(area + layout.table_area(n));
-  const auto* scales = reinterpret_cast<const __half*>(area + layout.scale_area(n));
+  const detail::UnitOfBlock<BITS> unit(a.layout);
+  const CudaLayout& layout = unit.layout;
+  const uint8_t* from = a.blob + unit.offset;
+  const auto* tables = reinterpret_cast<const int8_t*>(from + layout.table_area(unit.n));
+  const auto* scales = reinterpret_cast<const __half*>(from + layout.scale_area(unit.n));
   const float tensor_scale = header_tensor_scale(a.blob, layout);
+  const int64_t y_row_bytes = layout.columns * (a.y_type == FloatType::float32 ? 4 : 2);
 
-  for (int i = threadIdx.x; i < tile_rows * n * 16; i += detail::threads) {
-    const int chunk = i % (n * 16), row = i / (n * 16), first = chunk * chunk_columns;
-    const int64_t to_row = row_tile * tile_rows + row, k = unit * unit_columns + first;
-    if (to_row >= layout.rows || k >= layout.columns) continue;
-    const int slot = first / layout.slot_columns();
+  unit.visit_chunks([&](int row, int chunk) {
+    const int first = chunk * chunk_columns, slot = first / layout.slot_columns();
     const float scale = __half2float(scales[layout.scale_offset(row, slot) / 2]);
     float values[chunk_columns];
 #pragma unroll
     for (int c = 0; c < chunk_columns; ++c) {
-      const unsigned code = detail::read_code<BITS>(layout, area, row, first + c);
+      const unsigned code = detail::read_code<BITS>(layout, from, row, first + c);
       const int level = tables[layout.table_offset(row, slot, static_cast<int>(code))];
       values[c] = __fmul_rn(__fmul_rn(scale, static_cast<float>(level)), tensor_scale);
     }
-    const int64_t at = to_row * layout.columns + k;
-    const bool whole = k + chunk_columns <= layout.columns;
-    if (a.y_type == FloatType::float32) {
-      float* y = static_cast<float*>(a.y) + at;
-      if (whole && reinterpret_cast<uintptr_t>(y) % 16 == 0) {
-        reinterpret_cast<float4*>(y)[0] = make_float4(values[0], values[1], values[2], values[3]);
-        reinterpret_cast<float4*>(y)[1] = make_float4(values[4], values[5], values[6], values[7]);
-      } else {
-#pragma unroll
-        for (int c = 0; c < chunk_columns; ++c) {
-          if (k + c < layout.columns) y[c] = values[c];
-        }
-      }
-      continue;
-    }
-    uint16_t rounded[chunk_columns];
-#pragma unroll
-    for (int c = 0; c < chunk_columns; ++c) rounded[c] = two_byte_bits(values[c], a.y_type);
-    uint16_t* y = static_cast<uint16_t*>(a.y) + at;
-    if (whole && reinterpret_cast<uintptr_t>(y) % 16 == 0) {
-      uint32_t words[4];
-#pragma unroll
-      for (int w = 0; w < 4; ++w) words[w] = rounded[2 * w] | static_cast<uint32_t>(rounded[2 * w + 1]) << 16;
-      *reinterpret_cast<uint4*>(y) = make_uint4(words[0], words[1], words[2], words[3]);
-    } else {
-#pragma unroll
-      for (int c = 0; c < chunk_columns; ++c) {
-        if (k + c < layout.columns) y[c] = rounded[c];
-      }
-    }
-  }
+    char* y = static_cast<char*>(a.y) + (unit.first_row + row) * y_row_bytes;
+    store_chunk(y, a.y_type, unit.first_column + first, layout.columns, values);
+  });
 }
 
 namespace pack_weight_detail {

@@ -38,8 +38,8 @@ __device__ __forceinline__ void store_value(void* to, FloatType type, int64_t i,
   }
 }
 
-// A chunk as it is in memory: 8 float32, or 8 two-byte values in the first four words. Loading and widening are apart,
-// so that several chunks can be on their way before the first one is used.
+// A chunk as it is in memory: 8 float32, or 8 two-byte values in the first four words. Loading and widening are apart:
+// several chunks can be on their way before the first one is used.
 struct RawChunk {
   uint32_t words[chunk_columns];
 };
@@ -90,6 +90,29 @@ __device__ __forceinline__ void widen(const RawChunk& raw, FloatType type, float
     each([&](int i) { return two_byte_value(half(i), FloatType::float16); });
   } else {
     each([&](int i) { return two_byte_value(half(i), FloatType::bfloat16); });
+  }
+}
+
+// The inverse of load_chunk and widen: rounds the values to the type of the row, and stores those that exist.
+__device__ __forceinline__ void store_chunk(void* row, FloatType type, int64_t k, int64_t columns,
+                                            const float (&values)[chunk_columns]) {
+  if (k + chunk_columns > columns || reinterpret_cast<uintptr_t>(row) % 16 != 0) {
+#pragma unroll
+    for (int i = 0; i < chunk_columns; ++i) {
+      if (k + i < columns) store_value(row, type, k + i, values[i]);
+    }
+  } else if (type == FloatType::float32) {
+    float4* to = reinterpret_cast<float4*>(static_cast<float*>(row) + k);
+    to[0] = make_float4(values[0], values[1], values[2], values[3]);
+    to[1] = make_float4(values[4], values[5], values[6], values[7]);
+  } else {
+    uint32_t pairs[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      pairs[i] = two_byte_bits(values[2 * i], type) | static_cast<uint32_t>(two_byte_bits(values[2 * i + 1], type))
+                                                          << 16;
+    }
+    *reinterpret_cast<uint4*>(static_cast<uint16_t*>(row) + k) = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
   }
 }
 
