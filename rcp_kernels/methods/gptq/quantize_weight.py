@@ -17,8 +17,7 @@ from ...ops.checks import check_int
 from ...ops.clip_search import clip_search
 from ...ops.gptq_round import gptq_round
 from ...ops.kmeans_levels import kmeans_levels
-from ...ops.quantize_weight import quantize_weight, uniform_levels
-from ..group_quantizer import for_each_group
+from ...ops.quantize_weight import for_each_group, quantize_weight, uniform_levels
 
 __all__ = [
     "Chooser",
