@@ -41,7 +41,7 @@ CONFIG = rcp.RcpConfig(
 def tiny_model(seed=0):
     torch.manual_seed(seed)
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**TINY))
-    with torch.no_grad():  # large enough that activations and attention are not near linear
+    with torch.no_grad():  # large weights make activations and attention clearly nonlinear
         for parameter in model.parameters():
             if parameter.dim() == 2:
                 parameter.mul_(3)

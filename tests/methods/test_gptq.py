@@ -26,7 +26,7 @@ def problem(rows: int, columns: int, seed: int = 0) -> tuple[Tensor, Tensor]:
 
 
 def squared_error(weight: Tensor, quantized: Tensor, hessian: Tensor) -> Tensor:
-    """Of each row: e^T H e, in float64."""
+    """e^T H e of each row, in float64."""
     difference = weight.double() - quantized.double()
     return ((difference @ hessian.double()) * difference).sum(-1)
 
@@ -64,7 +64,7 @@ def test_diagonal_hessian_is_round_to_nearest(levels: str) -> None:
 
 
 def brute_force(weight: Tensor, hessian: Tensor, table: Tensor, free: slice, fixed: Tensor) -> Tensor:
-    """The least error of each row over all choices of the free columns; the others are as in ``fixed``."""
+    """The least error of each row over all choices of the free columns. The other columns are those of ``fixed``."""
     best = torch.full((weight.shape[0],), torch.inf, dtype=torch.float64)
     width = len(range(*free.indices(weight.shape[1])))
     for choice in itertools.product(range(table.shape[-1]), repeat=width):
@@ -83,7 +83,7 @@ def test_last_column_is_the_best_one_given_the_others(columns: int) -> None:
     table = packed.levels.float() * packed.scales.float()[..., None] * packed.tensor_scale
     best = brute_force(weight, hessian, table, slice(columns - 1, columns), quantized)
     torch.testing.assert_close(squared_error(weight, quantized, hessian), best, rtol=1e-3, atol=1e-9)
-    # The first column is rounded as it is.
+    # Nothing precedes the first column: it is rounded without feedback.
     nearest = (weight[:, :1, None] - table).abs().argmin(-1)
     assert torch.equal(quantized[:, :1], table[:, 0].gather(1, nearest))
 
@@ -142,11 +142,11 @@ def test_blocks_and_other_rows_do_not_show() -> None:
     whole = gptq_quantize_weight(weight, hessian, **kwargs, block=160).dequantize()
     for block in (32, 64, 128):
         other = gptq_quantize_weight(weight, hessian, **kwargs, block=block).dequantize()
-        # Sums in another order move a few weights over a threshold, and with them all that comes after.
+        # Another order of sums moves a few weights over a threshold, and changes all later columns.
         assert float((whole == other).double().mean()) > 0.98
     again = gptq_quantize_weight(weight, hessian, **kwargs, block=160).dequantize()
     assert torch.equal(whole, again)
-    # One block has no matrix product, whose sums could be in another order for other rows.
+    # One block needs no matrix product. A product may sum in another order for other rows.
     some = gptq_quantize_weight(weight[5:12], hessian, **kwargs, block=160).dequantize()
     assert torch.equal(some, whole[5:12])
 

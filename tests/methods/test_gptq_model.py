@@ -33,7 +33,7 @@ def test_kept_outputs_end_at_the_limit_and_are_what_was_kept() -> None:
     kept.drop(["b", "no such"])
     kept.keep("c", torch.ones(10))
     assert kept.get("c") is not None
-    first += 1  # by whoever got it
+    first += 1  # changed in place
     assert kept.get("a") is None
 
 
@@ -121,7 +121,7 @@ def test_hessians_are_of_the_inputs_at_run_time(rotation: str, ids: Tensor, monk
         x = inputs[name]
         expected = x.T @ x / x.shape[0]
         difference = float((hessian.double() - expected).norm() / expected.norm())
-        # A rounding boundary of an activation, crossed once, is carried on by all that follows.
+        # An activation that crosses a rounding boundary changes everything after it.
         assert difference < (1e-6 if index == 0 else 0.02), name
 
 
@@ -147,7 +147,7 @@ def test_two_runs_are_equal_and_the_mode_comes_back(ids: Tensor) -> None:
 
 
 def test_the_cache_changes_the_weights(ids: Tensor) -> None:
-    """Not those of the first q, k and v, which come before any cache."""
+    """The first q, k and v stay the same: no cache precedes them."""
     results = [gptq_quantize_model(tiny_llama(), ids, group_size=32, kv_bits=bits) for bits in (16, 4)]
     same = {name: torch.equal(results[0][name].codes, results[1][name].codes) for name in results[0]}
     first = [f"model.layers.0.self_attn.{part}_proj" for part in "qkv"]
@@ -172,7 +172,7 @@ def test_kept_outputs_do_not_show(ids: Tensor, monkeypatch: pytest.MonkeyPatch) 
         results.append(gptq_quantize_model(model, ids, group_size=32, act_bits=8, kv_bits=4))
         runs.append(len(heads))
         assert all("forward" not in vars(module) for module in model.modules())
-    # Once for the keywords, then in four passes over four batches, of which the last two find the attention's output.
+    # One pass for the keywords, then four passes over four batches. The last two reuse the attention's output.
     assert runs[0] == 1 + 2 * 4
     assert runs[1] == 1 + 4 * 4
     assert runs[0] < runs[2] < runs[1]

@@ -36,7 +36,7 @@ from rcp_kernels.nn.model_digest import model_digest
 
 @pytest.fixture
 def one_thread():
-    """A sum split over threads could differ in the last bit with their number."""
+    """With more threads, sums could differ in the last bit."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -76,7 +76,7 @@ def test_the_cache_changes_phase_one(monkeypatch):
         make_student(student, group_size=32)
         reconstruct_blocks(student, teacher, tiny_windows(4), config, kv_bits=kv_bits)
         students_.append([layer.weight.detach().clone() for layer in students(student)])
-    # q, k and v of every layer learn from what comes after the cache too.
+    # The gradient passes the cache, so q, k and v of every layer change too.
     assert not any(torch.equal(a, b) for a, b in zip(*students_, strict=True))
     monkeypatch.setattr(student_module, "cache_argument", lambda *_: {})
     student = tiny_model()
@@ -262,7 +262,7 @@ def test_nan_stops_names_the_layer_and_keeps_the_checkpoint(tmp_path, act_bits):
 
 @pytest.mark.parametrize("given", [True, False])
 def test_the_teacher_keeps_its_tables_in_float32(given):
-    """Of RoPE: in bfloat16 the last of 64 positions would be off by a tenth of a radian."""
+    """With RoPE's tables in bfloat16, the angle of the last of 64 positions would be off by a tenth of a radian."""
     model = tiny_model()
     teacher = copy.deepcopy(model) if given else None
     run = Training(
@@ -320,7 +320,7 @@ def test_two_processes_give_what_one_gives(tmp_path):
         stored = training_state.load_state(tmp_path / str(shard) / "state.pt")
         assert stored["step"] == 6
         assert len(stored["optimizer"]["state"]) == 14 * 5
-        # Sums in another order, then six steps of AdamW, whose first ones follow the sign of a gradient of any size.
+        # Sums have another order, and the first steps of AdamW follow the sign of even the smallest gradient.
         for (name, value), other in zip(one.state_dict().items(), two.state_dict().values(), strict=True):
             difference = (other - value).abs()
             assert float(difference.mean()) < 1e-5, (shard, name)

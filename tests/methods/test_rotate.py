@@ -44,7 +44,7 @@ def test_logits_stay(name: str, rotation: str, models, expected) -> None:
     record = rotate_model(model, rotation, group_size=32)
     assert (record.rotation, record.r2, record.r3, record.r4) == (rotation, True, True, True)
     assert difference(expected[name], logits(model)) <= WITHIN
-    # It is another model inside, with gains of one. A tied head stays tied, and the final norm keeps its gain for that.
+    # The gains are one now. A tied head stays tied, so the final norm keeps its gain.
     architecture = describe(model)
     tied = models[name].lm_head.weight is models[name].model.embed_tokens.weight
     assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied == record.tied
@@ -95,7 +95,7 @@ def test_matrix_is_that_of_online_rotation(models) -> None:
     one, two = copy.deepcopy(models["llama"]), copy.deepcopy(models["llama"])
     rotate_model(one, "walsh", r2=False, r3=False, r4=False)
     rotate_model(two, OnlineRotation(96).matrix(), r2=False, r3=False, r4=False)
-    # 96 is no power of two, so that R is not symmetric and its transpose would show.
+    # 96 is no power of two, so R is not symmetric, and a transpose would fail.
     for key, value in one.state_dict().items():
         torch.testing.assert_close(value, two.state_dict()[key], rtol=1e-5, atol=1e-6, msg=key)
 
@@ -146,7 +146,7 @@ def test_weights_round_once(models) -> None:
 
 
 class Spy(transformers.DynamicCache):
-    """A cache that keeps what was given to it."""
+    """A cache that records its keys and values."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -195,7 +195,7 @@ def test_copies_and_pickles_stay_rotated(models, expected) -> None:
     rotated = logits(model)
     for clone in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert torch.equal(logits(clone), rotated)
-        # Its hooks are its own.
+        # The copy has its own hooks.
         clone.model.layers[0].self_attn.qk_rotation = OnlineRotation(32, 8)
         clone.model.layers[0].post_attention_layernorm.output_rotation = OnlineRotation(96)
         assert not torch.equal(logits(clone), rotated)
@@ -225,7 +225,7 @@ def test_compiles_in_one_graph(models, expected) -> None:
 
 
 def rounding_errors(model: nn.Module, rotation: str, levels: str) -> dict[str, float]:
-    """The error of two-bit rounding of each layer, squared and summed."""
+    """The sum of squared errors of each layer after two-bit rounding."""
     model = copy.deepcopy(model)
     rotate_model(model, rotation, group_size=32)
     weights = {key: m.weight.detach().double() for key, m in model.named_modules() if isinstance(m, nn.Linear)}
@@ -236,7 +236,7 @@ def rounding_errors(model: nn.Module, rotation: str, levels: str) -> dict[str, f
 
 
 def test_local_hadamard_rounds_as_gsr(models) -> None:
-    # Two bits in groups of 32, as the rotation's blocks and as head_dim, so that R2 stays inside the groups too.
+    # Groups of 32, equal to the rotation's blocks and to head_dim: R2 stays inside the groups too.
     errors = {rotation: rounding_errors(models["qwen2"], rotation, "uniform") for rotation in R1}
     for key, error in errors["gsr"].items():
         assert errors["local_hadamard"][key] == pytest.approx(error, rel=1e-9), key
@@ -270,7 +270,7 @@ def test_quantized_model_runs_the_rotation(models) -> None:
     down = model.model.layers[0].mlp.down_proj
     assert isinstance(down, QuantLinear)
     assert down.input_rotation is not None
-    # The float model with the same weights: only the rounding of activations inside the kernel is left.
+    # Compared with the float model of the same weights, only the rounding of activations differs.
     for key, module in model.named_modules():
         if isinstance(module, QuantLinear):
             with torch.no_grad():

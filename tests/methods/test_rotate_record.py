@@ -53,7 +53,7 @@ def test_structure_comes_back(name: str, rotation: str, models) -> None:
     record = rotate_model(model, given, group_size=32, r2=True, r3=True, r4=True, seed=5)
     record = Rotated.from_dict(json.loads(json.dumps(record.to_dict())))
     expected = logits(model)
-    if record.untied:  # safetensors takes no two tensors in one memory
+    if record.untied:  # safetensors refuses two tensors that share memory
         addresses = [value.data_ptr() for value in model.state_dict().values()]
         assert len(set(addresses)) == len(addresses)
 
@@ -71,7 +71,7 @@ def test_structure_comes_back(name: str, rotation: str, models) -> None:
     if not record.untied:
         skeleton.tie_weights()
     rotary = {key: buffer for key, buffer in model.named_buffers() if key not in state}
-    for key, buffer in rotary.items():  # those that no state_dict holds: RoPE's frequencies, gemma's scale
+    for key, buffer in rotary.items():  # buffers outside the state_dict: RoPE's frequencies, gemma's scale
         parent, _, child = key.rpartition(".")
         setattr(skeleton.get_submodule(parent), child, buffer)
     assert torch.equal(logits(skeleton), expected)
@@ -82,7 +82,7 @@ def test_untied_head_stays_untied(models) -> None:
     rotate_model(model, "walsh", untie=True)
     model.tie_weights()
     assert model.lm_head.weight is not model.model.embed_tokens.weight
-    # What transformers 5 and accelerate go by to place, save and tie weights.
+    # transformers 5 and accelerate use these to place, save and tie weights.
     assert "lm_head.weight" not in getattr(model, "all_tied_weights_keys", {})
 
 

@@ -79,7 +79,7 @@ def test_the_exported_layer_has_the_trained_weight_and_nearly_the_same_output():
         packed = model.get_submodule(name)
         assert isinstance(packed, QuantLinear)
         assert torch.equal(packed.dequantize(), weight), name
-    # Float sums against exact integers: 128 products.
+    # Sums of 128 products, in float and in exact integers.
     torch.testing.assert_close(model.get_submodule(down)(x), expected, rtol=1e-4, atol=1e-4)
 
 
