@@ -63,3 +63,7 @@ def logits(model: nn.Module) -> torch.Tensor:
 def difference(before: torch.Tensor, after: torch.Tensor) -> float:
     """The largest difference between logits, relative to the largest logit."""
     return float((after - before).detach().abs().max() / before.detach().abs().max())
+
+
+def random_rotation(size: int) -> torch.Tensor:
+    return torch.linalg.qr(torch.randn(size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(1)))[0]

@@ -14,7 +14,7 @@ from .codes import (
 )
 from .header import FORMAT_VERSION, INPUT_ORDER_VERSION, KINDS, kind_version, make_header
 from .imported_weight import ImportedWeight
-from .levels import LARGEST_SCALE_EXPONENT, LEVEL_MAX, check_ascending, snap_levels, uniform_step
+from .levels import LARGEST_SCALE_EXPONENT, LEVEL_MAX, check_ascending, snap_levels, tensor_scale_exponent, uniform_step
 from .packed_weight import PackedWeight, check_input_order, merge_rows
 
 __all__ = [
@@ -40,6 +40,7 @@ __all__ = [
     "pack_codes",
     "row_bytes",
     "snap_levels",
+    "tensor_scale_exponent",
     "uniform_step",
     "unpack_codes",
 ]

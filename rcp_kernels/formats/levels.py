@@ -7,7 +7,14 @@ import math
 import torch
 from torch import Tensor
 
-__all__ = ["LARGEST_SCALE_EXPONENT", "LEVEL_MAX", "check_ascending", "snap_levels", "uniform_step"]
+__all__ = [
+    "LARGEST_SCALE_EXPONENT",
+    "LEVEL_MAX",
+    "check_ascending",
+    "snap_levels",
+    "tensor_scale_exponent",
+    "uniform_step",
+]
 
 LEVEL_MAX = 127
 """Largest level written. -128 may be read, but :func:`snap_levels` never makes it."""
@@ -58,16 +65,21 @@ def snap_levels(levels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     check_ascending(values)
     largest = values.abs().amax(dim=-1)
     scales = largest / LEVEL_MAX
-    peak = float(scales.max()) if scales.numel() else 0.0
-    exponent = 0
-    if peak > 0.0:
-        # Within float32's normal numbers a product with the tensor scale is exact.
-        exponent = min(max(math.frexp(peak)[1] - 1 - LARGEST_SCALE_EXPONENT, -126), 127)
+    exponent = tensor_scale_exponent(scales)
     tensor_scale = torch.tensor(2.0**exponent, dtype=torch.float32, device=levels.device)
     # In float64: 127 / max|v| overflows float32 where max|v| is subnormal.
     ratio = torch.where(largest > 0, LEVEL_MAX / largest.to(torch.float64), 0.0)
     snapped = torch.round(values.to(torch.float64) * ratio[..., None]).to(torch.int8)
     return snapped, (scales.to(torch.float64) / tensor_scale).to(torch.float16), tensor_scale
+
+
+def tensor_scale_exponent(scales: Tensor) -> int:
+    """The exponent of the tensor scale for float32 group scales; 0 if there are none, or NaN or Inf among them."""
+    peak = float(scales.max()) if scales.numel() else 0.0
+    if not 0.0 < peak < math.inf:
+        return 0
+    # Within float32's normal numbers a product with the tensor scale is exact.
+    return min(max(math.frexp(peak)[1] - 1 - LARGEST_SCALE_EXPONENT, -126), 127)
 
 
 def check_ascending(levels: Tensor) -> None:

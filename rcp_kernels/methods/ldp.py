@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from ..formats import PackedWeight
 from ..ops.kmeans_levels import kmeans_levels
-from ..ops.quantize_weight import quantize_weight
+from ..ops.quantize_weight import for_each_group, quantize_weight
 from .fake_quantize import fake_quantize, group_range
-from .group_quantizer import GroupQuantizer, for_each_group
+from .group_quantizer import GroupQuantizer
 
 __all__ = ["LearnableDirectPartitioning"]
 

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ..formats import LEVEL_MAX, PackedWeight, uniform_step
+from ..formats import LEVEL_MAX, PackedWeight, tensor_scale_exponent, uniform_step
 from ..ops.nearest_codes import nearest_codes
-from .fake_quantize import fake_quantize, group_range, tensor_scale_exponent
+from .fake_quantize import fake_quantize, group_range
 from .group_quantizer import GroupQuantizer
 
 __all__ = ["UniformQuantizer"]

@@ -12,7 +12,7 @@ from ..formats.codes import row_chunks
 from .kmeans_levels import kmeans_levels
 from .nearest_codes import CHUNK_WEIGHTS, nearest_codes
 
-__all__ = ["quantize_weight", "uniform_levels", "whole_and_tail"]
+__all__ = ["for_each_group", "quantize_weight", "uniform_levels", "whole_and_tail"]
 
 
 def quantize_weight(
@@ -55,7 +55,8 @@ def quantize_weight(
                 f"quantize_weight: levels must be one of {tuple(_CHOOSERS)} or a tensor of levels, got {levels!r}; "
                 f"check the spelling"
             )
-        values = _choose_levels(weight, group_size, shape, _CHOOSERS[levels])
+        choose = _CHOOSERS[levels]
+        values = for_each_group(weight, group_size, lambda groups, _: choose(groups, 2**bits))
     else:
         raise TypeError(
             f"quantize_weight: levels must be one of {tuple(_CHOOSERS)} or a tensor of levels, got "
@@ -111,16 +112,37 @@ def whole_and_tail(in_features: int, group_size: int) -> list[tuple[slice, slice
     return parts
 
 
-def _choose_levels(
-    weight: Tensor, group_size: int, shape: tuple[int, int, int], choose: Callable[[Tensor, int], Tensor]
+def for_each_group(
+    weight: Tensor,
+    group_size: int,
+    choose: Callable[[Tensor, Tensor | None], Tensor],
+    importance: Tensor | None = None,
 ) -> Tensor:
+    """Apply ``choose`` to all groups of a weight, in chunks of rows.
+
+    Args:
+        weight: floating point [N, K].
+        group_size: weights along K per group; the last group of a row may be shorter.
+        choose: (groups float32 [C, length], importance float32 [C, length] or None) -> float32 [C, M].
+        importance: floating point [K], >= 0, of each column; None gives all columns the same importance.
+
+    Returns:
+        float32 [N, ceil(K / group_size), M].
+    """
+    weight = weight.detach()
     rows, in_features = weight.shape
-    values = torch.empty(shape, dtype=torch.float32, device=weight.device)
-    for chunk in row_chunks(rows, in_features, CHUNK_WEIGHTS):
-        for columns, groups, length in whole_and_tail(in_features, group_size):
-            group_rows = weight[chunk, columns].reshape(-1, length)
-            values[chunk, groups] = choose(group_rows, shape[2]).view(-1, values[chunk, groups].shape[1], shape[2])
-    return values
+    chunks = []
+    for rows_now in row_chunks(rows, in_features, CHUNK_WEIGHTS):
+        parts = []
+        for columns, _, length in whole_and_tail(in_features, group_size):
+            values = weight[rows_now, columns].to(torch.float32)
+            share = None
+            if importance is not None:
+                share = importance[columns].to(torch.float32).expand(values.shape).reshape(-1, length)
+            chosen = choose(values.reshape(-1, length), share)
+            parts.append(chosen.view(values.shape[0], -1, chosen.shape[-1]))
+        chunks.append(torch.cat(parts, 1))
+    return torch.cat(chunks)
 
 
 def uniform_levels(groups: Tensor, count: int) -> Tensor:

@@ -161,11 +161,6 @@ class Recipe:
         if self.method != "rcp":
             return None
         _check_fields("recipe: training", RcpConfig, self.training)
-        for name in ("act_clip", "kv_clip"):
-            if not 0.0 < self.training.get(name, 1.0) <= 1.0:
-                raise ValueError(
-                    f"recipe: training.{name} must be in (0, 1], got {self.training[name]!r}; 1.0 keeps the largest"
-                )
         fields = {**PRESETS[self.preset], **self.training}
         del fields["sequence"]
         blocks = fields.pop("blocks", {})

@@ -374,7 +374,7 @@ def test_what_cannot_work_is_refused_before_the_model_is_loaded(run, model, tmp_
         ({"training": {"seed": 1}}, "seed must be said by the recipe's own field"),
         ({"training": {"steps": "3"}}, "steps must be of type int, got '3'"),
         ({"training": {"blocks": 5}}, "blocks must be a table or null, got 5"),
-        ({"training": {"act_clip": 1.5}}, r"training\.act_clip must be in \(0, 1\], got 1.5"),
+        ({"training": {"act_clip": 1.5}}, r"act_clip must be in \(0, 1\], got 1.5"),
         ({"method": "laquant", "rotation": "none", "training": {"stepz": 1}}, r"got \['stepz'\]"),
     ],
 )

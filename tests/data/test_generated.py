@@ -48,7 +48,7 @@ def model():
         pad_token_id=SPECIAL,
     )
     model = transformers.LlamaForCausalLM(config).eval()
-    with torch.no_grad():  # so that the next token depends on the tokens before
+    with torch.no_grad():  # with small weights the next token would not depend on the tokens before
         for parameter in model.parameters():
             if parameter.dim() == 2:
                 parameter.mul_(3)
@@ -240,7 +240,7 @@ def test_mixed_text_has_its_shares_and_none_of_the_held_out_text(model, few_docu
     text, facts = sources.training_text("mixed", 6000, model=model, tokenizer=WordTokenizer())
     assert [facts[kind]["tokens"] // 121 for kind in ("docstrings", "comments", "generated")] == [20, 20, 10]
     assert [text.count(f"{kind} 0 0") for kind in ("docstring", "comment", "generated")] == [1, 1, 1]
-    assert facts["generated"]["dropped_paragraphs"] == 1  # the others are repetitions of that one
+    assert facts["generated"]["dropped_paragraphs"] == 1  # the other 39 are repetitions, which do not count
     assert few_documents not in text
     only, facts = sources.training_text("generated", 6000, model=model, tokenizer=WordTokenizer())
     assert "docstrings" not in facts

@@ -30,7 +30,7 @@ def model() -> nn.Module:
         num_attention_heads=4,
         num_key_value_heads=2,
         tie_word_embeddings=False,
-        initializer_range=0.2,  # weights of a trained model's size: with 0.02 the layers do next to nothing
+        initializer_range=0.2,  # as large as trained weights; with 0.02 the layers change almost nothing
     )
     return transformers.LlamaForCausalLM(config).eval()
 
@@ -49,7 +49,7 @@ def same(first, second) -> bool:
 
 
 def packed_levels(packed) -> torch.Tensor:
-    """int64 [N, groups, 2**bits], also of a weight that stores the first level only."""
+    """int64 [N, groups, 2**bits], also for a weight that stores only the first level."""
     return packed.as_table().levels.to(torch.int64)
 
 
@@ -72,7 +72,7 @@ def test_training_lowers_every_layers_loss_and_the_result_is_what_was_trained(mo
         torch.testing.assert_close(layer.dequantize(), packed.dequantize(), rtol=0, atol=0)
         assert not torch.equal(packed.dequantize(), reference.get_submodule(name).weight)
 
-    # The losses of layers 1 and 2, once more by hand: everything before is quantized, everything after is not.
+    # Recompute the losses of all layers: earlier layers are quantized, later layers are not.
     hybrid = copy.deepcopy(reference)
     for name, packed in result.weights.items():
         hybrid.get_submodule(name).weight.data = packed.dequantize()
@@ -90,7 +90,7 @@ def test_training_lowers_every_layers_loss_and_the_result_is_what_was_trained(mo
 
 
 def test_lookahead_wins_behind_the_next_layer(model, ids):
-    """The same budget, held against what lookahead minimises: the next layer's output."""
+    """Compares both losses, trained with the same budget, by the next layer's output, which lookahead minimizes."""
     reference, after = copy.deepcopy(model), {}
     hidden, keywords = first_layer_inputs(reference, ids)
     for lookahead in (0, 1):
@@ -140,7 +140,7 @@ def test_streams_in_a_file_give_the_same_bits(model, ids):
 
 
 def test_streams_that_do_not_fit_on_the_disk_are_an_error(model, ids, tmp_path, monkeypatch):
-    """Not a bus error of the first write into a mapped file."""
+    """Without the check, the first write into a mapped file would be a bus error."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
@@ -224,7 +224,7 @@ def test_bad_calibration_is_refused(model):
 
 
 def test_the_start_weighs_each_input_by_its_size(model, ids, monkeypatch):
-    """The sums of squares that the clip search gets, against hooks on the whole float model."""
+    """Compares the sums of squares that the clip search gets with hooks on the float model."""
     seen: list[torch.Tensor] = []
     expected: dict[str, torch.Tensor] = {}
     real = UniformQuantizer.init_clip_search

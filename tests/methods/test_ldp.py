@@ -1,4 +1,4 @@
-"""Learnable direct partitioning and its relatives: stored values exactly, gradients against finite differences."""
+"""The trained quantizers: stored values exactly, and gradients against finite differences."""
 
 import math
 
@@ -108,7 +108,7 @@ def test_chunks_and_strides_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def plain(quantizer: LearnableDirectPartitioning, weight: Tensor, values: dict[str, Tensor]) -> Tensor:
-    """The formulas of the class in float64, without the snap, for whole groups: what finite differences are of."""
+    """The formulas of the class in float64, without the snap, for full groups: the base of finite differences."""
     groups = weight.double().unflatten(1, (-1, quantizer.group_size))
     low = torch.sigmoid(values["beta"]) * groups.amin(-1)
     high = torch.sigmoid(values["gamma"]) * groups.amax(-1)
@@ -129,7 +129,7 @@ def test_parameter_gradients_are_finite_differences(bits: int) -> None:
     upstream = torch.randn((3, 128), generator=generator(1))
     quantizer = scattered(LearnableDirectPartitioning(weight.shape, bits, 64))
     start = {name: parameter.detach().double() for name, parameter in quantizer.named_parameters()}
-    # A weight next to a threshold takes another level once the levels are snapped: it has no say here.
+    # Weights next to a threshold are left out: the snap gives them another level.
     upstream[(plain(quantizer, weight, start) - quantizer(weight).detach()).abs() > 0.02] = 0.0
     assert int(upstream.count_nonzero()) > 350
     quantizer(weight).backward(upstream)
@@ -188,7 +188,7 @@ def test_uniform_gradients_against_autograd(group_size: int) -> None:
     position = (reference / s + z).clamp(0, 7)
     code = position + (position.round() - position).detach()
     value = (code - z) * s
-    # A weight next to a threshold takes another level once the levels are snapped: it has no say here.
+    # Weights next to a threshold are left out: the snap gives them another level.
     upstream[(value - quantizer(weight)).detach().abs() > 0.02] = 0.0
     assert int(upstream.count_nonzero()) > 250
     quantizer(weight).backward(upstream)

@@ -1,4 +1,4 @@
-"""rotate_model: what it refuses, by name, and leaves as it was."""
+"""rotate_model refuses bad arguments and models, names the cause, and leaves the model unchanged."""
 
 import copy
 import re
@@ -78,7 +78,7 @@ def test_refuses_what_is_no_plain_float_model(models) -> None:
         with pytest.raises(ValueError, match="must not be rotated yet"):
             rotate_model(model, "gsr", group_size=32)
     model = copy.deepcopy(models["llama"])
-    rotate_model(model, "walsh", r2=False, r3=False, r4=False)  # nothing in the model itself shows R1
+    rotate_model(model, "walsh", r2=False, r3=False, r4=False)  # only the record shows R1
     with pytest.raises(ValueError, match="must not be rotated yet, got one with Rotated"):
         rotate_model(copy.deepcopy(model), "hadamard", r3=False, r4=False)
     model = copy.deepcopy(models["gemma2"])

@@ -18,7 +18,7 @@ def generator(seed: int) -> torch.Generator:
 
 
 def table(packed) -> torch.Tensor:
-    """int64 [N, groups, 2**bits], also of a weight that stores the first level only."""
+    """int64 [N, groups, 2**bits], also for a weight that stores only the first level."""
     levels = packed.as_table().levels
     return levels.to(torch.int64)
 
@@ -41,7 +41,7 @@ def test_levels_are_a_progression_and_forward_is_what_is_stored(
     weight = ((torch.randn((rows, in_features), generator=generator(seed)) + shift) * magnitude).to(dtype)
     quantizer = UniformQuantizer(weight.shape, bits, group_size)
     quantizer.init_clip_search(weight)
-    with torch.no_grad():  # anywhere, as a training may leave them
+    with torch.no_grad():  # arbitrary values, as after a training
         quantizer.scale.mul_(torch.randn(quantizer.scale.shape, generator=generator(seed + 1)) + 0.5)
         quantizer.zero.add_(torch.randn(quantizer.zero.shape, generator=generator(seed + 2)) * 4)
     packed = quantizer.export(weight)
@@ -52,7 +52,7 @@ def test_levels_are_a_progression_and_forward_is_what_is_stored(
     assert value.dtype == dtype
     assert torch.equal(value, packed.dequantize().to(dtype))
 
-    # Against the definition, in float64: the nearest of the levels, as far as their values go.
+    # By the definition, in float64: the nearest of the levels.
     values = levels.double() * packed.scales.double()[..., None] * packed.tensor_scale.double()
     groups = torch.arange(in_features) // group_size
     distance = (weight.double()[..., None] - values[:, groups]).abs().amin(-1)
@@ -67,7 +67,7 @@ def test_the_start_reaches_from_minimum_to_maximum(bits, shift):
     quantizer = UniformQuantizer(weight.shape, bits, 64)
     quantizer.init_uniform(weight)
     error = (quantizer(weight) - weight).abs().view(8, 4, 64).amax(-1)
-    # Half a step, and half of the zero-point's own step.
+    # Half a step, and half a step of the zero-point.
     assert bool((error <= quantizer.scale * (0.5 + 0.5 / 2 ** (7 - bits) + 2**-9)).all())
 
 
@@ -77,12 +77,12 @@ def test_weights_that_are_all_far_from_zero(bits, sign):
     weight = sign * torch.linspace(10.0, 11.0, 64).view(1, 64)
     quantizer = UniformQuantizer(weight.shape, bits, 64)
     quantizer.init_uniform(weight)
-    # int8 cannot hold the levels of such a range alone; those nearest to zero are not used.
+    # int8 cannot hold levels of this range only. Levels nearer to zero stay unused.
     assert float(quantizer.levels().detach().abs().max()) == pytest.approx(11.0)
     value = quantizer(weight).detach()
     assert float((value - weight).abs().max()) <= float(quantizer.scale.detach().max()) * (0.5 + 2**-9)
     assert torch.equal(value, quantizer.export(weight).dequantize())
-    quantizer.init_clip_search(weight)  # not of larger error than the range that it starts from
+    quantizer.init_clip_search(weight)  # its error is at most that of the full range
     assert float((quantizer(weight) - weight).detach().square().sum()) <= 1.1 * float((value - weight).square().sum())
 
 

@@ -19,7 +19,7 @@ from ...models import Layer, describe
 from ...nn.quant_linear import QuantLinear
 from ...ops.checks import check_clip, check_one_of
 from ...ops.quantize_activation import quantize_activation
-from ..layers import check_calibration_ids, check_vocabulary, first_layer_inputs, float_linears, run_layer
+from ..layers import check_calibration_ids, first_layer_inputs, float_linears, run_layer
 from ..student import fake_quantized_kv
 from .quantize_weight import (
     Chooser,
@@ -122,7 +122,6 @@ def gptq_quantize_model(
     check_clip(where, act_clip, "act_clip")
     check_clip(where, kv_clip, "kv_clip")
     architecture = describe(model)
-    check_vocabulary(model, calibration_ids, where)
     linears = float_linears(model, architecture, where)
     options = (bits, group_size, levels, damping, block)
     for name, linear in linears.items():

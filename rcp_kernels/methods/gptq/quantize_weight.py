@@ -17,8 +17,7 @@ from ...ops.checks import check_int
 from ...ops.clip_search import clip_search
 from ...ops.gptq_round import gptq_round
 from ...ops.kmeans_levels import kmeans_levels
-from ...ops.quantize_weight import quantize_weight, uniform_levels
-from ..group_quantizer import for_each_group
+from ...ops.quantize_weight import for_each_group, quantize_weight, uniform_levels
 
 __all__ = [
     "Chooser",
@@ -197,25 +196,17 @@ def factor_hessian(hessian: Tensor, damping: float, where: str) -> Factor:
         damping = min(max(10 * damping, _FIRST_DAMPING), _MAX_DAMPING)
 
 
-def _uniform(groups: Tensor, importance: Tensor | None, bits: int) -> Tensor:
-    return uniform_levels(groups, 2**bits)
-
-
-def _clip(groups: Tensor, importance: Tensor | None, bits: int) -> Tensor:
+def _clip_levels(groups: Tensor, importance: Tensor | None, bits: int) -> Tensor:
     ratios = clip_search(groups, 2**bits, importance)
     ends = torch.stack([groups.amin(1) * ratios[:, 0], groups.amax(1) * ratios[:, 1]], 1)
     ends[:, 1] = torch.maximum(ends[:, 0], ends[:, 1])
     return uniform_levels(ends, 2**bits)
 
 
-def _kmeans(groups: Tensor, importance: Tensor | None, bits: int) -> Tensor:
-    return kmeans_levels(groups, 2**bits, importance)
-
-
 _CHOOSERS: dict[str, Callable[[Tensor, Tensor | None, int], Tensor]] = {
-    "uniform": _uniform,
-    "clip": _clip,
-    "kmeans": _kmeans,
+    "uniform": lambda groups, importance, bits: uniform_levels(groups, 2**bits),
+    "clip": _clip_levels,
+    "kmeans": lambda groups, importance, bits: kmeans_levels(groups, 2**bits, importance),
 }
 
 

@@ -6,7 +6,7 @@ public, and this form of the loss is ours::
 
     L_l = smooth_l1(F_{l+1}(F_l(h_q; Q(W_l))), F_{l+1}(F_l(h_fp)))        h_q: quantized path, h_fp: floating point path
 
-The last layer is compared by its own output. With ``lookahead=0`` every layer is.
+The loss of the last layer compares the layer's own output. With ``lookahead=0`` the loss of every layer does.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class LaquantConfig:
 
     def __post_init__(self) -> None:
         where = "LaquantConfig"
-        check_one_of(where, "lookahead", self.lookahead, (0, 1), "0 compares the layer's own output, 1 the next one's")
+        check_one_of(where, "lookahead", self.lookahead, (0, 1), "1 looks one layer ahead")
         check_int(where, "epochs", self.epochs, 1, "2 are usual")
         check_int(where, "batch_size", self.batch_size, 1, "4 sequences are usual")
         check_one_of(where, "dtype", self.dtype, ("float32", "bfloat16"))

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ...ops.checks import check_int
+from ...ops.checks import check_clip, check_int
 from .block_reconstruction import BlockConfig
 
 __all__ = ["PRESETS", "RcpConfig", "TrainResult"]
@@ -72,6 +72,8 @@ class RcpConfig:
         least = {"steps": 0, "batch": 1, "micro_batch": 1, "workers": 1, "validate_every": 1, "checkpoint_every": 1}
         for name, value in least.items():
             check_int("RcpConfig", name, getattr(self, name), value, "raise it")
+        check_clip("RcpConfig", self.act_clip, "act_clip")
+        check_clip("RcpConfig", self.kv_clip, "kv_clip")
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain JSON types."""

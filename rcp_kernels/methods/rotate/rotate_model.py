@@ -90,10 +90,6 @@ def rotate_model(
     if r4_group_size is None and grouped:
         r4_group_size = group_size
     head, embed = model.get_submodule(architecture.head), model.get_submodule(architecture.embed)
-    if rotation_of(model) is not None:
-        raise ValueError(
-            f"rotate_model: the model must not be rotated yet, got one with {rotation_of(model)}; load it again"
-        )
     # Without a gain in the final norm, the embedding's rotation is all that a shared weight needs.
     shared = rotates and head.weight is embed.weight and _has_gain(model, architecture)
     record = Rotated(
@@ -151,7 +147,11 @@ def apply_structure(model: nn.Module, record: Rotated) -> None:
 
 
 def _check_layers(model: nn.Module, architecture: Architecture, values: bool = True) -> None:
-    """Raise ValueError or TypeError for layers that cannot be rotated, before any layer is."""
+    """Raise ValueError or TypeError for a model that cannot be rotated, before anything is changed."""
+    if rotation_of(model) is not None:
+        raise ValueError(
+            f"rotate_model: the model must not be rotated yet, got one with {rotation_of(model)}; load it again"
+        )
     a = architecture
     widths = {
         "q": (a.hidden_size, a.num_heads * a.head_dim),
@@ -180,17 +180,6 @@ def _check_layers(model: nn.Module, architecture: Architecture, values: bool = T
             )
         if values and linear.weight.is_meta:
             raise ValueError(f"rotate_model: {name} must have values, got the meta device; load the weights first")
-    for layer in a.layers:
-        for name, attribute in (
-            (layer.attention, "qk_rotation"),
-            (layer.attention_output_norm, "output_rotation"),
-            (layer.mlp_output_norm, "output_rotation"),
-            (a.final_norm, "basis_rotation"),
-        ):
-            if name is not None and hasattr(model.get_submodule(name), attribute):
-                raise ValueError(
-                    f"rotate_model: {name} must not be rotated yet, got one with {attribute}; load the model again"
-                )
 
 
 def _check_values(model: nn.Module, architecture: Architecture, plan: Plan, tied: bool) -> None:
