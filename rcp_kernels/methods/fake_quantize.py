@@ -7,17 +7,17 @@ the true one for weights that keep their level, so autograd trains any parameter
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..formats import LARGEST_SCALE_EXPONENT, LEVEL_MAX
+from ..formats import LEVEL_MAX
+from ..formats.levels import tensor_scale_exponent
 from ..ops.quantize_weight import whole_and_tail
 
-__all__ = ["fake_quantize", "group_range", "snap", "tensor_scale_exponent"]
+__all__ = ["fake_quantize", "group_range", "snap"]
 
 # On the CPU the temporaries of such a chunk fit a core's L2 cache, and torch runs operators below 32768 elements on one
 # thread. With two threads, on cores that other processes used too, each of the 20 short operators of a chunk waited up
@@ -77,14 +77,6 @@ def fake_quantize(
     dtype = weight.dtype if dtype is None else dtype
     table = snap(levels.detach()) if table is None else table.detach()
     return _FakeQuantize.apply(weight, levels, table, group_size, dtype, through_rounding)
-
-
-def tensor_scale_exponent(scales: Tensor) -> int:
-    """Exponent of the tensor scale that ``formats.snap_levels`` gives to these group scales; 0 for NaN or Inf."""
-    peak = float(scales.max())
-    if not 0.0 < peak < math.inf:
-        return 0
-    return min(max(math.frexp(peak)[1] - 1 - LARGEST_SCALE_EXPONENT, -126), 127)
 
 
 def snap(levels: Tensor) -> Tensor:

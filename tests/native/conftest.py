@@ -1,8 +1,7 @@
 """The compiled kernels, without torch."""
 
-import pytest
-
 import build
+import pytest
 
 
 @pytest.fixture(scope="session")
