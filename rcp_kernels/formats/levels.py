@@ -13,6 +13,8 @@ __all__ = [
     "check_ascending",
     "snap_levels",
     "tensor_scale_exponent",
+    "uniform_grid",
+    "uniform_range",
     "uniform_step",
 ]
 
@@ -80,6 +82,45 @@ def tensor_scale_exponent(scales: Tensor) -> int:
         return 0
     # Within float32's normal numbers a product with the tensor scale is exact.
     return min(max(math.frexp(peak)[1] - 1 - LARGEST_SCALE_EXPONENT, -126), 127)
+
+
+def uniform_range(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Extend the ranges of uniform groups until 2**bits evenly spaced levels fit int8.
+
+    Zero then lies between one step below the first level and the last level. A group of equal weights gets a range from
+    zero to them: no scale puts all levels on one value except zero.
+
+    Args:
+        low, high: floating point, of one shape.
+        bits: 2, 3 or 4.
+
+    Returns:
+        The new ``low`` and ``high``.
+    """
+    last, step = 2**bits - 1, uniform_step(bits)
+    flat = high <= low
+    below = (LEVEL_MAX - last * step) / step
+    low = torch.minimum(low, torch.where(flat, 0.0, high * (below / (below + last))))
+    above = LEVEL_MAX / step
+    return low, torch.maximum(high, torch.where(flat, 0.0, low * (1.0 - last / above)))
+
+
+def uniform_grid(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Evenly spaced int8 levels of groups with these ranges, and the group scales before they are rounded to float16.
+
+    Args:
+        low, high: floating point [...], the smallest and the largest weight of each group.
+        bits: 2, 3 or 4.
+
+    Returns:
+        levels int8 [..., 2**bits], ``first + i * uniform_step(bits)`` with one integer ``first`` per group; and scales
+        float64 [...], so that ``levels * scales`` spans the range.
+    """
+    last, step = 2**bits - 1, uniform_step(bits)
+    low, high = uniform_range(low.to(torch.float64), high.to(torch.float64), bits)
+    scales = (high - low) / (last * step)
+    first = torch.where(scales > 0, low / scales, 0.0).round().clamp(-LEVEL_MAX, LEVEL_MAX - last * step)
+    return (first[..., None] + torch.arange(2**bits, device=low.device) * step).to(torch.int8), scales
 
 
 def check_ascending(levels: Tensor) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..formats import LEVEL_MAX, PackedWeight, tensor_scale_exponent, uniform_step
+from ..formats.levels import uniform_range
 from ..ops.nearest_codes import nearest_codes
 from .fake_quantize import fake_quantize, group_range
 from .group_quantizer import GroupQuantizer
@@ -144,13 +145,7 @@ class UniformQuantizer(GroupQuantizer):
 
     def _init_range(self, low: Tensor, high: Tensor) -> None:
         last = 2**self.bits - 1
-        # Extend the range until its levels fit int8: zero is at most one step below the range, and not above it. For
-        # equal weights the levels run from zero to them: no scale puts all levels on one value except zero.
-        flat = high <= low
-        below = self._last_offset() / uniform_step(self.bits)
-        low = torch.minimum(low, torch.where(flat, 0.0, high * (below / (below + last))))
-        above = LEVEL_MAX / uniform_step(self.bits)
-        high = torch.maximum(high, torch.where(flat, 0.0, low * (1.0 - last / above)))
+        low, high = uniform_range(low, high, self.bits)
         scale = (high - low) / last
         self.scale.copy_(scale)
         self.zero.copy_(torch.where(scale > 0, -low / scale, 0.0))

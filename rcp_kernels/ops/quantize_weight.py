@@ -9,10 +9,12 @@ from torch import Tensor
 
 from ..formats import PackedWeight, check_bits, check_group_size, num_groups, snap_levels
 from ..formats.codes import row_chunks
+from ..formats.levels import tensor_scale_exponent, uniform_grid
+from .clip_search import clip_search
 from .kmeans_levels import kmeans_levels
 from .nearest_codes import CHUNK_WEIGHTS, nearest_codes
 
-__all__ = ["for_each_group", "quantize_weight", "uniform_levels", "whole_and_tail"]
+__all__ = ["LEVELS", "UNIFORM_LEVELS", "for_each_group", "quantize_weight", "whole_and_tail"]
 
 
 def quantize_weight(
@@ -24,9 +26,12 @@ def quantize_weight(
         weight: floating point [N, K] = [out_features, in_features], finite.
         bits: bits a code: 2, 3 or 4.
         group_size: consecutive weights of a row that share a table: 32, 64, 128 or K. It need not divide K.
-        levels: ``"uniform"``: evenly spaced from the group's minimum to its maximum. ``"kmeans"``: the levels of least
-            squared error that Lloyd's algorithm finds for each group (Lloyd 1982). Or a floating point tensor
-            [N, ceil(K/group_size), 2**bits] of ascending levels in units of the weight.
+        levels: ``"uniform"``: evenly spaced from the group's minimum to its maximum. ``"clip"``: evenly spaced over the
+            best of 72 narrower ranges (:func:`rcp_kernels.ops.clip_search`). ``"kmeans"``: the levels of least squared
+            error that Lloyd's algorithm finds for each group (Lloyd 1982). Or a floating point tensor
+            [N, ceil(K/group_size), 2**bits] of ascending levels in units of the weight. Evenly spaced levels store no
+            tables: the packed weight is of kind ``"uniform"``, and its zero-points are rounded to ``2**(bits - 7)``
+            levels.
 
     Returns:
         The packed weight, on the device of ``weight``.
@@ -41,6 +46,15 @@ def quantize_weight(
     rows, in_features = weight.shape
     check_group_size(group_size, in_features)
     shape = (rows, num_groups(in_features, group_size), 2**bits)
+    if isinstance(levels, str) and levels in UNIFORM_LEVELS:
+        choose_range = UNIFORM_LEVELS[levels]
+        ends = for_each_group(weight, group_size, lambda groups, _: choose_range(groups, bits))
+        snapped, exact = uniform_grid(ends[..., 0], ends[..., 1], bits)
+        exponent = tensor_scale_exponent(exact)
+        scales = (exact * 2.0**-exponent).to(torch.float16)
+        return _pack(
+            weight, snapped, scales, torch.tensor(2.0**exponent, device=weight.device), group_size
+        ).as_uniform()
     if isinstance(levels, Tensor):
         if tuple(levels.shape) != shape:
             raise ValueError(
@@ -50,23 +64,28 @@ def quantize_weight(
         # Meta levels cannot be moved; snap_levels refuses them.
         values = levels.detach() if levels.is_meta else levels.detach().to(weight.device)
     elif isinstance(levels, str):
-        if levels not in _CHOOSERS:
+        if levels not in LEVELS:
             raise ValueError(
-                f"quantize_weight: levels must be one of {tuple(_CHOOSERS)} or a tensor of levels, got {levels!r}; "
+                f"quantize_weight: levels must be one of {LEVELS} or a tensor of levels, got {levels!r}; "
                 f"check the spelling"
             )
-        choose = _CHOOSERS[levels]
-        values = for_each_group(weight, group_size, lambda groups, _: choose(groups, 2**bits))
+        values = for_each_group(weight, group_size, lambda groups, _: kmeans_levels(groups, 2**bits))
     else:
         raise TypeError(
-            f"quantize_weight: levels must be one of {tuple(_CHOOSERS)} or a tensor of levels, got "
+            f"quantize_weight: levels must be one of {LEVELS} or a tensor of levels, got "
             f"{type(levels).__name__}; convert with torch.as_tensor"
         )
-    snapped, scales, tensor_scale = snap_levels(values)
-    table = snapped.to(torch.float32) * scales.to(torch.float32)[..., None] * tensor_scale
+    return _pack(weight, *snap_levels(values), group_size)
+
+
+def _pack(weight: Tensor, levels: Tensor, scales: Tensor, tensor_scale: Tensor, group_size: int) -> PackedWeight:
+    """Give each weight the code of its nearest stored level."""
+    rows, in_features = weight.shape
+    table = levels.to(torch.float32) * scales.to(torch.float32)[..., None] * tensor_scale
     codes = nearest_codes(weight, table, group_size, packed=True)
+    bits = levels.shape[-1].bit_length() - 1
     return PackedWeight(
-        codes, snapped.contiguous(), scales, tensor_scale, bits, group_size, in_features, rows
+        codes, levels.contiguous(), scales, tensor_scale, bits, group_size, in_features, rows
     ).validate()
 
 
@@ -145,13 +164,22 @@ def for_each_group(
     return torch.cat(chunks)
 
 
-def uniform_levels(groups: Tensor, count: int) -> Tensor:
-    """[C, length] -> [C, count], evenly spaced from each group's minimum to its maximum."""
-    # In float64 the span of a group cannot overflow. Rounding keeps this form ascending. A weighted sum of the two ends
-    # would not be ascending for a constant group.
-    low, high = (end.to(torch.float64) for end in groups.aminmax(dim=1, keepdim=True))
-    position = torch.linspace(0.0, 1.0, count, dtype=torch.float64, device=groups.device)
-    return (low + (high - low) * position).to(torch.float32)
+def full_range(groups: Tensor, bits: int, importance: Tensor | None = None) -> Tensor:
+    """[C, length] -> [C, 2]: the smallest and the largest weight of each group."""
+    return torch.stack(groups.aminmax(dim=1), 1)
 
 
-_CHOOSERS: dict[str, Callable[[Tensor, int], Tensor]] = {"uniform": uniform_levels, "kmeans": kmeans_levels}
+def clip_range(groups: Tensor, bits: int, importance: Tensor | None = None) -> Tensor:
+    """[C, length] -> [C, 2]: the range of least squared error, each weight's error times its importance [C, length]."""
+    ends = full_range(groups, bits)
+    # Equal weights need no search: every range up to them has the same error.
+    ends = torch.where((ends[:, :1] == ends[:, 1:]), ends, ends * clip_search(groups, 2**bits, importance))
+    # The two shares can move the ends of a group past each other.
+    ends[:, 1] = torch.maximum(ends[:, 0], ends[:, 1])
+    return ends
+
+
+UNIFORM_LEVELS: dict[str, Callable[..., Tensor]] = {"uniform": full_range, "clip": clip_range}
+"""How evenly spaced levels are chosen: (groups, bits, importance) -> ranges."""
+
+LEVELS = (*UNIFORM_LEVELS, "kmeans")

@@ -68,7 +68,7 @@ class Recipe:
         kv_bits: bits of the key/value cache: 4 or 16. None: 4 for rcp, else 16.
         group_size: weights that share one table of levels: 32, 64 or 128. None: the largest that divides the model's
             sizes.
-        levels: "uniform" or "kmeans" for rtn; "uniform", "clip" or "kmeans" for gptq. rcp starts from "kmeans" unless
+        levels: "uniform", "clip" or "kmeans" for rtn and gptq. rcp starts from "kmeans" unless
             ``training`` has another ``init``.
         preset: the budget of rcp: "quick" or "full".
         text: the calibration or training text. A UTF-8 file; "dataset:NAME"; "generated", written by the model;
@@ -123,8 +123,6 @@ class Recipe:
                 f"recipe: laquant is for weights only and takes no rotation, got a_bits={self.a_bits} and rotation="
                 f"{self.rotation!r}; pass --a-bits 16 --rotation none"
             )
-        if self.method == "rtn" and self.levels == "clip":
-            raise ValueError('recipe: levels of rtn must be "uniform" or "kmeans", got "clip"; use gptq for "clip"')
         if self.method not in ("rcp", "laquant") and self.training:
             raise ValueError(
                 f"recipe: training must be empty with method {self.method}, which trains nothing, got "

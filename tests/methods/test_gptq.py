@@ -47,6 +47,7 @@ def test_beats_round_to_nearest(bits: int, group_size: int, levels: str) -> None
     weight, hessian = problem(24, 150)  # tails of 22 and 86 columns
     packed = gptq_quantize_weight(weight, hessian, bits=bits, group_size=group_size, levels=levels)
     assert (packed.bits, packed.group_size) == (bits, group_size)
+    assert packed.kind == ("table" if levels == "kmeans" else "uniform")
     rtn = round_to_nearest(weight, bits, group_size, levels)
     assert relative_error(weight, packed.dequantize(), hessian) < 0.8 * relative_error(weight, rtn, hessian)
 

@@ -64,12 +64,35 @@ def test_kmeans_is_exact_for_few_distinct_values() -> None:
 def test_uniform_levels_span_the_group() -> None:
     weight = torch.linspace(-3.0, 3.0, 64)[None]
     packed = quantize_weight(weight, 2, 64, "uniform")
-    assert packed.levels.tolist() == [[[-127, -42, 42, 127]]]  # -3, -1, 1, 3 in 127ths of 3
+    # -3, -1, 1, 3 in 16ths. No table is stored: the other levels follow from the first one.
+    assert (packed.kind, packed.levels.tolist()) == ("uniform", [[[-48]]])
+    assert packed.dequantize().unique().tolist() == [-3.0, -1.0, 1.0, 3.0]
     assert packed.unpack()[0, [0, 31, 32, 63]].tolist() == [0, 1, 2, 3]
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("offset", [0.0, 0.3, -0.3, 5.0])
+def test_uniform_levels_are_half_a_step_away_at_most(bits: int, offset: float) -> None:
+    """And half an int8 level, by which the zero-point is rounded. Ranges without zero are extended to it."""
+    weight = (torch.rand((40, 190), generator=torch.Generator().manual_seed(0)) - 0.5 + offset).double()
+    packed = quantize_weight(weight.float(), bits, 64, "uniform")
+    groups = [weight[:, first : first + 64] for first in range(0, 190, 64)]
+    error = (packed.dequantize().double() - weight).abs()
+    for index, group in enumerate(groups):
+        high, low = group.amax(1).clamp(min=0.0), group.amin(1).clamp(max=0.0)
+        bound = (high - low) / (2**bits - 1) * (0.5 + 0.5 / 2 ** (7 - bits)) * (1 + 2**-9)
+        assert bool((error[:, 64 * index : 64 * index + group.shape[1]] <= bound[:, None]).all())
+
+
+def test_clip_is_better_than_the_whole_range() -> None:
+    weight = torch.randn((64, 256), generator=torch.Generator().manual_seed(0))
+    clip = relative_error(weight, bits=2, group_size=64, levels="clip")
+    assert clip < 0.8 * relative_error(weight, bits=2, group_size=64, levels="uniform")
+    assert quantize_weight(weight, 2, 64, "clip").kind == "uniform"
+
+
 @pytest.mark.parametrize("magnitude", [1e-38, 1e-12, 1e-6, 1.0, 1e4, 1e30])
-@pytest.mark.parametrize("levels", ["uniform", "kmeans"])
+@pytest.mark.parametrize("levels", ["uniform", "clip", "kmeans"])
 def test_any_magnitude_survives(magnitude: float, levels: str) -> None:
     weight = torch.randn((4, 256), generator=torch.Generator().manual_seed(0))
     reference = relative_error(weight, bits=3, group_size=64, levels=levels)
@@ -78,7 +101,7 @@ def test_any_magnitude_survives(magnitude: float, levels: str) -> None:
     )
 
 
-@pytest.mark.parametrize("levels", ["uniform", "kmeans"])
+@pytest.mark.parametrize("levels", ["uniform", "clip", "kmeans"])
 @pytest.mark.parametrize("value", [0.0, 1.0, -0.5, 3e38, 1e-42])
 def test_constant_groups(levels: str, value: float) -> None:
     weight = torch.full((2, 100), value)
@@ -89,7 +112,7 @@ def test_constant_groups(levels: str, value: float) -> None:
 
 def test_range_of_float32_does_not_overflow() -> None:
     weight = torch.tensor([[-3e38, 3e38, -3e38, 1e38] * 8])
-    for levels in ("uniform", "kmeans"):
+    for levels in ("uniform", "clip", "kmeans"):
         torch.testing.assert_close(quantize_weight(weight, 2, 32, levels).dequantize(), weight, rtol=0.02, atol=0)
 
 
@@ -150,7 +173,9 @@ def test_bad_input() -> None:
         quantize_weight(weight, levels=levels)
     with pytest.raises(ValueError, match=r"meta device.*load the checkpoint"):
         quantize_weight(weight.to("meta"))
-    with pytest.raises(ValueError, match=r"levels must be one of \('uniform', 'kmeans'\).*got 'k-means'; check"):
+    with pytest.raises(
+        ValueError, match=r"levels must be one of \('uniform', 'clip', 'kmeans'\).*got 'k-means'; check"
+    ):
         quantize_weight(weight, levels="k-means")
     with pytest.raises(TypeError, match=r"tensor of levels, got list; convert"):
         quantize_weight(weight, levels=[0.0])  # type: ignore[arg-type]

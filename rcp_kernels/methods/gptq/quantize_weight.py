@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from ...formats import LEVEL_MAX, PackedWeight, check_bits, check_group_size, num_groups
+from ...formats.levels import uniform_grid
 from ...ops.checks import check_int
-from ...ops.clip_search import clip_search
 from ...ops.gptq_round import gptq_round
 from ...ops.kmeans_levels import kmeans_levels
-from ...ops.quantize_weight import for_each_group, quantize_weight, uniform_levels
+from ...ops.quantize_weight import LEVELS, UNIFORM_LEVELS, for_each_group, quantize_weight
 
 __all__ = [
     "Chooser",
@@ -127,10 +127,8 @@ def check_arguments(
         check_group_size(group_size, weight.shape[1])
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
-    if not (isinstance(levels, Tensor) or callable(levels) or levels in _CHOOSERS):
-        raise ValueError(
-            f"{where}: levels must be one of {tuple(_CHOOSERS)} or a function, got {levels!r}; check the spelling"
-        )
+    if not (isinstance(levels, Tensor) or callable(levels) or levels in LEVELS):
+        raise ValueError(f"{where}: levels must be one of {LEVELS} or a function, got {levels!r}; check the spelling")
     if not 0.0 <= damping <= _MAX_DAMPING:
         raise ValueError(f"{where}: damping must be in [0, {_MAX_DAMPING}], got {damping}; 0.01 is usual")
     check_int(where, "block", block, 1, "128 columns are usual")
@@ -196,30 +194,30 @@ def factor_hessian(hessian: Tensor, damping: float, where: str) -> Factor:
         damping = min(max(10 * damping, _FIRST_DAMPING), _MAX_DAMPING)
 
 
-def _clip_levels(groups: Tensor, importance: Tensor | None, bits: int) -> Tensor:
-    ratios = clip_search(groups, 2**bits, importance)
-    ends = torch.stack([groups.amin(1) * ratios[:, 0], groups.amax(1) * ratios[:, 1]], 1)
-    ends[:, 1] = torch.maximum(ends[:, 0], ends[:, 1])
-    return uniform_levels(ends, 2**bits)
+_Snapper = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+"""(columns of a group [N, length], their importance, tensor scales [N]) -> int8 levels [N, L], float16 scales [N]."""
 
 
-_CHOOSERS: dict[str, Callable[[Tensor, Tensor | None, int], Tensor]] = {
-    "uniform": lambda groups, importance, bits: uniform_levels(groups, 2**bits),
-    "clip": _clip_levels,
-    "kmeans": lambda groups, importance, bits: kmeans_levels(groups, 2**bits, importance),
-}
+def _snapper(levels: str | Chooser, bits: int) -> _Snapper:
+    if isinstance(levels, str) and levels in UNIFORM_LEVELS:
+        choose_range = UNIFORM_LEVELS[levels]
 
+        def uniform(columns: Tensor, importance: Tensor, tensor_scale: Tensor) -> tuple[Tensor, Tensor]:
+            low, high = choose_range(columns, bits, importance).unbind(1)
+            table, scales = uniform_grid(low, high, bits)
+            return table, _stored_scales(scales, tensor_scale)
 
-def _chooser(levels: str | Chooser, bits: int) -> Chooser:
-    if not isinstance(levels, str):
-        return levels
-    choose = _CHOOSERS[levels]
-    return lambda groups, importance: choose(groups, importance, bits)
+        return uniform
+    if isinstance(levels, str):
+        return lambda columns, importance, tensor_scale: _snap(
+            kmeans_levels(columns, 2**bits, importance), tensor_scale
+        )
+    return lambda columns, importance, tensor_scale: _snap(levels(columns, importance), tensor_scale)
 
 
 def round_to_nearest(weight: Tensor, bits: int, group_size: int, levels: str | Chooser) -> Tensor:
     """The baseline, float32: levels of the same kind for the original weight, and every weight's nearest level."""
-    chosen = for_each_group(weight, group_size, _chooser(levels, bits))
+    chosen = levels if isinstance(levels, str) else for_each_group(weight, group_size, levels)
     return quantize_weight(weight, bits, group_size, chosen).dequantize()
 
 
@@ -246,10 +244,7 @@ def quantize_rows(
             f"{tuple(levels.shape)}; expand a shared table to every group"
         )
     tensor_scales = torch.cat([torch.full((w.shape[0],), _tensor_scale(w, levels)) for w in weights]).to(stacked.device)
-    if isinstance(levels, Tensor):
-        chosen: Tensor | Chooser = levels.to(stacked)
-    else:
-        chosen = _chooser(levels, bits)
+    chosen = levels.to(stacked) if isinstance(levels, Tensor) else _snapper(levels, bits)
     codes, tables, scales = _solve(stacked, factor, group_size, chosen, block, tensor_scales)
     packed = []
     start = 0
@@ -257,9 +252,8 @@ def quantize_rows(
         part = slice(start, start + weight.shape[0])
         start = part.stop
         kept, tensor_scale = _normalize(scales[part], float(tensor_scales[part.start]))
-        packed.append(
-            PackedWeight.pack(codes[part], tables[part], kept, tensor_scale, bits=bits, group_size=group_size)
-        )
+        each = PackedWeight.pack(codes[part], tables[part], kept, tensor_scale, bits=bits, group_size=group_size)
+        packed.append(each.as_uniform() if isinstance(levels, str) and levels in UNIFORM_LEVELS else each)
     return packed
 
 
@@ -286,7 +280,7 @@ def _normalize(scales: Tensor, tensor_scale: float) -> tuple[Tensor, float]:
 
 
 def _solve(
-    weight: Tensor, factor: Factor, group_size: int, levels: Tensor | Chooser, block: int, tensor_scale: Tensor
+    weight: Tensor, factor: Factor, group_size: int, levels: Tensor | _Snapper, block: int, tensor_scale: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Round all columns of a float32 weight [N, K] with error feedback; overwrites the weight.
 
@@ -306,14 +300,13 @@ def _solve(
         for first in range(0, stop - start, group_size):
             last = min(first + group_size, stop - start)
             if isinstance(levels, Tensor):
-                chosen = levels[:, (start + first) // group_size]
+                table, scale = _snap(levels[:, (start + first) // group_size], tensor_scale)
             else:
                 columns = current[:, first:last].contiguous()
                 if not bool(torch.isfinite(columns).all()):
                     raise ValueError(f"weights must stay finite, got NaN or Inf: {_DIVERGED}")
                 importance = factor.importance[start + first : start + last]
-                chosen = levels(columns, importance.expand(columns.shape))
-            table, scale = _snap(chosen, tensor_scale)
+                table, scale = levels(columns, importance.expand(columns.shape), tensor_scale)
             tables.append(table)
             scales.append(scale)
             # These products are exact, so the feedback is computed from the values that are stored.
@@ -331,7 +324,11 @@ def _snap(levels: Tensor, tensor_scale: Tensor) -> tuple[Tensor, Tensor]:
     levels = levels.to(torch.float64)
     largest = levels.abs().amax(1)
     ratio = torch.where(largest > 0, LEVEL_MAX / largest, 0.0)
-    scales = (largest / LEVEL_MAX / tensor_scale).to(torch.float16)
-    if not bool(torch.isfinite(scales).all()):
+    return torch.round(levels * ratio[:, None]).to(torch.int8), _stored_scales(largest / LEVEL_MAX, tensor_scale)
+
+
+def _stored_scales(scales: Tensor, tensor_scale: Tensor) -> Tensor:
+    stored = (scales / tensor_scale).to(torch.float16)
+    if not bool(torch.isfinite(stored).all()):
         raise ValueError(f"levels must be finite and at most 4096 times the largest weight, got more: {_DIVERGED}")
-    return torch.round(levels * ratio[:, None]).to(torch.int8), scales
+    return stored
