@@ -61,6 +61,13 @@ test: $(STAMPS)/test ## run the tests
 	$(BIN)/python tests/native/build.py
 	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal $(PYTEST_ARGS)
 
+# Leaves out the kernels executed from their PTX, Triton's interpreter, the compilation of the native tests for every
+# instruction set, and everything marked slow.
+test-fast: export OMP_WAIT_POLICY ?= passive
+test-fast: $(STAMPS)/test ## run the tests that take less than two minutes together
+	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal -m "not slow" \
+	  $(addprefix --ignore=tests/,cuda native tools triton_kernels test_install.py) $(PYTEST_ARGS)
+
 # A second environment with the oldest transformers and what it pins, in front of the packages of the first one.
 test-oldest: export OMP_WAIT_POLICY ?= passive
 test-oldest: $(STAMPS)/test ## run the tests that touch transformers on the oldest release of it that is admitted

@@ -341,6 +341,7 @@ def test_an_error_on_the_way_leaves_the_old_model(tmp_path, monkeypatch, failing
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_the_old_model(tmp_path):
     first, config = quantized(seed=0)
     save_quantized(first, tmp_path / "out", config)

@@ -119,6 +119,7 @@ def cases(draw):
     }
 
 
+@pytest.mark.slow
 @settings(max_examples=200)
 @given(case=cases(), seed=st.integers(0, 2**16))
 def test_what_is_written_is_read_bit_equal(tmp_path_factory, case, seed):
@@ -286,6 +287,7 @@ def test_cast_floats_leaves_tables_and_refuses_overflow():
     assert model.config.dtype == torch.bfloat16
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "imports",
     [
@@ -357,6 +359,7 @@ def test_a_model_with_an_image_tower(tmp_path):
     assert torch.equal(logits(loaded), logits(model))
 
 
+@pytest.mark.slow
 def test_asking_for_the_module_spec_does_not_use_up_the_hook(tmp_path):
     model = float_model()
     quantize_model(model, 3, 32, 16)

@@ -110,6 +110,7 @@ def test_a_recipe_makes_the_same_model_again(run, model, text, tmp_path):
     assert json.loads((tmp_path / "three" / "report.json").read_text())["training"]["steps"] == 2
 
 
+@pytest.mark.slow
 def test_two_processes_that_share_a_model_make_what_one_makes(run, model, text, tmp_path):
     """quantize under torchrun with --shard: FSDP2 of accelerate over gloo."""
     pytest.importorskip("accelerate")
@@ -185,6 +186,7 @@ def test_a_training_that_stopped_goes_on_with_resume(run, model, text, tmp_path,
     assert torch.equal(logits(tmp_path / "out"), logits(tmp_path / "whole"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [

@@ -137,9 +137,7 @@ def test_a_zero_of_0_at_3_bits_has_two_readings_and_a_warning(seed):
     zeros = np.random.default_rng(seed).integers(0, 8, (3, 64))
     tensors, values = layer(3, 64, 96, version=2, seed=seed, zeros=zeros)
     tensors["qzeros"] = borrowed(zeros, 3)
-    with pytest.warns(
-        UserWarning, match=r"zero of 7 in row, group \[\d+, \d\] is read as 0 that has borrowed"
-    ) as found:
+    with pytest.warns(UserWarning, match=r"zero of 7 in row, group \[\d+, \d\] .*zero_of_all_ones") as found:
         imported = import_gptq(tensors, bits=3, group_size=32)
     assert found[0].filename == __file__
     assert torch.equal(imported.dequantize().double(), values)

@@ -77,6 +77,7 @@ def test_a_model_is_exported_saved_and_loaded(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 def test_aot_inductor_runs_what_was_compiled(tmp_path):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(96, 64), nn.GELU(), nn.Linear(64, 48), nn.LayerNorm(48)).eval()

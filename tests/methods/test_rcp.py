@@ -206,6 +206,7 @@ _KILLED = """
 """
 
 
+@pytest.mark.slow
 def test_kill_9_leaves_a_checkpoint_that_resumes_with_the_same_bits(tmp_path, one_thread):
     code = textwrap.dedent(_KILLED.format(tests=str(Path(__file__).parent), folder=str(tmp_path)))
     process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE)
@@ -304,6 +305,7 @@ _TWO = """
 """
 
 
+@pytest.mark.slow
 def test_two_processes_give_what_one_gives(tmp_path):
     pytest.importorskip("accelerate")
     script = tmp_path / "two.py"

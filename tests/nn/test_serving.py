@@ -198,6 +198,7 @@ def resident_bytes():
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads /proc")
 def test_nothing_is_left_behind():
     """Outputs of 17 kB and weights of 40 kB each: were one in ten kept, memory would grow by megabytes."""
@@ -282,6 +283,7 @@ def run_script(body):
     return result.stdout.split()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
 def test_fork_after_loading_and_warming_up_with_one_thread():
     """Torch's pool has not been started: children may use as many threads as they like."""
@@ -299,6 +301,7 @@ def test_fork_after_loading_and_warming_up_with_one_thread():
     assert found == ["0", "0", "True"]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
 def test_fork_while_threads_compute():
     """Torch's pool runs in the parent, and Python threads are inside the operator: the child sets one thread, as
