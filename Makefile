@@ -85,7 +85,7 @@ lint: $(STAMPS)/lint ## ruff, mypy, clang-format, the direction of imports
 # Every broken link and every unknown reference is an error.
 docs: $(STAMPS)/docs ## build the documentation site in build/site
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
-	$(BIN)/codespell README.md CHANGELOG.md docs/*.md docs/*/*.md
+	$(BIN)/codespell --ignore-words-list sequencies,aslo README.md CHANGELOG.md docs/*.md docs/*/*.md
 	$(BIN)/clang-format --dry-run --Werror $(CPP_FILES)
 
 format: $(STAMPS)/lint ## what lint can mend, mended
