@@ -81,12 +81,12 @@ lint: $(STAMPS)/lint ## ruff, mypy, clang-format, the direction of imports
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python tools/import_arrows.py
+	$(BIN)/clang-format --dry-run --Werror $(CPP_FILES)
 
 # Every broken link and every unknown reference is an error.
 docs: $(STAMPS)/docs ## build the documentation site in build/site
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 	$(BIN)/codespell --ignore-words-list sequencies,aslo README.md CHANGELOG.md docs/*.md docs/*/*.md
-	$(BIN)/clang-format --dry-run --Werror $(CPP_FILES)
 
 format: $(STAMPS)/lint ## what lint can mend, mended
 	$(BIN)/ruff check --fix .
