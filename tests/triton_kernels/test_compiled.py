@@ -26,7 +26,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from rcp_kernels.triton import walsh_transform as kernels  # noqa: E402
+from rcp_kernels.triton.walsh_transform import launch as kernels  # noqa: E402
 
 ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"

@@ -13,7 +13,7 @@ from ptx.triton_launch import ExecutedKernel
 from rcp_kernels.ops.reference import quantize_activation
 from rcp_kernels.ops.reference import walsh_transform as reference
 from rcp_kernels.ops.walsh_transform import transform_tables
-from rcp_kernels.triton import walsh_transform as kernels
+from rcp_kernels.triton.walsh_transform import launch as kernels
 
 HALF, BRAIN, SINGLE = torch.float16, torch.bfloat16, torch.float32
 

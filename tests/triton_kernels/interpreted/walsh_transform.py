@@ -12,7 +12,7 @@ from rcp_kernels.ops.reference import quantize_activation
 from rcp_kernels.ops.reference import walsh_transform as reference
 from rcp_kernels.ops.walsh_matrices import BASE_ORDERS, factor_size
 from rcp_kernels.ops.walsh_transform import transform_tables
-from rcp_kernels.triton import walsh_transform as kernels
+from rcp_kernels.triton.walsh_transform import launch as kernels
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
