@@ -9,13 +9,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...ops.checks import check_clip, check_float, check_one_of
 from ..runtime import has_tensor_cores, on_device_of
 from .butterflies import power_of_two_tile
 from .dense_factor import dense_tile, output_place
 from .quantize import largest_magnitude, scale_and_inverse, store_quantized
 from .tile_choice import LARGEST, Tile, fits_one_tile, tile_config
-
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @triton.jit
@@ -98,8 +97,7 @@ def _checked(
     name: str, x: Tensor, base: Tensor | None, permutation: Tensor | None, group_size: int
 ) -> tuple[int, Tensor, Tensor]:
     """The order m of the dense factor, base and permutation. x stands for a base or permutation that is None."""
-    if x.dtype not in _DTYPES:
-        raise ValueError(f"{name}: x must be float32, float16 or bfloat16, got {x.dtype}; convert it first")
+    check_float(name, "x", x)
     if x.dim() < 1 or group_size < 1 or x.shape[-1] % group_size:
         raise ValueError(
             f"{name}: group_size must divide the last dimension of x, got group_size {group_size} and shape "
@@ -242,10 +240,8 @@ def walsh_quantize(
     Raises:
         ValueError: as :func:`walsh_transform`; or other bits or clip, or packed with 8 bits.
     """
-    if bits not in (4, 8):
-        raise ValueError(f"walsh_quantize: bits must be 4 or 8, got {bits}; choose one of them")
-    if not 0.0 < clip <= 1.0:
-        raise ValueError(f"walsh_quantize: clip must be in (0, 1], got {clip}; 1.0 keeps the largest value")
+    check_one_of("walsh_quantize", "bits", bits, (4, 8))
+    check_clip("walsh_quantize", clip)
     if packed and bits != 4:
         raise ValueError(f"walsh_quantize: packed storage is for 4 bits, got bits={bits}; pass packed=False")
     m, base_argument, permutation_argument = _checked("walsh_quantize", x, base, permutation, group_size)

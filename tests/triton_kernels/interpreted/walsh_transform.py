@@ -282,7 +282,7 @@ def test_tiles_cover_a_transform_and_chunks_its_bits(dtype):
         ({"group_size": 6}, "group_size must be a power of two times 12"),
         ({"base": torch.ones(12, 12, dtype=torch.int8)}, "base must be a square float32 matrix"),
         ({"permutation": torch.zeros(24, dtype=torch.int64)}, r"permutation must be int32 \[24\]"),
-        ({"bits": 5}, "bits must be 4 or 8"),
+        ({"bits": 5}, r"bits must be one of \(4, 8\), got 5"),
         ({"clip": 0.0}, r"clip must be in \(0, 1\]"),
         ({"bits": 8, "packed": True}, "packed storage is for 4 bits"),
     ],
