@@ -1,7 +1,7 @@
 """The ablation table: every method with every rotation, and the parts of RCP one after the other. Resumable.
 
-Each cell is one JSON file; a cell whose file is there is not measured again, so the table can be made in pieces, by
-several runs after each other, and a run that was stopped loses one cell at most. docs/ablation.md has the result.
+Each cell is one JSON file. A cell whose file exists is not measured again, so an interrupted run loses one cell at most.
+docs/ablation.md has the result.
 """
 
 from __future__ import annotations
@@ -48,14 +48,8 @@ CALIBRATION = 8
 """Windows of 512 tokens that GPTQ calibrates on."""
 
 _TRAINING = {
-    "steps": 0,
-    "batch": 8,
-    "micro_batch": 4,
-    "warmup": 2,
-    "weight_lr": 4e-4,
-    "validate_every": 1000,
-    "checkpoint_every": 1000,
-    "blocks": {"sequences": 16, "epochs": 1, "batch": 4},
+    **{"steps": 0, "batch": 8, "micro_batch": 4, "warmup": 2, "weight_lr": 4e-4},
+    **{"validate_every": 1000, "checkpoint_every": 1000, "blocks": {"sequences": 16, "epochs": 1, "batch": 4}},
 }
 _PARTS: dict[str, tuple[str, dict[str, Any]]] = {
     "uniform": ("none", {"init": "uniform", "learn_clip": False, "learn_partition": False}),
