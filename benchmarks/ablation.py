@@ -48,9 +48,9 @@ CALIBRATION = 8
 """Windows of 512 tokens that GPTQ calibrates on."""
 
 _TRAINING = {
-    **{"steps": 0, "batch": 8, "micro_batch": 4, "warmup": 2, "weight_lr": 4e-4},
-    **{"validate_every": 1000, "checkpoint_every": 1000, "blocks": {"sequences": 16, "epochs": 1, "batch": 4}},
-}
+    "steps": 0, "batch": 8, "micro_batch": 4, "warmup": 2, "weight_lr": 4e-4,
+    "validate_every": 1000, "checkpoint_every": 1000, "blocks": {"sequences": 16, "epochs": 1, "batch": 4},
+}  # fmt: skip
 _PARTS: dict[str, tuple[str, dict[str, Any]]] = {
     "uniform": ("none", {"init": "uniform", "learn_clip": False, "learn_partition": False}),
     "+rotate": ("gsr", {"init": "uniform", "learn_clip": False, "learn_partition": False}),
