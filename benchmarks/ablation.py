@@ -1,6 +1,6 @@
 """The ablation table: every method with every rotation, and the parts of RCP one after the other. Resumable.
 
-Each cell is one JSON file. A cell whose file exists is not measured again, so an interrupted run loses one cell at most.
+Each cell is one JSON file. A cell whose file exists is not measured again, so a stopped run loses one cell at most.
 docs/ablation.md has the result.
 """
 

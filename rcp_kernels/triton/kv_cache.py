@@ -112,6 +112,7 @@ def _query_part(row_ptr, here, part, HEAD_DIM: tl.constexpr, PART: tl.constexpr)
     return even, odd
 
 
+# More than 60 lines: a Triton kernel keeps its state in local variables, which a helper would need all of.
 @triton.jit
 def _attention_kernel(
     query_ptr,
