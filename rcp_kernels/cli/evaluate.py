@@ -41,14 +41,17 @@ def evaluate(
         typer.Option(metavar="MODEL", help="Also measure how long greedy decoding stays the same as this model's."),
     ] = None,
     new_tokens: Annotated[
-        int, typer.Option(min=1, help="Tokens decoded after each of 16 prompts for --divergence-from.")
-    ] = 128,
+        int | None,
+        typer.Option(min=1, help="Tokens decoded after each of 16 prompts for --divergence-from; the default is 128."),
+    ] = None,
     json_path: JsonPath = None,
     threads: Threads = None,
 ) -> None:
     """Measure the perplexity of a quantized or float model on text that it was not calibrated on."""
     if text is not None and dataset is not None:
         raise typer.BadParameter("--text and --dataset exclude each other")
+    if new_tokens is not None and divergence_from is None:
+        raise typer.BadParameter("--new-tokens needs --divergence-from")
     from ..pipeline.evaluate import evaluate as run
 
     with Phases() as phases:
@@ -59,7 +62,7 @@ def evaluate(
             tokens=tokens,
             window=window,
             divergence_from=divergence_from,
-            new_tokens=new_tokens,
+            new_tokens=128 if new_tokens is None else new_tokens,
             progress=phases,
         )
     print(f"perplexity {result.perplexity:.3f}  ({result.tokens} tokens of {result.text}, windows of {result.window})")

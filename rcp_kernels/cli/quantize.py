@@ -74,10 +74,13 @@ def quantize(
         int | None,
         _field(
             "group_size",
-            "Weights that share a table of levels; the default is the largest that divides the model's sizes.",
+            "Weights that share a table of levels; the default is the largest that divides the model's sizes, or 128.",
         ),
     ] = None,
-    levels: Annotated[str | None, _field("levels", "How rtn and gptq choose levels; the default is kmeans.")] = None,
+    levels: Annotated[
+        str | None,
+        _field("levels", "How rtn and gptq choose levels; the default is kmeans. uniform and clip store fewer bits."),
+    ] = None,
     preset: Annotated[str | None, _field("preset", "The budget of rcp; the default is quick.")] = None,
     steps: Annotated[
         int | None, typer.Option(min=0, metavar="N", help="Updates of rcp instead of the preset's.")

@@ -59,6 +59,11 @@ def check_text(name: str | None) -> None:
     elif name is not None and name.startswith("dataset:"):
         extras.require("datasets")
     elif name is not None:
+        if not Path(name).exists():
+            raise FileNotFoundError(
+                f"text: {name} must be a file, dataset:NAME, or one of {tuple(_SHARES)}, got no such file; check the "
+                f"path, or leave it out for docstrings"
+            )
         corpus.file_text(Path(name))
 
 

@@ -142,9 +142,15 @@ def _check_loading(name: str, model: nn.Module, report: dict[str, Any]) -> None:
 
 
 def _config(name: str) -> Any:
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
-    return AutoConfig.from_pretrained(name, local_files_only=Path(name).is_dir())
+    try:
+        return AutoConfig.from_pretrained(name, local_files_only=Path(name).is_dir())
+    except StrictDataclassError as error:
+        raise ValueError(
+            f"model: config.json of {name} must have valid fields, got {' '.join(str(error).split())}; copy it again"
+        ) from None
 
 
 def source_dtype(name: str) -> torch.dtype:

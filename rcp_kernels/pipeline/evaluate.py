@@ -152,11 +152,18 @@ def evaluate(
     """
     if new_tokens < 1:
         raise ValueError(f"eval: new_tokens must be at least 1, got {new_tokens}; ask for one token")
+    if tokens < window:
+        raise ValueError(f"eval: tokens must be at least window, {window}, got {tokens}; lower the window")
     words, source = held_out_text(None if text is None else Path(text), dataset, tokens)
     progress("reading the model", 0, 1, str(name))
     model, tokenizer, config = load_any(str(name))
     progress("reading the model", 1, 1, str(name))
     ids = encode(tokenizer, words)[:tokens]
+    if ids.numel() < window:
+        raise ValueError(
+            f"eval: the text must have at least {window} tokens (window), got {ids.numel()}; pass more text or a "
+            f"smaller window"
+        )
     check_vocabulary(model, ids, "eval")
     _check_positions("eval", model, window, "window", log)
     kv_bits, clip = (16, 1.0) if config is None else (config.kv_bits, config.kv_clip)

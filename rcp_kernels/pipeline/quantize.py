@@ -81,7 +81,7 @@ def quantize(
         ids, facts = windows_of(recipe, tokenizer, model, progress)
         check_vocabulary(model, ids, "quantize")
     rotated = rotate(model, recipe)
-    _check_dtype(model, dtype)
+    _check_dtype(model, dtype, recipe.method)
     if recipe.method in _STATES:
         work.mkdir(parents=True, exist_ok=True)
     with _full_disk_named(work):
@@ -169,11 +169,20 @@ def _check_arguments(recipe: Recipe, out: Path, work: Path, resume: bool, shard:
                 f"quantize: {work} must not hold a training that was not finished, got one of {method}; pass {option} "
                 f"to go on with it, or delete the directory"
             )
+    if resume and not (work / _STATES[recipe.method]).exists():
+        raise ValueError(
+            f"quantize: --resume needs the state of a training, got no {work / _STATES[recipe.method]}; leave --resume "
+            f"out to start one"
+        )
 
 
-def _check_dtype(model: nn.Module, dtype: torch.dtype) -> None:
+def _check_dtype(model: nn.Module, dtype: torch.dtype, method: str) -> None:
     """Refuse, before hours of training, parameters outside the linear layers that dtype cannot hold."""
-    packed = tuple(f"{name}." for layer in describe(model).layers for name in layer.linears)
+    if method == "rtn":  # works for families that have no description
+        linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    else:
+        linears = [name for layer in describe(model).layers for name in layer.linears]
+    packed = tuple(f"{name}." for name in linears)
     check_fits({name: p for name, p in model.named_parameters() if not name.startswith(packed)}, dtype)
 
 

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from rcp_kernels import checkpoint
 from rcp_kernels.checkpoint import load_quantized
-from rcp_kernels.methods.rcp import Diverged, RcpConfig, training
+from rcp_kernels.methods.rcp import Diverged, RcpConfig, loop
 from rcp_kernels.models.load import group_size_of
 from rcp_kernels.pipeline.load import is_quantized
 from rcp_kernels.pipeline.recipe import OWN, Recipe, read_recipe
@@ -195,6 +195,8 @@ def test_a_training_that_stopped_goes_on_with_resume(run, model, text, tmp_path,
         (["--group-size", 48], 2, "group_size must be one of"),
         (["--method", "laquant", "--rotation", "gsr"], 2, "laquant is for weights only"),
         (["--method", "rtn", "--resume"], 1, "--resume is for method rcp"),
+        (["--method", "rcp", "--resume"], 1, "--resume needs the state of a training"),
+        (["--text", "docstring"], 1, "docstring must be a file, dataset:NAME, or one of ('mixed'"),
         (["--group-size", 128, "--rotation", "gsr"], 1, "group_size must divide hidden_size"),
         (["--text", "dataset:x", "--method", "best"], 2, "method must be one of"),
         (["--method", "rtn", "--samples", 3, "--preset", "full"], 2, "rtn has no use for --preset, --samples"),
@@ -316,10 +318,30 @@ def test_an_architecture_that_is_not_known_is_named(run, model, tmp_path):
     config = transformers.GPT2Config(n_embd=64, n_layer=1, n_head=2, vocab_size=12, n_positions=64)
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "gpt2")
     transformers.AutoTokenizer.from_pretrained(model).save_pretrained(tmp_path / "gpt2")
-    code, _, err = run("quantize", tmp_path / "gpt2", "-o", tmp_path / "out", "--method", "rtn", "--rotation", "none")
+    code, _, err = run("quantize", tmp_path / "gpt2", "-o", tmp_path / "out", "--rotation", "gsr", "--method", "rtn")
     assert code == 1
     assert "config.model_type must be one of" in err
     assert "got 'gpt2'" in err
+
+
+def test_rtn_takes_every_family_of_linear_layers(run, model, text, tmp_path):
+    config = transformers.GPTNeoXConfig(
+        hidden_size=64, num_hidden_layers=1, num_attention_heads=2, intermediate_size=128, vocab_size=12
+    )
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "neox")
+    transformers.AutoTokenizer.from_pretrained(model).save_pretrained(tmp_path / "neox")
+    assert run("quantize", tmp_path / "neox", "-o", tmp_path / "out", "--method", "rtn")[0] == 0
+    code, out, _ = run("eval", tmp_path / "out", "--text", text, "--window", 32, "--tokens", 64)
+    assert (code, "perplexity" in out) == (0, True)
+
+
+def test_a_damaged_config_is_one_line(run, model, tmp_path):
+    shutil.copytree(model, tmp_path / "damaged")
+    config = json.loads((model / "config.json").read_text())
+    (tmp_path / "damaged" / "config.json").write_text(json.dumps({**config, "hidden_size": "a"}))
+    code, _, err = run("quantize", tmp_path / "damaged", "-o", tmp_path / "out", "--method", "rtn")
+    assert code == 1
+    assert "hidden_size" in err
 
 
 def test_a_full_disk_is_named(run, model, text, tmp_path, monkeypatch):
@@ -327,7 +349,7 @@ def test_a_full_disk_is_named(run, model, text, tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(training, "save_state", full)
+        patch.setattr(loop, "save_state", full)
         (tmp_path / "r.yaml").write_text(yaml.safe_dump({"training": TRAINING}))
         arguments = ["--method", "rcp", "--recipe", tmp_path / "r.yaml", *common(text)]
         code, _, err = run("quantize", model, "-o", tmp_path / "out", *arguments)

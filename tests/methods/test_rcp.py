@@ -28,8 +28,8 @@ from rcp_kernels.methods import rcp
 from rcp_kernels.methods import student as student_module
 from rcp_kernels.methods.rcp import training_state
 from rcp_kernels.methods.rcp.block_reconstruction import BlockConfig, reconstruct_blocks
+from rcp_kernels.methods.rcp.loop import Training
 from rcp_kernels.methods.rcp.optimizer import schedule
-from rcp_kernels.methods.rcp.training import Training
 from rcp_kernels.methods.student import make_student, students
 from rcp_kernels.nn.model_digest import model_digest
 

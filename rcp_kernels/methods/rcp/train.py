@@ -1,7 +1,8 @@
 """RCP: quantization-aware training of a low-bit student on its float teacher (Choi et al. 2025, arXiv 2502.15779).
 
 Rotate the model first (:mod:`rcp_kernels.methods.rotate`). Clip and partition are learned here, with the weights.
-docs/rcp.md describes the method, the choices that are ours, and the measured curves.
+The training loop is ``Training.run`` in loop.py. docs/rcp.md describes the method, the choices that are ours, and the
+measured curves.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from ...nn.model_digest import model_digest
 from ..layers import check_vocabulary
 from ..student import students
 from .config import RcpConfig, TrainResult
+from .loop import Training
 from .student_state import copy_student, start_student
-from .training import Training
 from .training_state import load_state
 
 __all__ = ["load_trained", "train"]
