@@ -270,7 +270,7 @@ class Benchmark:
         return "geometric means over the shapes; a peer's over those that it can do"
 
     def summary_text(self, rows: Sequence[Row]) -> str:
-        """What the summary says of rows that differ in shape only."""
+        """One line of the summary: the mean speedups over rows that differ only in their shape."""
         parts = []
         for name in (self.roof, *self.peers, *self._others(rows[0])):
             speedup = mean(row.speedup(name) for row in rows)

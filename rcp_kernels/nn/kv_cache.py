@@ -194,7 +194,7 @@ class QuantizedKVLayer(CacheLayerMixin):
 
 
 def _reads_packed(config: Any) -> bool:
-    """Whether a model's attention reads the cache packed. It is no lambda because caches are pickled."""
+    """Whether a model's attention reads the cache packed. A function, because pickle cannot store a lambda."""
     return config is not None and config._attn_implementation == ATTENTION
 
 

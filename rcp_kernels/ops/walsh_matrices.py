@@ -262,9 +262,10 @@ def _sequency_permutation(size: int, caller: str) -> np.ndarray:
         gray >>= 1
     if order == 1:
         return reversed_gray
-    # Row i * power + a of the product is m copies of Sylvester's row a, each times an entry of base row i. Inside the
-    # copies it has m times the changes of row a. A row with an even number of changes ends with the sign of its start:
-    # where two copies meet there is a change if base row i has one. With an odd number there is one if it has none.
+    # Row i * power + a of the product is m copies of Sylvester's row a, each times an entry of base row i. The copies
+    # together have m times the sign changes of row a. If row a has an even number of changes, it ends with the sign of
+    # its start. Where two copies meet, the sign then changes exactly where base row i changes. If row a has an odd
+    # number of changes, the sign changes exactly where base row i does not.
     within = np.empty(power, np.int64)
     within[reversed_gray] = np.arange(power)
     base = _base(order)

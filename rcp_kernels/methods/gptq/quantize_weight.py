@@ -34,7 +34,7 @@ __all__ = [
 Chooser = Callable[[Tensor, Tensor | None], Tensor]
 """(groups float32 [C, length], importance float32 [C, length] or None) -> ascending levels float32 [C, 2**bits]."""
 
-# Damping is raised tenfold until the Hessian is positive definite, at most to the mean of its diagonal.
+# If the Cholesky decomposition fails, damping is multiplied by ten, up to 1.0. Damping is a share of the mean diagonal.
 _MAX_DAMPING = 1.0
 _FIRST_DAMPING = 1e-3
 # Columns per product of a triangle. On a large matrix the triangle saves half of the work.

@@ -17,7 +17,7 @@ namespace rcp {
 
 using ClipRatios = std::array<float, 24>;
 
-// 0.99, 0.96, ..., 0.30. Not 1: a ratio is the sigmoid of a parameter, and that of 1 would be infinite.
+// 0.99, 0.96, ..., 0.30. A ratio is the sigmoid of a parameter. The ratio 1 would need an infinite parameter.
 inline ClipRatios clip_ratios() {
   ClipRatios ratios;
   for (int i = 0; i < 24; ++i) ratios[static_cast<std::size_t>(i)] = static_cast<float>((99 - 3 * i) / 100.0);
@@ -39,8 +39,8 @@ namespace rcp {
 
 namespace detail {
 
-// Group `group` as one lane of [length][lanes], scaled into [0.5, 1) with its
-// smallest and largest weight. An invalid group becomes zeros.
+// Writes group `group` to one lane of [length][lanes], scaled so that its largest magnitude is in [0.5, 1). Also writes
+// its smallest and its largest weight, scaled alike. An invalid group becomes zeros.
 inline void clip_search_lane(const LevelGroups& g, int64_t group, bool valid, int64_t lanes, float* values, float* low,
                              float* high) {
   const float* from = g.values + group * g.length;

@@ -23,7 +23,8 @@
 #define RCP_X86 0
 #endif
 
-// The member of rcp::avx512, rcp::avx2 or rcp::scalar that serves `isa`. each_isa.h fills these namespaces.
+// The member of rcp::avx512, rcp::avx2 or rcp::scalar that serves `isa`; amx uses avx512. each_isa.h fills these
+// namespaces.
 #if RCP_X86
 #define RCP_FOR_ISA(isa, ...)                               \
   ((isa) >= ::rcp::Isa::avx512 ? ::rcp::avx512::__VA_ARGS__ \

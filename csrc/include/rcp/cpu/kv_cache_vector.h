@@ -100,7 +100,7 @@ RCP_TARGET inline bool prepare_query(const void* x, FloatType type, const KvShap
   return sum_of(wrong) == 0.0f;
 }
 
-// 2^x for x in [-64, 0], 0 below; never called with x > 0. The error is below 1.3 units in the last place.
+// 2^x for x in [-64, 0]; 0 for x < -64. The caller guarantees x <= 0. The error is below 1.3 units in the last place.
 RCP_TARGET RCP_INLINE Lanes exp2_lanes(Lanes x) {
   const Lanes bounded = max(x, set1(kv_exponent_floor));
   const Lanes n = round_even(bounded), f = bounded - n;

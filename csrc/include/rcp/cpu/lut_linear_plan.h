@@ -55,7 +55,7 @@ LutLinearPlan plan_for(Isa isa, int64_t tokens, int act_bits, FloatType type) {
 
 }  // namespace detail
 
-// `type` is that of x.
+// type: the dtype of x.
 inline LutLinearPlan lut_linear_plan(Isa isa, int bits, int64_t tokens, int act_bits, FloatType type) {
   if (bits == 2) return detail::plan_for<2>(isa, tokens, act_bits, type);
   if (bits == 3) return detail::plan_for<3>(isa, tokens, act_bits, type);

@@ -11,10 +11,10 @@
 //   is expanded once for 8, 16 or 32 tokens. A power of two for a token and 512 columns brings bfloat16 x into
 //   float16's range, because sm_75 has no bfloat16 mma. This is exact for values within 2^-31 of the largest.
 //
-// In both a warp owns a row tile. It copies its weights by cp.async, two units ahead, and asks for the first two before
-// x. The warps of a block share x. Issued SASS instructions per weight at 4096 x 4096, G = 128, sm_86, with prologue
-// and epilogue (counted, 84 multiprocessors): one token 1.63, 1.78 and 2.50 for 2, 3 and 4 bits; 8 tokens 3.2, 3.3
-// and 4.1.
+// In both kernels one warp computes one row tile. It copies its weights by cp.async, two units ahead, and starts the
+// first two copies before it loads x. The warps of a block share x. Issued SASS instructions per weight at 4096 x 4096,
+// G = 128, sm_86, with prologue and epilogue (counted, 84 multiprocessors): one token 1.63, 1.78 and 2.50 for 2, 3 and
+// 4 bits; 8 tokens 3.2, 3.3 and 4.1.
 //
 // Numerics. A group is summed as above. Then, with g ascending inside a unit, units ascending inside a split, and
 // splits ascending:

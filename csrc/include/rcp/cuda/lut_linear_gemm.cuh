@@ -25,7 +25,8 @@ __device__ __forceinline__ void copy_fragments(const LutLinearParameters& p, uin
   }
 }
 
-// Grid: x over groups of 4 token tiles, which meet the same weights in L2, y over groups of 8 row tiles.
+// Grid: x over groups of 4 token tiles, y over groups of 8 row tiles. Blocks with neighbouring x read the same weights,
+// which are then in L2.
 template <int BITS, int GROUP>
 __global__ void __launch_bounds__(32 * gemm_warps, 1) lut_linear_many_tokens(const LutLinearParameters parameters) {
   const LutLinearParameters p = parameters;

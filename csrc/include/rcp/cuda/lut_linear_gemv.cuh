@@ -20,8 +20,8 @@ __global__ void __launch_bounds__(32 * gemv_warps, 1) lut_linear_one_token(const
   StreamType main_loop(p);
   asm("" : "+r"(main_loop.lane));  // kept in a register, not computed again
 
-  // All warps ask for the token before any warp asks for weights: everything waits for the token. In a simulation with
-  // cold caches this order was 8 to 17 % faster than weights first. Two kept chunks a thread are 4096 columns.
+  // All warps load the token before any warp loads weights, because every result waits for the token. In a simulation
+  // with cold caches this order was 8 to 17 % faster than weights first. Two kept chunks a thread are 4096 columns.
   TokenReader<2> token(p.call.x, p.call.x_type, p.call.columns, main_loop.unit_begin * unit_chunks,
                        p.units * unit_chunks, 0);
   if (threadIdx.x < 2) zeros[threadIdx.x] = {0, 0, 0, 0};

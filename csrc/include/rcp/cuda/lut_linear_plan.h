@@ -110,7 +110,7 @@ constexpr size_t aligned(int64_t bytes) {
 //          of the activations that every block reads again, from L2, / 36
 //   tail   1500 cycles for a sum over splits: a fence, an atomic and a round trip to L2
 //
-// cost = max(issue, memory) + tail; among equals, the fewest instructions.
+// cost = max(issue, memory) + tail, in cycles. If two plans cost the same, the one with fewer instructions is taken.
 inline void split_gemv(LutLinearPlan& plan, const LutLinearCall& call, const CudaLayout& layout, int sm_count) {
   constexpr int shared_limit = 48 * 1024 - 288;  // the kernels' static shared memory is less than 288 bytes
   const bool quantizes = plan.token_tiles == 0;

@@ -25,7 +25,8 @@ __device__ __forceinline__ int sequency_of(int natural, int bits) {
   return static_cast<int>(s);
 }
 
-// One block for each token, padding tokens of the last token tile included. GROUP is 32, 64, or 128 for all others.
+// One block for each token, padding tokens of the last token tile included. GROUP is 32 or 64. Every
+// other group size uses 128.
 template <int GROUP>
 __global__ void __launch_bounds__(quantize_tokens_threads) lut_linear_quantize_tokens(const LutLinearParameters p) {
   __shared__ uint32_t warp_values[8];

@@ -32,11 +32,12 @@ struct Stream {
   // The loop without checks is compiled where it matters most: a group size of 128 and at most 8 tokens. Elsewhere the
   // copy would cost compile time, and more registers than there are.
   static constexpr bool always_checked = GROUP != 128 || BITS == 4 || TOKEN_TILES > 1;
-  // One token, where instructions count most: a warp's last unit is a copy of the loop body without loads for a next.
+  // With one token, where instructions count most, a warp's last unit has its own loop body, without prefetch.
   static constexpr bool one_loop = TOKEN_TILES > 0;
   static constexpr int token_tiles = TOKEN_TILES == 0 ? 1 : TOKEN_TILES;
   using SumsType = std::conditional_t<TOKEN_TILES == 0, OneTokenSums<GROUP>, Sums<GROUP, token_tiles>>;
-  // Words of a row tile's sums in shared memory, and words of one output: one token has a sum for each q.
+  // Words of a row tile's sums in shared memory, and words of one output. With one
+  // token, each lane index q holds its own sum.
   static constexpr int sum_words = TOKEN_TILES == 0 ? 64 : 128 * TOKEN_TILES, output_words = TOKEN_TILES == 0 ? 4 : 1;
 
   const LutLinearParameters& p;

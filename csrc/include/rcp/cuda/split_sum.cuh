@@ -1,5 +1,5 @@
 // Sums over the splits of the columns (grid.y): each block writes its sums to memory, and the last block to arrive adds
-// the sums of all splits in their order. One launch, no float atomics, and two runs agree bit for bit.
+// the sums of all splits in their order. This takes one launch and no float atomics. Two runs agree bit for bit.
 #pragma once
 
 #include <cuda_runtime.h>
