@@ -164,6 +164,8 @@ def rank_main(rank, folder):
         bias = layer.bias if style is RcpRowwiseParallel else layer.shard.bias
         found["gradients", style.__name__] = x.grad, bias.grad
     torch.save(found, f"{folder}/{rank}.pt")
+    # A process that leaves while the other one still talks to it is aborted now and then.
+    torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
 
