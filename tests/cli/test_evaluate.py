@@ -270,13 +270,6 @@ def test_bad_sampling_is_refused_before_the_model_is_loaded(run, arguments, mess
     assert f"--{name.replace('_', '-')}" in err or f"got {value};" in " ".join(err.replace("│", " ").split())
 
 
-def test_bad_options_of_eval_are_refused_before_the_model_is_loaded(run):
-    code, _, err = run("eval", "/nowhere", "--tokens", 100, "--window", 512)
-    assert (code, "tokens must be at least window, 512, got 100" in err) == (1, True)
-    code, _, err = run("eval", "/nowhere", "--new-tokens", 5)
-    assert (code, "--new-tokens needs --divergence-from" in " ".join(err.replace("│", " ").split())) == (2, True)
-
-
 def test_a_short_text_is_refused_by_its_tokens(quantized, tmp_path):
     (tmp_path / "short.txt").write_text("one two three")
     with pytest.raises(ValueError, match=r"the text must have at least 64 tokens \(window\), got 3"):

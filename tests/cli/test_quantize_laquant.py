@@ -10,7 +10,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")
 
 import yaml
-from language_of_numbers import write_model, write_text
+from language_of_numbers import write_model
 
 from rcp_kernels.checkpoint import load_quantized
 from rcp_kernels.data import by_name as sources
@@ -21,16 +21,6 @@ from rcp_kernels.methods.laquant import quantize_model as laquant
 from rcp_kernels.methods.laquant.layer_losses import losses_csv, losses_png
 from rcp_kernels.methods.rcp import Diverged
 from rcp_kernels.models.load import load_float
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return write_model(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    return write_text(tmp_path_factory.mktemp("text") / "numbers.txt")
 
 
 @pytest.fixture
