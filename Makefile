@@ -32,9 +32,10 @@ PIP := $(BIN)/python -m pip --quiet
 STAMPS := $(VENV)/.stamps
 OLDEST_VENV := $(VENV)-oldest
 # In-process tests only: what starts rcp-kernels as a program would get the first environment's transformers.
-OLDEST_TESTS := $(addprefix tests/,checkpoint/test_writers_and_readers.py checkpoint/test_checkpoint.py \
-  checkpoint/test_model_card.py integrations/test_transformers.py ops/test_kv_cache.py nn/test_fused_decoder.py \
-  $(addprefix methods/test_,rotate.py gptq.py laquant.py rcp.py) cli/test_quantize.py)
+OLDEST_TESTS := $(addprefix tests/,$(addprefix checkpoint/test_,writers_and_readers.py special_cases.py checkpoint.py \
+  model_card.py) integrations/test_transformers.py $(addprefix nn/test_fused_decoder,.py _models.py) \
+  $(addprefix ops/test_kv_cache,.py _arguments.py) $(addprefix methods/test_,rotate.py rotate_record.py gptq.py \
+  gptq_model.py laquant.py rcp.py rcp_refuses.py student.py) $(addprefix cli/test_,quantize.py refuses.py))
 # Another torch is another environment: its name is part of the stamp's name.
 TORCH_STAMP := $(STAMPS)/torch-$(firstword $(shell printf '%s' '$(TORCH)' | cksum))
 BUILD_INPUTS := setup.py pyproject.toml $(wildcard tools/cuda_toolkit.*) $(shell find csrc -type f)
