@@ -96,6 +96,8 @@ def load_float(name: str) -> tuple[nn.Module, Any]:
                 ignore_mismatched_sizes=True,  # _check_loading names them
                 local_files_only=local,
             )
+    except TypeError as error:  # transformers before 5.1 does not check the fields of a config
+        raise _damaged_config(name, error) from None
     except SafetensorError as error:
         raise ValueError(
             f"model: the weights of {name} must be whole safetensors files, got {error}; copy the model again"
@@ -141,6 +143,11 @@ def _check_loading(name: str, model: nn.Module, report: dict[str, Any]) -> None:
             )
 
 
+def _damaged_config(name: str, error: Exception) -> ValueError:
+    found = " ".join(str(error).split())
+    return ValueError(f"model: config.json of {name} must have valid fields, got {found}; copy it again")
+
+
 def _config(name: str) -> Any:
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
@@ -148,9 +155,7 @@ def _config(name: str) -> Any:
     try:
         return AutoConfig.from_pretrained(name, local_files_only=Path(name).is_dir())
     except StrictDataclassError as error:
-        raise ValueError(
-            f"model: config.json of {name} must have valid fields, got {' '.join(str(error).split())}; copy it again"
-        ) from None
+        raise _damaged_config(name, error) from None
 
 
 def source_dtype(name: str) -> torch.dtype:

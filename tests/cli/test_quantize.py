@@ -330,7 +330,7 @@ def test_a_damaged_config_is_one_line(run, model, tmp_path):
     (tmp_path / "damaged" / "config.json").write_text(json.dumps({**config, "hidden_size": "a"}))
     code, _, err = run("quantize", tmp_path / "damaged", "-o", tmp_path / "out", "--method", "rtn")
     assert code == 1
-    assert "hidden_size" in err
+    assert "config.json of" in err
 
 
 def test_a_full_disk_is_named(run, model, text, tmp_path, monkeypatch):
