@@ -96,7 +96,7 @@ def load_float(name: str) -> tuple[nn.Module, Any]:
                 ignore_mismatched_sizes=True,  # _check_loading names them
                 local_files_only=local,
             )
-    except TypeError as error:  # transformers before 5.1 does not check the fields of a config
+    except TypeError as error:  # transformers 5.0 does not check the fields of a config
         raise _damaged_config(name, error) from None
     except SafetensorError as error:
         raise ValueError(
