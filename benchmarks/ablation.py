@@ -26,9 +26,9 @@ import typer
 from torch import Tensor, nn
 
 from rcp_kernels import extras, hardware
-from rcp_kernels.atomic import write_atomic
 from rcp_kernels.data.by_name import held_out_text
 from rcp_kernels.evaluation.perplexity import perplexity
+from rcp_kernels.methods.files import write_atomic
 from rcp_kernels.methods.rotate.rotate_model import ROTATIONS
 from rcp_kernels.models.load import encode, load_float
 from rcp_kernels.pipeline.evaluate import with_quantized_cache

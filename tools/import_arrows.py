@@ -15,7 +15,6 @@ PACKAGE = Path(__file__).parents[1] / "rcp_kernels"
 # From the bottom to the top. A name is a folder of rcp_kernels or a module beside the folders.
 LAYERS = (
     "extras",
-    "atomic",
     "formats",
     "ops",
     "triton",

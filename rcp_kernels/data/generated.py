@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..atomic import atomic_file
+from ..methods.files import atomic_file
 
 __all__ = ["cached_texts", "chat_prompts", "generate_texts", "opening_prompts"]
 

@@ -174,7 +174,7 @@ def _quantize(x: Tensor, bits: int, clip: float) -> tuple[Tensor, Tensor, Tensor
     return q, scale, zero
 
 
-def _check_storage(op: str, prefix: str, codes: Tensor, scales: Tensor, head_dim: int) -> None:
+def check_storage(op: str, prefix: str, codes: Tensor, scales: Tensor, head_dim: int) -> None:
     width = (head_dim + 1) // 2
     if codes.dim() != 4 or codes.dtype != torch.uint8 or codes.shape[3] != width:
         raise ValueError(
@@ -191,11 +191,11 @@ def _check_four(op: str, name: str, x: Tensor) -> None:
         raise ValueError(f"{op}: {name} must have four dimensions, got shape {tuple(x.shape)}; reshape it")
 
 
-def _check_append(x: Tensor, codes: Tensor, scales: Tensor, position: int, clip: float) -> None:
+def check_append(x: Tensor, codes: Tensor, scales: Tensor, position: int, clip: float) -> None:
     op = "kv_cache_append"
     _check_four(op, "x", x)
     check_clip(op, clip)
-    _check_storage(op, "", codes, scales, x.shape[3])
+    check_storage(op, "", codes, scales, x.shape[3])
     if x.shape[:2] != codes.shape[:2]:
         raise ValueError(
             f"{op}: x must have the batch and kv_heads of codes, {tuple(codes.shape[:2])}, got shape {tuple(x.shape)}; "
@@ -208,13 +208,13 @@ def _check_append(x: Tensor, codes: Tensor, scales: Tensor, position: int, clip:
         )
 
 
-def _check_attention(
+def check_attention(
     query: Tensor, key_codes: Tensor, key_scales: Tensor, value_codes: Tensor, value_scales: Tensor, length: int
 ) -> None:
     op = "kv_cache_attention"
     _check_four(op, "query", query)
-    _check_storage(op, "key_", key_codes, key_scales, query.shape[3])
-    _check_storage(op, "value_", value_codes, value_scales, query.shape[3])
+    check_storage(op, "key_", key_codes, key_scales, query.shape[3])
+    check_storage(op, "value_", value_codes, value_scales, query.shape[3])
     if query.shape[0] != key_codes.shape[0] or query.shape[1] % key_codes.shape[1]:
         raise ValueError(
             f"{op}: query must have the batch of the cache and a multiple of its heads, {tuple(key_codes.shape)}, got "
@@ -248,7 +248,7 @@ def kv_cache_append_reference(x: Tensor, codes: Tensor, scales: Tensor, position
     Raises:
         ValueError: as the operator does on the CPU, on every device.
     """
-    _check_append(x, codes, scales, position, clip)
+    check_append(x, codes, scales, position, clip)
     q, scale, zero = _quantize(x, 4, clip)
     if not bool((torch.isfinite(x) & torch.isfinite(scale) & torch.isfinite(zero)).all()) or bool(
         (x.float().abs() * clip >= 65520).any()
@@ -267,7 +267,7 @@ def kv_cache_dequantize_reference(
     codes: Tensor, scales: Tensor, length: int, head_dim: int, dtype: torch.dtype = torch.float32
 ) -> Tensor:
     """:func:`kv_cache_dequantize` in plain torch, equal bit for bit; dtype may also be float64."""
-    _check_storage("kv_cache_dequantize", "", codes, scales, head_dim)
+    check_storage("kv_cache_dequantize", "", codes, scales, head_dim)
     packed = codes[:, :, :length]
     q = torch.stack([packed & 15, packed >> 4], dim=-1).flatten(-2)[..., :head_dim]
     exact = torch.float64 if dtype == torch.float64 else torch.float32
@@ -286,7 +286,7 @@ def kv_cache_attention_reference(
     mask: Tensor | None = None,
 ) -> Tensor:
     """:func:`kv_cache_attention` in float64; returns float64 [batch, heads, queries, head_dim]."""
-    _check_attention(query, *storage, length)
+    check_attention(query, *storage, length)
     head_dim, groups = query.shape[3], query.shape[1] // storage[0].shape[1]
     keys, values = (
         kv_cache_dequantize_reference(codes, scales, length, head_dim, torch.float64).repeat_interleave(groups, dim=1)

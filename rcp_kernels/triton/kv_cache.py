@@ -1,37 +1,35 @@
 """The 4-bit key-value cache on NVIDIA GPUs: append, dequantize, and split attention on the packed cache.
 
-**Append**: one program per vector; the float32 steps are the CPU's, so both store the same bits. NaN, Inf and what
-float16 cannot hold cannot raise here: such a vector's scale or zero-point is Inf or NaN, and it reads as NaN.
+**Append.** One program handles one vector. Its float32 steps are the CPU's, so both devices store the same bits. The
+kernel cannot raise for NaN, Inf or values beyond float16. The scale or zero-point of such a vector is Inf or NaN, and
+the vector reads as NaN.
 
-**Attention** is split-KV (Flash-Decoding, Dao et al. 2023): a program takes one key-value head, some of the query rows
-that share it, and a run of positions, decodes a tile of them at a time and leaves maximum, sum and weighted values in
-float32; a second kernel joins the splits in ascending order. The number of splits follows from the shape alone, so two
-runs give the same bits; they differ from the CPU's by rounding. Codes are 0 to 15, exact in every operand type of a dot
-product: the even and the odd nibbles are two products each, and scale and zero-point are applied to the results.
+**Attention** is split over positions (Flash-Decoding, Dao et al. 2023). A program takes one key-value head, some of the
+query rows that share it, and a run of positions. It decodes one tile of positions at a time, and writes maximum, sum
+and weighted values in float32. A second kernel joins the splits in ascending order. The number of splits depends on the
+shape alone, so two runs give the same bits. They differ from the CPU's by rounding. Codes are 0 to 15, which
+every operand type of a dot product holds exactly. The even and the odd codes of a byte are two products. Scale and
+zero-point are applied to the results.
 """
 
 from __future__ import annotations
 
-import os
-from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..ops.kv_cache import _check_append, _check_attention, _check_storage
+from ..ops.kv_cache import check_append, check_attention, check_storage
+from .runtime import INTERPRETED, has_tensor_cores, on_device_of
 
-_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-
-# Kernels: their arguments have no type that mypy knows.
+# mypy knows no types for the arguments of kernels.
 # mypy: allow-untyped-defs, allow-incomplete-defs
 
-# A split is a multiple of so many positions, and a tile a divisor of it.
+# The number of positions of a split is a multiple of this, and that of a tile divides it.
 _POSITIONS = 64
-# Splits of one head: more programs than any GPU has room for only make the second kernel longer.
+# Splits of one head. More programs than a GPU can run at once only make the second kernel longer.
 _MOST_SPLITS = 64
 _PROGRAMS = 512
 
@@ -57,7 +55,7 @@ def _append_kernel(
     x_ptr += vector // heads * stride_batch + vector % heads * stride_head + token * stride_token
     at = vector * capacity + position + token
     pair = tl.arange(0, PAIRS)
-    # Two loads, not one and a split: that would cross threads for nothing, the row is in L1.
+    # Two loads, because one load and a split would move values between threads. The row is in L1.
     even = tl.load(x_ptr + 2 * pair, mask=2 * pair < HEAD_DIM, other=0.0).to(tl.float32)
     odd = tl.load(x_ptr + 2 * pair + 1, mask=2 * pair + 1 < HEAD_DIM, other=0.0).to(tl.float32)
     # NaN must come through: tl.min and tl.max drop it.
@@ -66,7 +64,7 @@ def _append_kernel(
     high = tl.maximum(tl.max(tl.maximum(even, odd), axis=0), 0.0) * clip + wrong
     stored_zero = low.to(tl.float16)
     zero = stored_zero.to(tl.float32)
-    # Beyond float16 the scale is Inf, as the zero-point would be: no code can say what was meant.
+    # Beyond float16 the scale is Inf, and so is the zero-point. No code can store such a value.
     span = tl.where(high >= 65520.0, float("inf"), high - zero)
     stored_scale = tl.div_rn(span, 15.0).to(tl.float16)
     scale = stored_scale.to(tl.float32)
@@ -257,7 +255,7 @@ def pairs(head_dim: int) -> int:
 
 
 def operand(dtype: torch.dtype, tensor_cores_take_bfloat16: bool) -> tl.dtype:
-    """The type in which codes, queries and weights are multiplied; sums are float32 in all of them.
+    """The type in which codes, queries and weights are multiplied. Sums are always float32.
 
     bfloat16 queries stay exact in bfloat16; before sm_80, whose tensor cores are the first to take it, in float32.
     """
@@ -294,13 +292,8 @@ def splits_of(programs: int, positions: int) -> tuple[int, int]:
     return -(-positions // size), size
 
 
-def _device(x: Tensor) -> Any:
-    """Triton launches on the current device. (A CPU tensor is here under the interpreter.)"""
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
-
-
 def kv_cache_append(x: Tensor, codes: Tensor, scales: Tensor, position: int, clip: float = 1.0) -> None:
-    _check_append(x, codes, scales, position, clip)
+    check_append(x, codes, scales, position, clip)
     _check_contiguous("kv_cache_append", codes, scales)
     batch, heads, tokens, head_dim = x.shape
     if x.numel() == 0:
@@ -308,7 +301,7 @@ def kv_cache_append(x: Tensor, codes: Tensor, scales: Tensor, position: int, cli
     if x.stride(3) != 1:
         x = x.contiguous()
     strides = (x.stride(0), x.stride(1), x.stride(2))
-    with _device(x):
+    with on_device_of(x):
         _append_kernel[(batch * heads * tokens,)](
             x, codes, scales, heads, tokens, *strides, codes.shape[2], position, clip, head_dim, pairs(head_dim),
             num_warps=1,
@@ -316,7 +309,7 @@ def kv_cache_append(x: Tensor, codes: Tensor, scales: Tensor, position: int, cli
 
 
 def kv_cache_dequantize(codes: Tensor, scales: Tensor, out: Tensor) -> None:
-    _check_storage("kv_cache_dequantize", "", codes, scales, out.shape[3])
+    check_storage("kv_cache_dequantize", "", codes, scales, out.shape[3])
     _check_contiguous("kv_cache_dequantize", codes, scales, out)
     batch, heads, length, head_dim = out.shape
     if out.shape[:2] != codes.shape[:2] or length > codes.shape[2]:
@@ -326,7 +319,7 @@ def kv_cache_dequantize(codes: Tensor, scales: Tensor, out: Tensor) -> None:
         )
     if out.numel() == 0:
         return
-    with _device(out):
+    with on_device_of(out):
         _dequantize_kernel[(batch * heads * length,)](
             codes, scales, out, length, codes.shape[2], head_dim, pairs(head_dim), num_warps=1
         )
@@ -344,7 +337,7 @@ def kv_cache_attention(
     window: int = 0,
     mask: Tensor | None = None,
 ) -> Tensor:
-    _check_attention(query, key_codes, key_scales, value_codes, value_scales, length)
+    check_attention(query, key_codes, key_scales, value_codes, value_scales, length)
     _check_contiguous("kv_cache_attention", key_codes, key_scales, value_codes, value_scales)
     batch, heads, queries, head_dim = query.shape
     kv_heads, capacity = key_codes.shape[1:3]
@@ -358,8 +351,8 @@ def kv_cache_attention(
     first = 0
     if window > 0:
         first = max(0, length - queries - window + 1) // _POSITIONS * _POSITIONS
-    cores = not query.is_cuda or torch.cuda.get_device_capability(query.device) >= (8, 0)
-    operand_type = operand(query.dtype, cores and not _INTERPRETED)
+    cores = has_tensor_cores(query.device)
+    operand_type = operand(query.dtype, cores and not INTERPRETED)
     tile = tile_config(head_dim, operand_type, cores)
     row_tiles = -(-rows // tile.rows)
     splits, size = splits_of(batch * kv_heads * row_tiles, length - first)
@@ -372,7 +365,7 @@ def kv_cache_attention(
             mask = mask.contiguous()
         mask_strides = (mask.stride(0), mask.stride(1), mask.stride(2))
         mask = mask.view(torch.uint8)
-    with _device(query):
+    with on_device_of(query):
         _attention_kernel[(batch * kv_heads, splits, row_tiles)](
             query, key_codes, key_scales, value_codes, value_scales, key_codes if mask is None else mask, partial,
             rows, queries, kv_heads, groups, capacity, length, first, size, scale * 1.4426950408889634, window,

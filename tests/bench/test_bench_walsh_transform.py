@@ -138,9 +138,9 @@ def test_summary_has_one_line_for_each_thread_and_row_count():
 
 
 def test_command_line(no_packages, monkeypatch, tmp_path):
-    pytest.importorskip("rich")
     pytest.importorskip("matplotlib")
-    testing = pytest.importorskip("typer.testing")
+    from typer import testing
+
     from rcp_kernels.cli import app as cli
 
     arguments = ["bench", "--op", "walsh_transform", "--dtype", "bfloat16", "--isa", "scalar", "--rounds", 1]
@@ -173,8 +173,8 @@ def test_command_line(no_packages, monkeypatch, tmp_path):
     ],
 )
 def test_options_of_the_other_op_are_wrong_usage(arguments, message):
-    pytest.importorskip("rich")
-    testing = pytest.importorskip("typer.testing")
+    from typer import testing
+
     from rcp_kernels.cli import app as cli
 
     result = testing.CliRunner().invoke(cli.app, ["bench", *arguments])

@@ -5,9 +5,6 @@ import sys
 
 import pytest
 
-pytest.importorskip("typer")
-pytest.importorskip("rich")
-
 from rcp_kernels import hardware
 from rcp_kernels.bench.lut_linear import LutLinear
 

@@ -40,7 +40,6 @@ def test_published_parameter_counts(model, total):
 
 def test_bench_model(run, tmp_path):
     safetensors = pytest.importorskip("safetensors.torch")
-    pytest.importorskip("typer")
     folder = tmp_path / "saved"
     code, out, err = run(
         "bench", "--model", "tiny", "--context", 4, "--new-tokens", 3, "--threads", 1,
@@ -64,7 +63,6 @@ def test_bench_model(run, tmp_path):
 
 
 def test_json_without_matplotlib(run, monkeypatch, tmp_path):
-    pytest.importorskip("typer")
     monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
     arguments = ("--context", 2, "--new-tokens", 2, "--threads", 1, "--out", tmp_path / "new")
     code, _, err = run("bench", "--model", "tiny", *arguments)

@@ -269,7 +269,8 @@ def test_ninja_file_survives_odd_paths(tmp_path: Path) -> None:
 
 
 def test_benchmark_without_a_gpu_is_skipped_not_guessed(monkeypatch: pytest.MonkeyPatch) -> None:
-    typer = pytest.importorskip("typer.testing")
+    from typer import testing as typer
+
     from rcp_kernels.cli import app as cli
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

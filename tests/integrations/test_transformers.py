@@ -9,7 +9,6 @@ import torch
 
 pytest.importorskip("transformers", minversion="5")
 pytest.importorskip("safetensors")
-pytest.importorskip("typer")
 
 import transformers
 from language_of_numbers import write_model

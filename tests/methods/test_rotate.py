@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 import torch
-from rotated_models import IDS, NAMES, difference, logits, make_model, random_rotation, transformers
+from rotated_models import IDS, NAMES, difference, logits, random_rotation, transformers
 from torch import nn
 
 from rcp_kernels import OnlineRotation, QuantLinear, quantize_model, sequency_permutation
@@ -18,23 +18,7 @@ WITHIN = 1e-4  # difference of float32 logits. Usual is 1e-5; a forgotten bias o
 R1 = tuple(name for name in ROTATIONS if name != "none")
 
 
-@pytest.fixture(scope="module")
-def models() -> dict[str, nn.Module]:
-    return {name: make_model(name) for name in NAMES}
-
-
-@pytest.fixture(scope="module")
-def expected(models: dict[str, nn.Module]) -> dict[str, torch.Tensor]:
-    return {name: logits(model) for name, model in models.items()}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    # With more threads, models this small spend their time waiting.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize("rotation", R1)

@@ -17,23 +17,7 @@ from rcp_kernels.nn import RotatedLinear
 WITHIN = 1e-4  # difference of float32 logits. Usual is 1e-5; a forgotten bias or gain gives 1e-1
 
 
-@pytest.fixture(scope="module")
-def models() -> dict[str, nn.Module]:
-    return {name: make_model(name) for name in NAMES}
-
-
-@pytest.fixture(scope="module")
-def expected(models: dict[str, nn.Module]) -> dict[str, torch.Tensor]:
-    return {name: logits(model) for name, model in models.items()}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    # With more threads, models this small spend their time waiting.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize(

@@ -25,12 +25,12 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from ...atomic import write_atomic
 from ...formats import PackedWeight
 from ...models import Layer, describe
 from ...nn import QuantLinear
 from ...nn.model_digest import model_digest
 from ...ops.checks import check_int, check_one_of
+from ..files import write_atomic
 from ..layers import Diverged, check_calibration_ids, first_layer_inputs, float_linears, run_layer
 from ..uniform import UniformQuantizer
 

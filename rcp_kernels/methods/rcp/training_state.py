@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ...atomic import atomic_file
+from ..files import atomic_file
 
 __all__ = ["Clock", "LogFile", "load_state", "save_state", "write_curve"]
 
@@ -21,7 +21,7 @@ VERSION = 1
 
 
 def save_state(path: Path, state: dict[str, Any]) -> None:
-    """Write tensors, numbers, strings, and lists and dictionaries of them, as :func:`rcp_kernels.atomic.atomic_file`.
+    """Write tensors, numbers, strings, and lists and dictionaries of them, by ``atomic_file``.
 
     The state is streamed: memory does not hold a second copy.
 

@@ -1,4 +1,4 @@
-"""Files that always have either their old or their new content."""
+"""Files that always have either their old or their new content: states of trainings, texts that were generated."""
 
 from __future__ import annotations
 
