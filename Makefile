@@ -55,11 +55,12 @@ help: ## list the targets
 demo: $(STAMPS)/demo ## swap a real language model's layers, run it here, print what it costs
 	$(BIN)/rcp-kernels demo $(DEMO_ARGS)
 
-# Two processes: on two cores they take half the time of one. tests/native is compiled before them, or both would do it.
+# Two processes: on two cores they take half the time of one. What tests compile is compiled before them, or both would do it.
 # passive: OpenMP threads of two processes that wait for each other by spinning take each other's cores.
 test: export OMP_WAIT_POLICY ?= passive
 test: $(STAMPS)/test ## run the tests
 	$(BIN)/python tests/native/build.py
+	$(BIN)/python tests/emulated_device/emulated_device.py
 	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal $(PYTEST_ARGS)
 
 # Leaves out the kernels executed from their PTX, Triton's interpreter, the compilation of the native tests for every

@@ -30,3 +30,21 @@ def run(monkeypatch, capsys):
         return (1, out, err + code) if isinstance(code, str) else (code or 0, out, err)
 
     return command
+
+
+def pytest_generate_tests(metafunc):
+    """A test that asks for ``device`` runs on the emulated device, and on "cuda" where there is one."""
+    if "device" in metafunc.fixturenames:
+        import torch
+
+        names = ["emulated", "cuda"] if torch.cuda.is_available() else ["emulated"]
+        metafunc.parametrize("device", names, indirect=True)
+
+
+@pytest.fixture
+def device(request):
+    """A torch.device that is not the CPU. Operators refuse to mix its tensors with the CPU's."""
+    import torch
+    from emulated_device import load
+
+    return torch.device("cuda", 0) if request.param == "cuda" else load()

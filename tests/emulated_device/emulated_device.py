@@ -1,0 +1,73 @@
+"""The second device of emulated_device.cpp: tests of devices run without a GPU."""
+
+from __future__ import annotations
+
+import functools
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import torch
+
+__all__ = ["extension", "load"]
+
+_SOURCE = Path(__file__).with_name("emulated_device.cpp")
+
+
+@functools.cache
+def extension() -> Any:
+    """The compiled extension, with ``memory_allocated()``, ``max_memory_allocated()``, ``reset_peak_memory_stats()``.
+
+    The first call compiles it, in about 40 seconds, and registers device "emulated" in this process.
+    """
+    from torch.utils.cpp_extension import load as compile_and_load
+
+    version = torch.__version__.replace(".", "_").replace("+", "_")
+    folder = _SOURCE.parents[2] / "build" / "tests" / f"emulated_device_{version}"
+    folder.mkdir(parents=True, exist_ok=True)
+    # torch locks the folder: of two test processes one compiles and the other waits.
+    module = compile_and_load(
+        "emulated_device", [str(_SOURCE)], build_directory=str(folder), extra_cflags=["-O1", "-std=c++20"]
+    )
+    torch.utils.rename_privateuse1_backend("emulated")
+    torch._register_device_module("emulated", _device_module(module))
+    torch.utils.generate_methods_for_privateuse1_backend()
+    return module
+
+
+def load() -> torch.device:
+    """Register the emulated device in this process, and return it."""
+    extension()
+    return torch.device("emulated", 0)
+
+
+def _device_module(module: Any) -> types.ModuleType:
+    """``torch.emulated``: the functions that torch asks of a device's module."""
+    device = types.ModuleType("torch.emulated")
+    functions: dict[str, Any] = {
+        "is_available": lambda: True,
+        "is_initialized": lambda: True,
+        "device_count": lambda: 1,
+        "current_device": lambda: 0,
+        "set_device": lambda device: None,
+        "_is_in_bad_fork": lambda: False,
+        "manual_seed": lambda seed: None,
+        "manual_seed_all": lambda seed: None,
+        "get_rng_state": lambda device=None: torch.get_rng_state(),
+        "set_rng_state": lambda state, device=None: torch.set_rng_state(state),
+        "get_amp_supported_dtype": lambda: [torch.bfloat16, torch.float16],
+        "synchronize": lambda device=None: None,
+        "empty_cache": lambda: None,
+        "memory_allocated": lambda device=None: module.memory_allocated(),
+        "max_memory_allocated": lambda device=None: module.max_memory_allocated(),
+        "reset_peak_memory_stats": lambda device=None: module.reset_peak_memory_stats(),
+    }
+    for name, function in functions.items():
+        setattr(device, name, function)
+    return device
+
+
+if __name__ == "__main__":  # compile before two test processes would
+    extension()
+    sys.exit(0)
