@@ -36,7 +36,10 @@ def pytest_generate_tests(metafunc):
     """A test that asks for ``device`` runs on the emulated device, and on "cuda" where there is one."""
     if "device" in metafunc.fixturenames:
         import torch
+        from emulated_device import load
 
+        # Before the first backward of the process, at which torch counts the devices for good.
+        load()
         names = ["emulated", "cuda"] if torch.cuda.is_available() else ["emulated"]
         metafunc.parametrize("device", names, indirect=True)
 

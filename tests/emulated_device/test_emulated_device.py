@@ -4,12 +4,14 @@ import copy
 
 import pytest
 import torch
-from emulated_device import extension, load
+from emulated_device import extension
 
 
-@pytest.fixture(scope="module")
-def emulated():
-    return load()
+@pytest.fixture
+def emulated(device):
+    if device.type != "emulated":
+        pytest.skip("tests of the emulation")
+    return device
 
 
 def test_an_operator_that_mixes_devices_raises(emulated):

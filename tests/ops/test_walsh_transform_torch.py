@@ -50,9 +50,9 @@ def test_bad_arguments(function, x: torch.Tensor, keywords: dict[str, object], m
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.int64])
-@pytest.mark.parametrize("device", ["cpu", "meta"])
-def test_bad_dtypes(dtype: torch.dtype, device: str) -> None:
-    x = torch.ones((2, 64), dtype=dtype, device=device)
+@pytest.mark.parametrize("backend", ["cpu", "meta"])
+def test_bad_dtypes(dtype: torch.dtype, backend: str) -> None:
+    x = torch.ones((2, 64), dtype=dtype, device=backend)
     for function in (walsh_transform, walsh_quantize, lambda x: walsh_transform(x, inplace=True)):
         with pytest.raises(ValueError, match=r"must be float32, float16 or bfloat16, got .*; convert"):
             function(x)
