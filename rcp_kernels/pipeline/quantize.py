@@ -117,7 +117,7 @@ def quantize(
         device=str(device),
         rcp_kernels=__version__,
         transformers=importlib.metadata.version("transformers"),
-        conditions=hardware.conditions(),
+        conditions=hardware.conditions(device),
     )
     config = _stored_config(recipe, rotated)
     save_quantized(model, out, config, tokenizer=tokenizer, files=_reports(recipe, facts, work))
