@@ -11,7 +11,7 @@ transformers = pytest.importorskip("transformers")
 from rcp_kernels.checkpoint import load_quantized  # noqa: E402
 from rcp_kernels.methods.rotate import rotation_of  # noqa: E402
 from rcp_kernels.pipeline import Recipe, evaluate, quantize  # noqa: E402
-from rcp_kernels.pipeline.quantize import rotate  # noqa: E402
+from rcp_kernels.pipeline.steps import rotate  # noqa: E402
 
 
 @pytest.fixture(scope="module")
