@@ -170,7 +170,7 @@ def measure(
     else:
         shape = SHAPES[model] | ({} if layers is None else {"num_hidden_layers": layers})
         interleaved = _fits_together(shape, bits, device)
-        builders = _random_builders(shape, bits, group_size, act_bits)
+        builders = random_builders(shape, bits, group_size, act_bits)
 
     prompt = torch.randint(0, 32, (1, context))
     models: dict[str, nn.Module] = {}
@@ -304,7 +304,7 @@ def _demo_builders(bits: int, group_size: int, act_bits: int) -> tuple[dict[str,
 # LLaMAs with random weights.
 
 
-def _random_builders(
+def random_builders(
     shape: Mapping[str, int], bits: int, group_size: int, act_bits: int
 ) -> dict[str, Callable[[], nn.Module]]:
     ends: dict[str, nn.Parameter] = {}

@@ -92,7 +92,7 @@ def test_layers_of_the_demo_cannot_be_left_out():
 
 def test_random_models_are_complete():
     """No parameter is left without memory, both models share their ends, and they decode finite logits."""
-    builders = decode._random_builders(TINY, 2, 64, 4)
+    builders = decode.random_builders(TINY, 2, 64, 4)
     ours, reference = (build() for build in builders.values())
     assert not any(tensor.is_meta for model in (ours, reference) for tensor in (*model.parameters(), *model.buffers()))
     assert ours.lm_head.weight is reference.lm_head.weight
