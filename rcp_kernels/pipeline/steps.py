@@ -127,6 +127,9 @@ def quantize_layers(
     def layer_done(done: int, total: int, name: str) -> None:
         progress("layers", done, total, name)
 
+    if recipe.method == "rcp":
+        assert ids is not None
+        return _train(model, recipe.rcp, ids, work, progress, shard, device)
     model.to(device)
     bits, group_size = recipe.w_bits, recipe.group_size
     if recipe.method == "rtn":
@@ -145,21 +148,25 @@ def quantize_layers(
             progress=layer_done,
         )
         return {"layers": [dataclasses.asdict(error) for error in layers.errors]}
-    if recipe.method == "laquant":
-        count = len(describe(model).layers)
-        result = laquant_quantize_model(
-            model,
-            ids,
-            recipe.laquant,
-            directory=work,
-            progress=lambda layer, step, loss: layer_done(layer, count, f"step {step}, loss {loss:.4g}"),
-        )
-        return {"layers": result.losses, "lookahead": recipe.laquant.lookahead}
-    return _train(model, recipe.rcp, ids, work, progress, shard)
+    count = len(describe(model).layers)
+    result = laquant_quantize_model(
+        model,
+        ids,
+        recipe.laquant,
+        directory=work,
+        progress=lambda layer, step, loss: layer_done(layer, count, f"step {step}, loss {loss:.4g}"),
+    )
+    return {"layers": result.losses, "lookahead": recipe.laquant.lookahead}
 
 
 def _train(
-    model: nn.Module, config: RcpConfig, ids: Tensor, work: Path | None, progress: Progress, shard: bool
+    model: nn.Module,
+    config: RcpConfig,
+    ids: Tensor,
+    work: Path | None,
+    progress: Progress,
+    shard: bool,
+    device: torch.device | None,
 ) -> dict[str, Any]:
     if len(ids) <= _VALIDATION_WINDOWS:
         raise ValueError(
@@ -171,8 +178,8 @@ def _train(
         extras.require("accelerate")
         from accelerate import Accelerator  # type: ignore[import-untyped]
 
-        accelerator = Accelerator(cpu=next(model.parameters()).device.type == "cpu")
-        model.to(accelerator.device)
+        accelerator = Accelerator(cpu=device is not None and device.type == "cpu")
+        device = accelerator.device
     result = train(
         model,
         ids[_VALIDATION_WINDOWS:],
@@ -181,6 +188,7 @@ def _train(
         directory=work,
         accelerator=accelerator,
         shard=shard,
+        device=device,
         progress=progress,
     )
     if accelerator is not None:
@@ -189,7 +197,6 @@ def _train(
         accelerator.wait_for_everyone()
         torch.distributed.destroy_process_group()
     if not shard:
-        model.to("cpu")
         export_student(model)
     passes = config.steps * config.batch / (len(ids) - _VALIDATION_WINDOWS)
     return {"training": dataclasses.asdict(result), "passes_over_the_text": round(passes, 3)}
