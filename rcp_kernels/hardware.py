@@ -15,6 +15,23 @@ from torch import Tensor, nn
 from . import extras
 from .ops import cuda_library
 
+__all__ = [
+    "ISA_NAMES",
+    "choose_device",
+    "conditions",
+    "cpu_count",
+    "cpu_isa",
+    "cpu_isa_supported",
+    "cpu_name",
+    "describe",
+    "device_name",
+    "last_level_cache_bytes",
+    "memory_available_bytes",
+    "require_kernels",
+    "synchronize",
+    "to_device_of",
+]
+
 ISA_NAMES = ("scalar", "avx2", "avx512", "amx")
 
 
