@@ -215,7 +215,7 @@ def measure(cell: Cell, source: Source, tokens: int) -> dict[str, Any]:
     facts: dict[str, Any] = {}
     kv_bits = 16
     if cell.recipe is not None:
-        recipe = cell.recipe.resolve(model)
+        recipe = cell.recipe.resolve(model, source.device)
         kv_bits = recipe.kv_bits
         rotate(model, recipe)
         result = quantize_layers(model, recipe, calibration)

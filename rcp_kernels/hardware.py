@@ -25,6 +25,7 @@ __all__ = [
     "cpu_name",
     "describe",
     "device_name",
+    "fast_bfloat16",
     "last_level_cache_bytes",
     "memory_available_bytes",
     "require_kernels",
@@ -126,6 +127,21 @@ def cpu_name() -> str:
     except OSError:
         match = None
     return match.group(1).strip() if match else platform.processor() or platform.machine()
+
+
+def fast_bfloat16(device: torch.device | None = None) -> bool:
+    """Whether a device multiplies bfloat16 faster than float32.
+
+    A CPU does with AVX512-BF16, AMX or Arm's BF16, as Linux names them, and a GPU from compute capability 8.0. Other
+    CPUs convert every product to float32 and back. None stands for the CPU.
+    """
+    if device is not None and device.type != "cpu":
+        return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
+    try:
+        flags = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+    return re.search(r"\b(avx512_bf16|amx_bf16|bf16)\b", flags) is not None
 
 
 def cpu_count() -> int:

@@ -79,7 +79,7 @@ def quantize(
     model, tokenizer = _load(recipe, progress)
     dtype = source_dtype(recipe.model) if recipe.dtype is None else getattr(torch, recipe.dtype)
     bytes_before = dtype.itemsize * sum(parameter.numel() for parameter in model.parameters())
-    recipe = recipe.resolve(model)
+    recipe = recipe.resolve(model, device)
     progress("recipe", 0, 0, f"{recipe}, on {device}")
     facts: dict[str, Any] = {}
     ids = None
