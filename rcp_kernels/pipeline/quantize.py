@@ -43,7 +43,7 @@ _STATES = {"rcp": "state.pt", "laquant": "run.json"}
 _STATE_FILES = re.compile(r"\.?(state\.pt|best\.pt|log\.jsonl|curve\.csv|run\.json|layer_\d+\.safetensors)(\.\w+)?")
 
 
-# More than 60 lines: 31 are the docstring.
+# More than 60 lines: 32 are the docstring.
 def quantize(
     recipe: Recipe,
     out: str | Path,
@@ -70,10 +70,13 @@ def quantize(
 
     Raises:
         MissingExtra, ValueError, OSError, Diverged: as the steps raise them. ``out`` is then as it was before.
+        RuntimeError: activations are quantized on a CUDA device, and the CUDA kernels are missing.
     """
     out = Path(out).resolve()
     work = out.with_name(out.name + ".training")
     device = _device_of_process(choose_device(device))
+    if recipe.bits[1] != 16:  # activations are quantized by our kernels, after minutes of other work
+        hardware.require_kernels(device, "quantize")
     _check_arguments(recipe, out, work, resume, shard)
     started = time.perf_counter(), time.process_time()
     model, tokenizer = _load(recipe, progress)
