@@ -58,7 +58,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
 
 @dataclass(frozen=True)
 class Recipe:
-    """A model and how to quantize it. The same recipe on the same machine gives the same bits.
+    """A model and how to quantize it. The same recipe on the same machine and device gives the same bits.
 
     Attributes:
         model: a transformers directory, a hub id, a .gguf file, or "demo".
