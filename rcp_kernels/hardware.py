@@ -23,6 +23,7 @@ __all__ = [
     "cpu_isa",
     "cpu_isa_supported",
     "cpu_name",
+    "default_device",
     "describe",
     "device_name",
     "fast_bfloat16",
@@ -36,18 +37,22 @@ __all__ = [
 ISA_NAMES = ("scalar", "avx2", "avx512", "amx")
 
 
+def default_device() -> torch.device:
+    """The device where none is named: "cuda" where torch sees a GPU, else "cpu"."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def choose_device(device: str | torch.device | None = None) -> torch.device:
     """The device to compute on.
 
     Args:
-        device: any device string of torch, such as "cpu", "cuda" or "cuda:1". None: "cuda" where torch sees a GPU, else
-            "cpu".
+        device: any device string of torch, such as "cpu", "cuda" or "cuda:1". None: :func:`default_device`.
 
     Raises:
         ValueError: torch has no device of this name, or sees none of its type or index.
     """
     if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return default_device()
     try:
         found = torch.device(device)
         module = torch.get_device_module(found)

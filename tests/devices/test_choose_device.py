@@ -8,6 +8,12 @@ import torch
 from rcp_kernels.hardware import choose_device, fast_bfloat16, to_device_of
 
 
+def test_a_test_that_asks_for_no_device_runs_on_the_cpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert choose_device() == torch.device("cpu")
+
+
+@pytest.mark.usefixtures("device")
 def test_the_default_is_a_gpu_where_there_is_one(monkeypatch):
     assert choose_device().type == ("cuda" if torch.cuda.is_available() else "cpu")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
