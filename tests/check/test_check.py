@@ -10,7 +10,8 @@ from rcp_kernels import ops
 from rcp_kernels.check import check_device, model, run, within
 from rcp_kernels.check.cases import Case, exactly, run_case
 from rcp_kernels.check.report import UNKNOWN, Report, card_facts
-from rcp_kernels.evaluation.captured import DecodeStep
+from rcp_kernels.evaluation.captured import DecodeStep, static_cache
+from rcp_kernels.nn.kv_cache import use_packed_attention
 
 CPU = torch.device("cpu")
 
@@ -237,10 +238,13 @@ class NoSynchronization(TorchDispatchMode):
         return result
 
 
-def test_a_decode_step_reads_nothing_back(device):
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_decode_step_reads_nothing_back(device, packed):
     llama = model.small_llama().to(device)
+    if packed:
+        assert use_packed_attention(llama) is None
     prompt = torch.arange(5, device=device)[None]
-    step = DecodeStep(llama, prompt, 16)
+    step = DecodeStep(llama, prompt, static_cache(llama, 16, packed))
     step()
     addresses = step.token.data_ptr()
     with NoSynchronization():
@@ -251,7 +255,7 @@ def test_a_decode_step_reads_nothing_back(device):
 def test_a_decode_step_decodes_greedily():
     llama = model.small_llama()
     ids = torch.arange(5)[None]
-    step = DecodeStep(llama, ids, 16)
+    step = DecodeStep(llama, ids, static_cache(llama, 16))
     for _ in range(8):
         with torch.inference_mode():
             ids = torch.cat([ids, llama(ids).logits[:, -1:].argmax(-1)], 1)
