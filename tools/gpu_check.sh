@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Builds the CUDA kernels for the card of this machine, checks and times them, and runs the tests that need a GPU.
 #
-#     tools/gpu_check.sh                # results in $OUT, or in docs/results/<card>
+#     tools/gpu_check.sh                # results in $OUT, or in docs/results/<card>: summary.md, steps.log, check.*
 #     tools/gpu_check.sh --rehearse     # without the CUDA parts, as on a machine without a GPU
 #
 # Needs no network: Python with torch (CUDA), triton, setuptools, ninja, pytest, transformers and hypothesis, and nvcc.
@@ -49,22 +49,24 @@ fi
 mkdir -p "$OUT" || exit 1
 OUT=$(cd "$OUT" && pwd)
 summary=$OUT/summary.md
+log=$OUT/steps.log
 failed=0
 
 left() { echo $((SECONDS_IN_ALL - $(date +%s) + START)); }
 
 say() { echo "$@" | tee -a "$summary"; }
 
-# step NAME LIMIT COMMAND...: runs the command for at most LIMIT seconds, with its output in NAME.log.
+# step NAME LIMIT COMMAND...: runs the command for at most LIMIT seconds. Its output goes to the end of steps.log.
 step() {
-  local title=$1 limit=$2 begun result
+  local title=$1 limit=$2 begun result state
   shift 2
   [ "$limit" -ge 5 ] || limit=5
   begun=$(date +%s)
   echo "== $title, at most $limit s"
-  timeout --kill-after=10 "$limit" "$@" >"$OUT/$title.log" 2>&1
+  echo "== $title" >>"$log"
+  timeout --kill-after=10 "$limit" "$@" >>"$log" 2>&1
   result=$?
-  tail -n 4 "$OUT/$title.log" | cut -c1-200
+  tail -n 4 "$log" | cut -c1-200
   case $result in
     0) state=passed ;;
     124 | 137) state="FAILED: stopped after $limit s" ;;
@@ -78,6 +80,7 @@ step() {
 skip() { say "| $1 | skipped: $2 | - |"; }
 
 : >"$summary"
+: >"$log"
 if [ "$rehearse" = 1 ]; then
   say "**REHEARSAL: no GPU was used. The CUDA parts were skipped, and no number here is a GPU's.**"
 else
@@ -106,10 +109,27 @@ step build $(($(left) * 45 / 100)) bash -c build
 wait $emulated || { say "| emulated device | FAILED: $(tail -n 1 "$emulated_log" | cut -c1-150) | - |"; failed=1; }
 rm -f "$emulated_log"
 
-# 2. Check and time. The tests after it need 100 seconds, the sanitizers 60.
+# 2. Compile the Triton kernels that the checks use, in parallel: one after the other they take minutes.
+compile_triton() {
+  local pids=() shard pid result=0
+  for shard in 0 1 2 3 4 5 6 7; do
+    "$PYTHON" -c "
+from rcp_kernels.check import check_device
+from rcp_kernels.check.run import all_cases
+found = [case for case in all_cases() if case.op.startswith(('walsh', 'kv_cache')) or case.kind == 'rotation']
+print(check_device('cuda', cases=found[$shard::8]).verdict)" &
+    pids+=($!)
+  done
+  for pid in "${pids[@]}"; do wait "$pid" || result=1; done
+  return $result
+}
+export -f compile_triton
+[ "$rehearse" = 1 ] && skip triton "no GPU" || step triton 90 bash -c compile_triton
+
+# 3. Check and time. The tests after it need 100 seconds, the sanitizers 60.
 limit=$(($(left) - 160))
 if "$PYTHON" -c 'import typer, rich' 2>/dev/null; then
-  # The checks compile Triton kernels, a second each: two thirds of the time at most are for timing.
+  # The rest is for the checks, and for the case that is being timed when the budget ends.
   budget=$((limit * 6 / 10))
   [ "$rehearse" = 0 ] || budget=20
   step check "$limit" "$PYTHON" -m rcp_kernels check --device $device --bench --seconds "$budget" --out "$OUT"
@@ -127,7 +147,7 @@ sys.exit(bool(report.failed))"
   skip "check --bench" "typer or rich is not installed"
 fi
 
-# 3. Tests of the kernels on a GPU, and every test that takes a device.
+# 4. Tests of the kernels on a GPU, and every test that takes a device.
 mapfile -t files < <(grep -rlE 'def test_\w+\(([^)]*\W)?device\W' tests --include='test_*.py' | sort)
 parallel=()
 if "$PYTHON" -c 'import xdist' 2>/dev/null; then parallel=(-n 4 --dist worksteal); fi
@@ -139,7 +159,7 @@ else
   step tests $(($(left) - 60)) "${tests[@]}" tests/cuda/test_on_a_gpu.py tests/emulated_device
 fi
 
-# 4. compute-sanitizer, three tools side by side, over some cases of the kernels in CUDA C++.
+# 5. compute-sanitizer, three tools side by side, over some cases of the kernels in CUDA C++.
 sanitize() {
   local pids=() tool pid result=0
   for tool in memcheck racecheck initcheck; do
