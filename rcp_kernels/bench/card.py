@@ -178,7 +178,7 @@ def _case_name(benchmark: Benchmark, shape: Sequence[int], load: int | None, var
 
 def _decoding(device: torch.device, seconds: float) -> Section:
     cuda = device.type == "cuda"
-    formats = ((2, 4), (4, 8)) if cuda else ((2, 4),)
+    formats = ((2, 4, 16),) if device.type == "cpu" else ((2, 4, 16), (2, 4, 4), (4, 8, 16))
     if cuda or seconds >= _SMALL_BUDGET:
         layers = graph_decode.fitting_layers(device)
         shape: Mapping[str, int] = {**SHAPES["llama-2-7b"], "num_hidden_layers": layers}

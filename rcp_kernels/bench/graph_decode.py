@@ -31,9 +31,9 @@ _LAYERS = 32
 _SLACK_BYTES = 2 << 30
 
 
-def packed_name(bits: int, act_bits: int) -> str:
-    """``W2A4``."""
-    return f"W{bits}A{act_bits}"
+def packed_name(bits: int, act_bits: int, kv_bits: int) -> str:
+    """``W2A4``, and ``W2A4KV4`` with a 4-bit cache."""
+    return f"W{bits}A{act_bits}{f'KV{kv_bits}' if kv_bits == 4 else ''}"
 
 
 def fitting_layers(device: torch.device) -> int:
@@ -48,7 +48,7 @@ def fitting_layers(device: torch.device) -> int:
 def decode_seconds(
     shape: Mapping[str, int],
     device: torch.device,
-    formats: tuple[tuple[int, int], ...] = ((2, 4),),
+    formats: tuple[tuple[int, int, int], ...] = ((2, 4, 16),),
     new_tokens: int = 50,
 ) -> Iterator[tuple[str, float]]:
     """Median seconds per token at batch 1 of the float model and of each packed model, after 128 tokens.
@@ -58,7 +58,7 @@ def decode_seconds(
 
     Args:
         shape: arguments of LlamaConfig.
-        formats: (bits, act_bits) of each packed model.
+        formats: (bits, act_bits, kv_bits) of each packed model; kv_bits 4 is the packed cache, 16 transformers' own.
         new_tokens: timed tokens.
 
     Yields:
@@ -73,9 +73,9 @@ def decode_seconds(
         return layer
 
     yield f"torch {'fp16' if dtype == torch.float16 else 'bf16'}", _measure(shape, dense, device, dtype, new_tokens)
-    for bits, act_bits in formats:
+    for bits, act_bits, kv_bits in formats:
         build = _packed(bits, act_bits, device)
-        yield packed_name(bits, act_bits), _measure(shape, build, device, dtype, new_tokens)
+        yield packed_name(bits, act_bits, kv_bits), _measure(shape, build, device, dtype, new_tokens, kv_bits == 4)
 
 
 def _packed(bits: int, act_bits: int, device: torch.device) -> Callable[[int, int], nn.Module]:
@@ -98,10 +98,18 @@ def _measure(
     device: torch.device,
     dtype: torch.dtype,
     new_tokens: int,
+    packed_cache: bool = False,
 ) -> float:
     model = _random_llama(shape, linear, {}).to(device=device, dtype=dtype)
     prompt: Tensor = torch.randint(0, 32, (1, _CONTEXT), device=device)
-    step = DecodeStep(model, prompt, static_cache(model, _CONTEXT + WARM_UP + 2 + new_tokens))
+    if packed_cache:
+        from ..nn.kv_cache import use_packed_attention
+
+        reason = use_packed_attention(model)
+        if reason is not None:
+            raise RuntimeError(reason)
+    # Beside the timed steps: one that raises the clock, or that finds its caches cold.
+    step = DecodeStep(model, prompt, static_cache(model, _CONTEXT + WARM_UP + 1 + new_tokens, packed_cache))
     if device.type != "cuda":
         return _clocked(step, new_tokens, device)
     run = captured(step)

@@ -135,11 +135,13 @@ def _append(kv_heads: int, dim: int, dtype: torch.dtype, device: torch.device) -
     for position, tokens, clip in ((0, 1, 1.0), (1, 30, 0.95), (31, 9, 1.0)):
         x = noise(2, kv_heads, tokens, dim, dtype=dtype, seed=tokens)
         ops.reference.kv_cache_append(x, *expected, position, clip)
-        for storage in (found, again):
-            ops.kv_cache_append(x.to(device), *storage, position, clip)
+        ops.kv_cache_append(x.to(device), *found, position, clip)
+        # The same position, counted from a number on the device.
+        held = torch.tensor(position, device=device)
+        ops.kv_cache_append(x.to(device), *again, 0, clip, held)
     for what, value, wanted, second in zip(("codes", "scales"), found, expected, again, strict=True):
         yield exactly(what, value, wanted)
-        yield exactly(f"{what} of a second run", second, value)
+        yield exactly(f"{what} of a second run, its position on the device", second, value)
     for target in DTYPES:
         read = ops.kv_cache_dequantize(*found, 40, dim, target)
         wanted = ops.reference.kv_cache_dequantize(*expected, 40, dim, target)
@@ -155,7 +157,11 @@ def _attention(
     for window in (0, 100):
         y = ops.kv_cache_attention(query.to(device), moved, length, window=window)
         exact = ops.reference.kv_cache_attention(query, storage, length, window=window)
-        yield within(f"y in a window of {window or length}", y, exact, _attention_bound(query, storage, length, exact))
+        bound = _attention_bound(query, storage, length, exact)
+        yield within(f"y in a window of {window or length}", y, exact, bound)
+        held = torch.tensor(length, device=device)
+        counted = ops.kv_cache_attention(query.to(device), moved, 0, window=window, held=held)
+        yield within(f"y in a window of {window or length}, the length on the device", counted, exact, bound)
         again = ops.kv_cache_attention(query.to(device), moved, length, window=window)
         yield exactly("a second run", again, y)
 
