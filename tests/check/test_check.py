@@ -8,8 +8,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rcp_kernels import ops
-from rcp_kernels.check import check_device, model, run, within
-from rcp_kernels.check.cases import Case, exactly, run_case
+from rcp_kernels.check import check_device, model, run
+from rcp_kernels.check.cases import Case, exactly, run_case, within
 from rcp_kernels.check.report import UNKNOWN, Report, card_facts
 from rcp_kernels.evaluation.captured import DecodeStep, static_cache
 from rcp_kernels.nn.kv_cache import use_packed_attention
