@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from .. import extras
@@ -105,11 +106,12 @@ def _print_section(section: Measured) -> None:
 def _print_table(
     title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], styles: Sequence[str | None], right: Any
 ) -> None:
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for name in columns:
-        table.add_column(name, justify="right" if name in right else "left", no_wrap=name == columns[0])
+        table.add_column(escape(name), justify="right" if name in right else "left", no_wrap=name == columns[0])
     for cells, style in zip(rows, styles, strict=True):
-        table.add_row(*cells, style=style)
+        table.add_row(*map(escape, cells), style=style)
+    _say(title)
     Console().print(table)
 
 

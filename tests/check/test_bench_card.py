@@ -47,6 +47,7 @@ def test_the_command_writes_times(run, no_checks, tmp_path):
     text = (tmp_path / "check.md").read_text()
     assert "64 x 128, batch 8" in text
     assert "64 x 128, batch 8" in out
+    assert "walsh_transform of float32 [rows, n]" in out
     assert (tmp_path / "check.png").read_bytes()[:4] == b"\x89PNG"
 
 
