@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from ..evaluation.decoding import decode_loop
 from ..models.hf import cache_keyword
 from .evaluate import attend_packed, check_positions, say
 from .load import load_any
@@ -50,6 +51,16 @@ def _prompt_ids(tokenizer: Any, prompt: str, chat: bool) -> Tensor:
     return ids
 
 
+def _fuse(model: nn.Module, log: Callable[[str], None]) -> None:
+    """Fuse a quantized model's decoder layers. Log a line if that is not possible."""
+    from ..nn import fuse_decoder
+
+    try:
+        fuse_decoder(model)
+    except ValueError as error:
+        log(f"generate: the layers run unfused, which is slower: {str(error).partition('; ')[0]}")
+
+
 def generate(
     name: str | Path,
     prompt: str,
@@ -63,7 +74,8 @@ def generate(
 ) -> str:
     """The continuation of a prompt, with the key/value cache that the model's config asks for.
 
-    Decoding is greedy unless temperature, top_p or seed is given; then the tokens are sampled.
+    Decoding is greedy unless temperature, top_p or seed is given; then the tokens are sampled. The layers of a
+    quantized model are fused where :func:`rcp_kernels.nn.fuse_decoder` allows it.
 
     Args:
         name: as for :func:`evaluate`.
@@ -73,8 +85,9 @@ def generate(
         temperature: logits are divided by it before a token is sampled. None: 1.
         top_p: sample among the likeliest tokens that together have this probability, in (0, 1]. None: 1.
         seed: the same seed samples the same tokens. None: other tokens each time.
-        log: called with a warning if the text may become longer than the model's max_position_embeddings, or if its
-            attention cannot read the packed cache. The default prints to standard error.
+        log: called with a warning if the text may become longer than the model's max_position_embeddings, if its
+            attention cannot read the packed cache, or if its layers cannot be fused. The default prints to standard
+            error.
 
     Raises:
         MissingExtra, ValueError, OSError: as loading raises them; an option out of range; a prompt without a token.
@@ -96,10 +109,21 @@ def generate(
     if config is not None and config.kv_bits != 16:
         from ..nn.kv_cache import QuantizedKVCache
 
-        attend_packed(model, log)
-        options[cache_keyword(model)] = QuantizedKVCache(model.config, clip=config.kv_clip)
+        packed = attend_packed(model, log)
+        options[cache_keyword(model)] = QuantizedKVCache(
+            model.config,
+            config.kv_clip,
+            ids.shape[1] + new_tokens,
+            # Where each step dequantizes the cache, it should be no larger than the text.
+            static=packed,
+        )
         # The model's generation_config may ask for another cache, or for none.
         options.update(cache_implementation=None, use_cache=True)
+    if config is not None:
+        _fuse(model, log)
+    generation: Any = model.generation_config
+    if generation.get_generation_mode().value in ("greedy_search", "sample"):
+        options["custom_generate"] = decode_loop
     device = next(model.parameters()).device
     with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.inference_mode():
         if seed is None:
