@@ -25,6 +25,7 @@ from ..models.load import load_float
 from ..nn.quant_linear import QuantLinear
 from ..nn.quantize_model import quantize_model
 from .lut_linear import group_size_for, random_packed_weight
+from .timing import CPU
 
 SHAPES: dict[str, dict[str, int]] = {
     "llama-2-7b": {},
@@ -106,6 +107,7 @@ def measure(
     compiled: bool = False,
     clock: str = "wall",
     save: Path | None = None,
+    device: torch.device = CPU,
     log: Callable[[str], None] = print,
 ) -> Result:
     """Build the packed and the bfloat16 model, and decode with both in turn after `context` random tokens.
@@ -120,6 +122,7 @@ def measure(
         compiled: also decode with torch.compile. Compiling takes minutes.
         clock: a key of CLOCKS.
         save: a folder for the packed tensors, as model.safetensors.
+        device: to decode on. The models are built on the CPU.
         log: takes progress lines.
 
     Raises:
@@ -139,8 +142,8 @@ def measure(
         interleaved = True
     else:
         shape = SHAPES[model] | ({} if layers is None else {"num_hidden_layers": layers})
-        interleaved = _fits_together(shape, bits)
-        builders = _random_builders(shape, bits, group_size, act_bits)
+        interleaved = _fits_together(shape, bits, device)
+        builders = random_builders(shape, bits, group_size, act_bits)
 
     prompt = torch.randint(0, 32, (1, context))
     models: dict[str, nn.Module] = {}
@@ -148,7 +151,7 @@ def measure(
     seconds: dict[str, float] = {}
     for name, build in builders.items():
         log(f"building {name}, W{bits}A{act_bits}" if name == OURS else f"building {name}")
-        models[name] = built = build()
+        models[name] = built = build().to(device)
         tensors = tensor_state(built)
         nbytes[name] = sum(tensor.nbytes for tensor in tensors.values())
         if save is not None and name == OURS:
@@ -171,7 +174,7 @@ def measure(
         new_tokens=_turns(new_tokens) * _TURN,
         threads=torch.get_num_threads(),
         interleaved=interleaved,
-        conditions=hardware.conditions(),
+        conditions=hardware.conditions(device),
         packed_bytes=nbytes[OURS],
         fp16_bytes=nbytes[TORCH],
         clock=clock,
@@ -224,9 +227,11 @@ def decode_seconds(
     for _ in range(_turns(new_tokens)):
         for name, decoder in decoders.items():
             decoder.step()
+            decoder.wait()
             for _ in range(_TURN):
                 start = now()
                 decoder.step()
+                decoder.wait()
                 samples[name].append(now() - start)
     return {name: statistics.median(values) for name, values in samples.items()}
 
@@ -238,8 +243,8 @@ def text(result: Result) -> str:
     lines = [
         f"# {result.model}, {result.layers} layers, W{result.bits}A{result.act_bits} in groups of {result.group_size}, "
         f"batch 1, {result.new_tokens} tokens after {result.context}",
-        f"# {facts['cpu']}, {facts['isa']}, {result.threads} threads, torch {facts['torch']}, medians of "
-        f"{result.clock} time, {turns}",
+        f"# {facts.get('device', facts['cpu'])}, {facts['isa']}, {result.threads} threads, torch {facts['torch']}, "
+        f"medians of {result.clock} time, {turns}",
     ]
     lines += [f"{name:34} {1e3 * value:8.2f} ms a token" for name, value in result.seconds.items()]
     lines.append(
@@ -273,7 +278,7 @@ def _demo_builders(bits: int, group_size: int, act_bits: int) -> tuple[dict[str,
 # LLaMAs with random weights.
 
 
-def _random_builders(
+def random_builders(
     shape: Mapping[str, int], bits: int, group_size: int, act_bits: int
 ) -> dict[str, Callable[[], nn.Module]]:
     ends: dict[str, nn.Parameter] = {}
@@ -355,7 +360,7 @@ def _write_safetensors(tensors: Mapping[str, Tensor], folder: Path) -> None:
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
 
 
-def _fits_together(shape: Mapping[str, int], bits: int) -> bool:
+def _fits_together(shape: Mapping[str, int], bits: int, device: torch.device) -> bool:
     """Whether memory holds the packed and the bfloat16 model at once.
 
     Raises:
@@ -364,7 +369,7 @@ def _fits_together(shape: Mapping[str, int], bits: int) -> bool:
     linears, others = weight_counts(shape)
     floats = 2 * (linears + others)
     packed = linears * (bits + 1) // 8
-    available = hardware.memory_available_bytes()
+    available = hardware.memory_available_bytes(device)
     if available is None:
         return True
     if available < floats + _SLACK_BYTES:

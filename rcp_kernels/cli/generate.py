@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from .console import ModelName, Threads
+from .console import Device, ModelDType, ModelName, Threads, torch_dtype
 
 __all__ = ["EXAMPLES", "generate"]
 
@@ -35,6 +35,8 @@ def generate(
     seed: Annotated[
         int | None, typer.Option(metavar="N", help="Sample the same tokens again with the same seed.")
     ] = None,
+    device: Device = None,
+    dtype: ModelDType = None,
     threads: Threads = None,
 ) -> None:
     """Continue a prompt: with the likeliest tokens, or with sampled ones if a sampling option is given."""
@@ -47,4 +49,16 @@ def generate(
         check_sampling(temperature, top_p, seed)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
-    print(run(model, prompt, new_tokens=new_tokens, chat=chat, temperature=temperature, top_p=top_p, seed=seed))
+    print(
+        run(
+            model,
+            prompt,
+            new_tokens=new_tokens,
+            chat=chat,
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed,
+            device=device,
+            dtype=torch_dtype(dtype),
+        )
+    )

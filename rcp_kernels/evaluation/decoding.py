@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..hardware import synchronize, to_device_of
 from ..models.hf import cache_argument, cache_capacity, cache_keyword, output_cache
 
 __all__ = ["Decoder", "decode_loop", "decode_seconds", "greedy_tokens"]
@@ -41,11 +42,11 @@ class Decoder:
 
         Args:
             model: a causal language model of transformers.
-            prompts: int64 [prompts, tokens] without padding. They are copied to the model's device.
+            prompts: int64 [prompts, tokens], without padding, on any device.
             cache: empty, of transformers or of this package. None: the cache that the model makes.
             forward: what computes a step, for example the compiled model. None: the model.
         """
-        prompts = prompts.to(next(model.parameters()).device)
+        prompts = to_device_of(model, prompts)
         output = model(input_ids=prompts, use_cache=True, logits_to_keep=1, **cache_argument(model, cache))
         self.logits: Tensor = output.logits[:, -1]
         self._cache = output_cache(output)
@@ -89,6 +90,10 @@ class Decoder:
         else:
             self.logits = self._run(tokens)
         self._held += 1
+
+    def wait(self) -> None:
+        """Return when the device has computed ``logits``."""
+        synchronize(self.logits.device)
 
     def _run(self, tokens: Tensor) -> Tensor:
         logits: Tensor = self._forward(input_ids=tokens, **self._arguments).logits[:, -1]
@@ -186,11 +191,11 @@ def greedy_tokens(
     *,
     stop_token: int | None = None,
 ) -> Tensor:
-    """The greedy continuation of each prompt, int64 [prompts, new_tokens].
+    """The greedy continuation of each prompt, int64 [prompts, new_tokens] on the device of the model.
 
     Args:
         model: a causal language model of transformers.
-        prompts: int64 [prompts, tokens], without padding. They are copied to the model's device.
+        prompts: int64 [prompts, tokens], without padding, on any device.
         new_tokens: at least 1.
         progress: called after each step with the tokens done of each prompt.
         stop_token: the result ends before the step in which every prompt yields this token. None: nothing ends it.
@@ -241,5 +246,6 @@ def decode_seconds(
             for _ in range(count):
                 start = time.perf_counter()
                 decoder.step()
+                decoder.wait()
                 seconds[name].append(time.perf_counter() - start)
         yield done + count, {name: statistics.median(values) for name, values in seconds.items()}

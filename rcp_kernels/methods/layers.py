@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..hardware import to_device_of
 from ..models import Architecture, describe
 from ..nn.quant_linear import type_of
 
@@ -111,7 +112,7 @@ def first_layer_inputs(model: nn.Module, ids: Tensor) -> tuple[Tensor, list[dict
     try:
         for row in ids.split(1):
             try:
-                model(input_ids=row, use_cache=False)
+                model(input_ids=to_device_of(model, row), use_cache=False)
             except _Stop:
                 pass
     finally:

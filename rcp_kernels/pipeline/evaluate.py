@@ -16,6 +16,7 @@ from ..data.by_name import Progress, held_out_text
 from ..evaluation.decoding import greedy_tokens
 from ..evaluation.divergence import divergence, prompt_windows
 from ..evaluation.perplexity import perplexity
+from ..hardware import to_device_of
 from ..methods.layers import check_vocabulary
 from ..methods.student import FakeQuantKV
 from ..models.hf import cache_keyword
@@ -51,7 +52,12 @@ class GreedyDivergence:
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """A perplexity with its conditions, and a divergence where one was asked for."""
+    """A perplexity with its conditions, and a divergence where one was asked for.
+
+    Attributes:
+        device: that the model was on.
+        dtype: of everything in the model that is not packed.
+    """
 
     model: str
     perplexity: float
@@ -59,11 +65,13 @@ class Measured:
     tokens: int
     window: int
     kv_bits: int
+    device: str
+    dtype: str
     divergence: GreedyDivergence | None = None
 
 
 def with_quantized_cache(model: nn.Module, kv_bits: int, kv_clip: float = 1.0) -> Callable[[Tensor], Any]:
-    """The model as a function of token ids, with keys and values as a cache of kv_bits gives them back.
+    """The model as a function of token ids on any device, with keys and values as a cache of kv_bits gives them back.
 
     Args:
         model: a causal language model of transformers.
@@ -71,9 +79,9 @@ def with_quantized_cache(model: nn.Module, kv_bits: int, kv_clip: float = 1.0) -
         kv_clip: in (0, 1]: the share of a token's range that 4 bits cover.
     """
     if kv_bits == 16:
-        return lambda ids: model(ids, use_cache=False)
+        return lambda ids: model(to_device_of(model, ids), use_cache=False)
     keyword = cache_keyword(model)
-    return lambda ids: model(ids, **{keyword: FakeQuantKV(kv_bits, kv_clip)}, use_cache=False)
+    return lambda ids: model(to_device_of(model, ids), **{keyword: FakeQuantKV(kv_bits, kv_clip)}, use_cache=False)
 
 
 def say(text: str) -> None:
@@ -94,6 +102,7 @@ def _reading_packed(
     keyword = cache_keyword(model)
 
     def call(ids: Tensor) -> SimpleNamespace:
+        ids = to_device_of(model, ids)
         cache = QuantizedKVCache(model.config, clip=kv_clip)
         pieces = (ids[:, :prompt_tokens], *ids[:, prompt_tokens:].split(MOST_QUERIES, dim=1))
         logits = [model(piece, **{keyword: cache}, use_cache=True).logits for piece in pieces if piece.shape[1]]
@@ -124,7 +133,7 @@ def check_positions(where: str, model: nn.Module, tokens: int, what: str, log: C
         )
 
 
-# More than 60 lines: 23 are the docstring.
+# More than 60 lines: 25 are the docstring.
 def evaluate(
     name: str | Path,
     text: str | Path | None = None,
@@ -134,6 +143,8 @@ def evaluate(
     window: int = 512,
     divergence_from: str | Path | None = None,
     new_tokens: int = 128,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
     progress: Progress = lambda *_: None,
     log: Callable[[str], None] = say,
 ) -> Measured:
@@ -150,6 +161,7 @@ def evaluate(
         window: tokens of a window.
         divergence_from: also compare greedy decoding with this model's, after 16 prompts from the text.
         new_tokens: decoded after each of these prompts.
+        device, dtype: as for :func:`rcp_kernels.pipeline.load.load_any`.
         progress: see :data:`rcp_kernels.data.by_name.Progress`.
         log: called with a warning if a window or a continuation is longer than the model's max_position_embeddings, or
             if its attention cannot read the packed cache. The default prints to standard error.
@@ -164,7 +176,7 @@ def evaluate(
         raise ValueError(f"eval: tokens must be at least window, {window}, got {tokens}; lower the window")
     words, source = held_out_text(None if text is None else Path(text), dataset, tokens)
     progress("reading the model", 0, 1, str(name))
-    model, tokenizer, config = load_any(str(name))
+    model, tokenizer, config = load_any(str(name), device, dtype)
     progress("reading the model", 1, 1, str(name))
     ids = encode(tokenizer, words)[:tokens]
     if ids.numel() < window:
@@ -183,13 +195,23 @@ def evaluate(
         window,
         lambda done: progress("perplexity", done, used, source),
     )
-    measured = Measured(str(name), value, source, used, window, kv_bits)
+    unpacked = next(model.parameters())
+    measured = Measured(
+        str(name),
+        value,
+        source,
+        used,
+        window,
+        kv_bits,
+        str(unpacked.device),
+        str(unpacked.dtype).removeprefix("torch."),
+    )
     if divergence_from is None:
         return measured
     prompts = prompt_windows(ids, _PROMPTS, min(_PROMPT_TOKENS, max(1, ids.numel() // _PROMPTS)))
     length = prompts.shape[1]
     check_positions("eval", model, length + new_tokens, "prompt and new tokens", log)
-    reference = _reference(str(divergence_from), words, ids)
+    reference = _reference(str(divergence_from), words, ids, device, dtype)
     expected = greedy_tokens(reference, prompts, new_tokens, lambda done: progress("decoding", done, new_tokens, ""))
     if kv_bits != 16:
         called = _reading_packed(model, clip, length, log)
@@ -200,9 +222,11 @@ def evaluate(
     return dataclasses.replace(measured, divergence=diverged)
 
 
-def _reference(name: str, words: str, ids: Tensor) -> nn.Module:
+def _reference(
+    name: str, words: str, ids: Tensor, device: str | torch.device | None, dtype: torch.dtype | None
+) -> nn.Module:
     """The model to diverge from, which must have the same tokenizer and a 16-bit cache."""
-    model, tokenizer, config = load_any(name)
+    model, tokenizer, config = load_any(name, device, dtype)
     if config is not None and config.kv_bits != 16:
         raise ValueError(
             f"eval: the model to diverge from must keep keys and values in 16 bits, got {config.kv_bits} bits in "

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..evaluation.decoding import decode_loop
+from ..hardware import to_device_of
 from ..models.hf import cache_keyword
 from .evaluate import attend_packed, check_positions, say
 from .load import load_any
@@ -70,6 +71,8 @@ def generate(
     temperature: float | None = None,
     top_p: float | None = None,
     seed: int | None = None,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
     log: Callable[[str], None] = say,
 ) -> str:
     """The continuation of a prompt, with the key/value cache that the model's config asks for.
@@ -84,7 +87,8 @@ def generate(
         chat: put the prompt into the model's chat template, if it has one.
         temperature: logits are divided by it before a token is sampled. None: 1.
         top_p: sample among the likeliest tokens that together have this probability, in (0, 1]. None: 1.
-        seed: the same seed samples the same tokens. None: other tokens each time.
+        seed: the same seed samples the same tokens on the same device. None: other tokens each time.
+        device, dtype: as for :func:`rcp_kernels.pipeline.load.load_any`.
         log: called with a warning if the text may become longer than the model's max_position_embeddings, if its
             attention cannot read the packed cache, or if its layers cannot be fused. The default prints to standard
             error.
@@ -95,7 +99,7 @@ def generate(
     check_sampling(temperature, top_p, seed)
     if new_tokens < 1:
         raise ValueError(f"generate: new_tokens must be at least 1, got {new_tokens}; ask for one token")
-    model, tokenizer, config = load_any(str(name))
+    model, tokenizer, config = load_any(str(name), device, dtype)
     ids = _prompt_ids(tokenizer, prompt, chat)
     check_positions("generate", model, ids.shape[1] + new_tokens, "prompt and new tokens", log)
     options: dict[str, Any] = {
@@ -124,12 +128,12 @@ def generate(
     generation: Any = model.generation_config
     if generation.get_generation_mode().value in ("greedy_search", "sample"):
         options["custom_generate"] = decode_loop
-    device = next(model.parameters()).device
-    with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.inference_mode():
+    ids = to_device_of(model, ids)
+    others = [] if ids.device.type == "cpu" else [ids.device]
+    with torch.random.fork_rng(others, device_type=ids.device.type), torch.inference_mode():
         if seed is None:
             torch.seed()
         else:
             torch.manual_seed(seed)
-        ids = ids.to(device)
         output = model.generate(ids, attention_mask=torch.ones_like(ids), **options)  # type: ignore[operator]
     return str(tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True))

@@ -20,6 +20,12 @@ STEPS = 50
 FAMILIES = [("llama", {}), ("qwen3", {}), ("mistral", {"sliding_window": 8})]
 
 
+@pytest.fixture(autouse=True)
+def forget_compilations():
+    yield
+    torch._dynamo.reset()  # later tests count their own compilations
+
+
 @pytest.fixture
 def dequantized(monkeypatch):
     """A list that grows by one with each call that dequantizes the cache."""
