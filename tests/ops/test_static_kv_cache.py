@@ -4,14 +4,14 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from rcp_kernels import OnlineRotation
+from rcp_kernels import OnlineRotation, quantize_model
 
 transformers = pytest.importorskip("transformers", reason="QuantizedKVCache is a transformers Cache")
 
 from test_kv_cache import generated, prompts, tiny_model  # noqa: E402
 
 from rcp_kernels.models.hf import cache_argument  # noqa: E402
-from rcp_kernels.nn import kv_layer  # noqa: E402
+from rcp_kernels.nn import fuse_decoder, kv_layer  # noqa: E402
 from rcp_kernels.nn.kv_cache import ATTENTION, QuantizedKVCache  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("error::FutureWarning")
@@ -78,6 +78,14 @@ def test_one_compilation_serves_fifty_tokens(device, family, changes, dequantize
         else:
             with pytest.raises(ValueError, match=r"must be 1 to 70, got 71.*larger capacity"):
                 model(token, **cache_argument(model, static))
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_fused_layers(device, family, dequantized):
+    model = tiny_model(16, family, hidden_size=64)
+    quantize_model(model, bits=4, group_size=32, act_bits=16, skip=("lm_head",))
+    fuse_decoder(model)
+    decode_compiled(model.to(device), "aot_eager", dequantized)
 
 
 def test_inductor_on_the_cpu(dequantized):
