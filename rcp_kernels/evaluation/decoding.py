@@ -58,7 +58,7 @@ class Decoder:
         if "position_ids" in inspect.signature(model.forward).parameters:
             self._position = torch.full((1, 1), self._held, device=prompts.device)
             self._arguments["position_ids"] = self._position
-        self._captures = prompts.is_cuda and forward is None and self._cache.is_compileable
+        self._captures = prompts.is_cuda and forward is None and _can_capture(model, self._cache)
         self._graph: torch.cuda.CUDAGraph | None = None
 
     @property
@@ -118,6 +118,16 @@ class Decoder:
         return graph
 
 
+def _can_capture(model: nn.Module, cache: Any) -> bool:
+    """Whether a step is the same launches at every position, and the cache can take the steps of the warm-up back."""
+    for layer in cache.layers:
+        if not (getattr(layer, "is_compileable", False) and getattr(layer, "is_croppable", False)):
+            return False
+    # The tables of these rotary embeddings depend on the position, which transformers reads on the host.
+    kinds = " ".join(str(getattr(module, "rope_type", "")) for module in model.modules())
+    return "dynamic" not in kinds and "longrope" not in kinds
+
+
 def decode_loop(
     model: nn.Module,
     input_ids: Tensor,
@@ -145,6 +155,28 @@ def decode_loop(
     Raises:
         ValueError: another way to decode, a padded prompt, or an argument that this loop does not pass on.
     """
+    cache = _checked_cache(model, generation_config, model_kwargs)
+    ends = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)  # type: ignore[attr-defined]
+    decoder = Decoder(model, input_ids, cache=cache)
+    unfinished = torch.ones(len(input_ids), dtype=torch.bool, device=input_ids.device)
+    while True:
+        scores = logits_processor(input_ids, decoder.logits.to(torch.float32, copy=True))
+        if generation_config.do_sample:
+            tokens = torch.multinomial(torch.softmax(scores, -1), 1)
+        else:
+            tokens = scores.argmax(-1, keepdim=True)
+        if ends:
+            pad = generation_config._pad_token_tensor
+            tokens = torch.where(unfinished[:, None], tokens, pad)
+        input_ids = torch.cat([input_ids, tokens], 1)
+        unfinished = unfinished & ~stopping_criteria(input_ids, None)
+        if not bool(unfinished.any()):
+            return input_ids
+        decoder.step(tokens)
+
+
+def _checked_cache(model: nn.Module, generation_config: Any, model_kwargs: dict[str, Any]) -> Any:
+    """The cache in the arguments of a loop. The loop needs none of the others, and refuses those that change tokens."""
     mode = str(generation_config.get_generation_mode().value)
     if mode not in ("greedy_search", "sample"):
         raise ValueError(
@@ -164,23 +196,7 @@ def decode_loop(
             f"decode_loop: prompts must have no padding, got {int((mask == 0).sum())} padded tokens; decode prompts of "
             f"one length together"
         )
-    ends = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)  # type: ignore[attr-defined]
-    decoder = Decoder(model, input_ids, cache=cache)
-    unfinished = torch.ones(len(input_ids), dtype=torch.bool, device=input_ids.device)
-    while True:
-        scores = logits_processor(input_ids, decoder.logits.to(torch.float32, copy=True))
-        if generation_config.do_sample:
-            tokens = torch.multinomial(torch.softmax(scores, -1), 1)
-        else:
-            tokens = scores.argmax(-1, keepdim=True)
-        if ends:
-            pad = generation_config._pad_token_tensor
-            tokens = torch.where(unfinished[:, None], tokens, pad)
-        input_ids = torch.cat([input_ids, tokens], 1)
-        unfinished = unfinished & ~stopping_criteria(input_ids, None)
-        if not bool(unfinished.any()):
-            return input_ids
-        decoder.step(tokens)
+    return cache
 
 
 def greedy_tokens(

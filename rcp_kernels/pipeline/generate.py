@@ -18,6 +18,8 @@ from .load import load_any
 
 __all__ = ["check_sampling", "generate"]
 
+Log = Callable[[str], None]
+
 
 def check_sampling(temperature: float | None, top_p: float | None, seed: int | None) -> None:
     """Refuse sampling options that are out of range; None is allowed for each.
@@ -52,7 +54,28 @@ def _prompt_ids(tokenizer: Any, prompt: str, chat: bool) -> Tensor:
     return ids
 
 
-def _fuse(model: nn.Module, log: Callable[[str], None]) -> None:
+def _make_cache(model: nn.Module, kv_bits: int, clip: float, capacity: int, alone: bool, log: Log) -> Any:
+    """The cache for a prompt and its continuation, or None for the one that transformers makes.
+
+    Args:
+        alone: one token is fed at a time, and no beams.
+    """
+    settings: Any = model.config
+    if kv_bits != 16:
+        from ..nn.kv_cache import QuantizedKVCache
+
+        packed = attend_packed(model, log)
+        # Where each step dequantizes the cache, it should be no larger than the text.
+        return QuantizedKVCache(settings, clip, capacity, static=packed)
+    # A GPU captures a step on a cache of fixed capacity. On the CPU attention would read the whole capacity.
+    if alone and next(model.parameters()).device.type != "cpu" and getattr(model, "_can_compile_fullgraph", False):
+        from transformers import StaticCache
+
+        return StaticCache(config=settings, max_cache_len=capacity)
+    return None
+
+
+def _fuse(model: nn.Module, log: Log) -> None:
     """Fuse a quantized model's decoder layers. Log a line if that is not possible."""
     from ..nn import fuse_decoder
 
@@ -62,6 +85,7 @@ def _fuse(model: nn.Module, log: Callable[[str], None]) -> None:
         log(f"generate: the layers run unfused, which is slower: {str(error).partition('; ')[0]}")
 
 
+# More than 60 lines: 32 are the signature and the docstring.
 def generate(
     name: str | Path,
     prompt: str,
@@ -73,7 +97,7 @@ def generate(
     seed: int | None = None,
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
-    log: Callable[[str], None] = say,
+    log: Log = say,
 ) -> str:
     """The continuation of a prompt, with the key/value cache that the model's config asks for.
 
@@ -110,23 +134,16 @@ def generate(
         "top_p": None if top_p is None else float(top_p),
         "top_k": None,
     }
-    if config is not None and config.kv_bits != 16:
-        from ..nn.kv_cache import QuantizedKVCache
-
-        packed = attend_packed(model, log)
-        options[cache_keyword(model)] = QuantizedKVCache(
-            model.config,
-            config.kv_clip,
-            ids.shape[1] + new_tokens,
-            # Where each step dequantizes the cache, it should be no larger than the text.
-            static=packed,
-        )
+    generation: Any = model.generation_config
+    alone = generation.get_generation_mode().value in ("greedy_search", "sample")
+    kv_bits, clip = (16, 1.0) if config is None else (config.kv_bits, config.kv_clip)
+    cache = _make_cache(model, kv_bits, clip, ids.shape[1] + new_tokens, alone, log)
+    if cache is not None:
         # The model's generation_config may ask for another cache, or for none.
-        options.update(cache_implementation=None, use_cache=True)
+        options.update({cache_keyword(model): cache, "cache_implementation": None, "use_cache": True})
     if config is not None:
         _fuse(model, log)
-    generation: Any = model.generation_config
-    if generation.get_generation_mode().value in ("greedy_search", "sample"):
+    if alone:
         options["custom_generate"] = decode_loop
     ids = to_device_of(model, ids)
     others = [] if ids.device.type == "cpu" else [ids.device]

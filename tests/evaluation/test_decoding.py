@@ -1,5 +1,8 @@
 """The decode loop against transformers' own: greedy and sampled tokens, ends, caches and devices."""
 
+import contextlib
+import types
+
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -7,7 +10,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 transformers = pytest.importorskip("transformers")
 
 from rcp_kernels import quantize_model  # noqa: E402
-from rcp_kernels.evaluation.decoding import Decoder, decode_loop, greedy_tokens  # noqa: E402
+from rcp_kernels.evaluation.decoding import Decoder, _can_capture, decode_loop, greedy_tokens  # noqa: E402
 from rcp_kernels.models.hf import cache_argument, cache_keyword  # noqa: E402
 from rcp_kernels.nn import fuse_decoder  # noqa: E402
 from rcp_kernels.nn.kv_cache import ATTENTION, QuantizedKVCache  # noqa: E402
@@ -166,6 +169,58 @@ def test_refuses_arguments_that_it_does_not_pass_on():
     model, types = make_model(), torch.zeros(1, PROMPT, dtype=torch.int64)
     with pytest.raises(ValueError, match=r"no further arguments of the model, got \['token_type_ids'\]"):
         decode_loop(model, make_prompts(1), None, None, model.generation_config, token_type_ids=types)
+
+
+class Graph:
+    """A CUDA graph that runs on the CPU: the capture is taken back, and a replay runs the step again."""
+
+    decoder: Decoder
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.decoder._cache.crop(-1)
+        self.decoder._position.sub_(1)
+
+    def replay(self):
+        self.decoder.logits.copy_(self.decoder._run(self.decoder._tokens))
+
+
+@pytest.mark.parametrize("kind", ["static", "4 bits, static"])
+def test_a_capture_takes_its_warm_up_back(kind, monkeypatch):
+    """Only the CUDA calls are replaced: positions and cache have to be those of decoding without a capture."""
+    model = make_model()
+    model.set_attn_implementation(ATTENTION if "4 bits" in kind else "sdpa")
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: types.SimpleNamespace(wait_stream=lambda other: None))
+    monkeypatch.setattr(torch.cuda, "current_stream", torch.cuda.Stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph: graph)
+    plain, captured = (Decoder(model, make_prompts(), cache=caches(model)[kind]) for _ in range(2))
+    captured._captures = True
+    Graph.decoder = captured
+    for _ in range(NEW - 1):
+        plain.step()
+        captured.step()
+        assert torch.equal(captured.logits, plain.logits)
+    assert int(captured._cache.get_seq_length()) == int(plain._cache.get_seq_length()) == PROMPT + NEW - 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "rope", "captures"),
+    [
+        ("the model's own", "default", False),
+        ("4 bits", "default", False),
+        ("static", "default", True),
+        ("4 bits, static", "default", True),
+        ("4 bits, static", "dynamic", False),
+    ],
+)
+def test_which_steps_are_captured(kind, rope, captures):
+    model = make_model(rope_parameters={"rope_type": rope, "rope_theta": 1e4, "factor": 2.0})
+    model.set_attn_implementation(ATTENTION if "4 bits" in kind else "sdpa")
+    assert _can_capture(model, Decoder(model, make_prompts(), cache=caches(model)[kind])._cache) == captures
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
