@@ -70,7 +70,7 @@ def decode_compiled(model, backend, dequantized):
 def test_one_compilation_serves_fifty_tokens(device, family, changes, dequantized):
     model = tiny_model(16, family, **changes).to(device)
     static = decode_compiled(model, "inductor" if device.type == "cuda" else "aot_eager", dequantized)
-    assert static.layers[0].storage.key_codes.device == device
+    assert static.layers[0].storage.key_codes.device == static.get_seq_length().device == device
     token = torch.zeros(2, 1, dtype=torch.int64, device=device)
     with torch.inference_mode():
         if device.type == "cuda":
