@@ -286,3 +286,8 @@ def test_variants_are_what_they_say():
     assert Counter(kernel.widths("LDG")) == {16: 2}
     assert kernel.tile.chunks == (3, 1, 3)
     assert kernel.exchanges() == 2
+
+
+def test_another_number_of_rows_compiles_no_second_kernel():
+    rows = next(parameter for parameter in kernels._transform_kernel.params if parameter.name == "rows")
+    assert rows.do_not_specialize

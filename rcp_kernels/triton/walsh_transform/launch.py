@@ -39,7 +39,7 @@ def _transformed_tile(x_ptr, base_ptr, permutation_ptr, block, rows, scale, DTYP
     return _rounded(y * scale, DTYPE, TILE.interpreted)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _transform_kernel(x_ptr, y_ptr, base_ptr, permutation_ptr, rows, scale, TILE: tl.constexpr):
     """Transforms one tile: some rows, or some columns of a row."""
     first = (tl.program_id(0) // TILE.blocks).to(tl.int64) * TILE.rows

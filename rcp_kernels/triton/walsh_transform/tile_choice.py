@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -105,6 +106,7 @@ def _chunks(bits: int, vector: int, registers: int, sequency: bool, one_row: boo
 
 
 # Longer than 60 lines: half are the reasons for the numbers.
+@cache
 def tile_config(
     n: int,
     dtype: torch.dtype,
