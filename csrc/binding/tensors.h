@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <algorithm>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -104,8 +105,21 @@ inline void check_tensor(const Tensor& t, const std::string& what, ScalarType dt
     fail(what + " must have shape " + wanted + "], got " + shape_text(t) + "; pass the whole tensor of the same layer");
 }
 
+// A contiguous tensor. Not torch::stable::empty, which looks the operator up by its name in every call.
 inline Tensor empty(const std::vector<int64_t>& shape, ScalarType dtype, const Device& device) {
-  return torch::stable::empty(shape, dtype, std::nullopt, device);
+  using torch::stable::detail::from;
+  using torch::stable::detail::to;
+  std::vector<int64_t> strides(shape.size());
+  int64_t stride = 1;
+  for (std::size_t d = shape.size(); d-- > 0;) {
+    strides[d] = stride;
+    stride *= std::max<int64_t>(shape[d], 1);
+  }
+  AtenTensorHandle made = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.data(),
+                                                         strides.data(), to<int32_t>(from(dtype)),
+                                                         to<int32_t>(from(device.type())), device.index(), &made));
+  return Tensor(made);
 }
 
 // The size of the last dimension, the features of a token.
@@ -116,9 +130,9 @@ inline int64_t last_size(const std::string& op, const Tensor& x) {
 
 // The shape of x with its last dimension replaced.
 inline std::vector<int64_t> with_last(const Tensor& x, int64_t last) {
-  std::vector<int64_t> shape;
-  for (int64_t d = 0; d + 1 < x.dim(); ++d) shape.push_back(x.size(d));
-  shape.push_back(last);
+  const auto sizes = x.sizes();
+  std::vector<int64_t> shape(sizes.begin(), sizes.end());
+  shape.back() = last;
   return shape;
 }
 

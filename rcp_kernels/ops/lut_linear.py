@@ -42,6 +42,15 @@ class Rotation(NamedTuple):
 NO_ROTATION = Rotation(None, None, 0)
 
 
+def fuses_on_cuda(rotation: Rotation, act_bits: int) -> bool:
+    """Whether the CUDA kernel rotates x itself: runs of 32, 64 or 128, and quantized activations.
+
+    Any other rotation is :func:`rcp_kernels.ops.walsh_transform` before the operator, which refuses it
+    (csrc/cuda/lut_linear.cu). CPU kernels take every rotation.
+    """
+    return act_bits != 16 and rotation.base is None and rotation.group in (32, 64, 128)
+
+
 def lut_linear(
     x: Tensor,
     weight: Tensor,
@@ -80,15 +89,17 @@ def lut_linear(
             CUDA's own error, as in torch.index_select.
         RuntimeError: on CUDA, the CUDA kernels are missing.
     """
-    if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
-        base, permutation, group = rotation
-        if group:
-            if input_order is not None:
-                raise ValueError(
-                    f"lut_linear: input_order must be left out where rotation_group is not 0, got both with "
-                    f"rotation_group {group}; reorder x before the call"
-                )
-            x = transform_blocks(x, base, permutation, group, group**-0.5, inverse=False)
+    differentiable = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
+    base, permutation, group = rotation
+    if group and (differentiable or (x.is_cuda and not fuses_on_cuda(rotation, act_bits))):
+        if input_order is not None:
+            raise ValueError(
+                f"lut_linear: input_order must be left out where rotation_group is not 0, got both with "
+                f"rotation_group {group}; reorder x before the call"
+            )
+        x = transform_blocks(x, base, permutation, group, group**-0.5, inverse=False)
+        rotation = NO_ROTATION
+    if differentiable:
         return _LutLinear.apply(x, weight, bias, *geometry, act_bits, clip, input_order)
     # The overload, not the packet: that saves the overload resolution of every call.
     return torch.ops.rcp_kernels.lut_linear.default(x, weight, bias, *geometry, act_bits, clip, *rotation, input_order)
