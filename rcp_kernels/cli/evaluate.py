@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from .console import JsonPath, ModelName, Phases, Threads, write_json
+from .console import Device, JsonPath, ModelDType, ModelName, Phases, Threads, torch_dtype, write_json
 
 __all__ = ["EXAMPLES", "evaluate"]
 
@@ -44,6 +44,8 @@ def evaluate(
         int | None,
         typer.Option(min=1, help="Tokens decoded after each of 16 prompts for --divergence-from; the default is 128."),
     ] = None,
+    device: Device = None,
+    dtype: ModelDType = None,
     json_path: JsonPath = None,
     threads: Threads = None,
 ) -> None:
@@ -63,9 +65,14 @@ def evaluate(
             window=window,
             divergence_from=divergence_from,
             new_tokens=128 if new_tokens is None else new_tokens,
+            device=device,
+            dtype=torch_dtype(dtype),
             progress=phases,
         )
-    print(f"perplexity {result.perplexity:.3f}  ({result.tokens} tokens of {result.text}, windows of {result.window})")
+    print(
+        f"perplexity {result.perplexity:.3f}  ({result.tokens} tokens of {result.text}, windows of {result.window}; "
+        f"{result.dtype} on {result.device})"
+    )
     if result.divergence is not None:
         found = result.divergence
         print(

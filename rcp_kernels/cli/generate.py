@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from .console import ModelName, Threads
+from .console import Device, ModelDType, ModelName, Threads, torch_dtype
 
 __all__ = ["EXAMPLES", "generate"]
 
@@ -35,16 +35,30 @@ def generate(
     seed: Annotated[
         int | None, typer.Option(metavar="N", help="Sample the same tokens again with the same seed.")
     ] = None,
+    device: Device = None,
+    dtype: ModelDType = None,
     threads: Threads = None,
 ) -> None:
     """Continue a prompt: with the likeliest tokens, or with sampled ones if a sampling option is given."""
     if not prompt:
         raise typer.BadParameter("--prompt needs a text, got an empty one; pass what to continue")
-    from ..pipeline.evaluate import check_sampling
-    from ..pipeline.evaluate import generate as run
+    from ..pipeline.generate import check_sampling
+    from ..pipeline.generate import generate as run
 
     try:
         check_sampling(temperature, top_p, seed)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
-    print(run(model, prompt, new_tokens=new_tokens, chat=chat, temperature=temperature, top_p=top_p, seed=seed))
+    print(
+        run(
+            model,
+            prompt,
+            new_tokens=new_tokens,
+            chat=chat,
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed,
+            device=device,
+            dtype=torch_dtype(dtype),
+        )
+    )

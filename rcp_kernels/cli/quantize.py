@@ -10,7 +10,7 @@ import typer
 
 from ..data.by_name import TEXTS
 from ..pipeline.recipe import CHOICES, Recipe, read_recipe
-from .console import Phases, Threads
+from .console import Device, Phases, Threads
 
 __all__ = ["EXAMPLES", "quantize"]
 
@@ -123,6 +123,7 @@ def quantize(
     shard: Annotated[
         bool, typer.Option("--shard", help="Under torchrun, split model and optimizer of rcp over the processes.")
     ] = False,
+    device: Device = None,
     threads: Threads = None,
 ) -> None:
     """Quantize a language model into a directory of transformers, with the recipe that makes it again."""
@@ -149,6 +150,6 @@ def quantize(
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
     with Phases() as phases:
-        summary = run(chosen, out, resume=resume, shard=shard, progress=phases)
+        summary = run(chosen, out, resume=resume, shard=shard, device=device, progress=phases)
     if summary is not None:
         print(summary)

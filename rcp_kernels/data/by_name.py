@@ -9,6 +9,7 @@ import importlib.metadata
 import json
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,7 @@ def training_text(
     model: nn.Module | None = None,
     tokenizer: Any = None,
     seed: int = 0,
+    device: torch.device | None = None,
     progress: Progress = lambda *_: None,
 ) -> tuple[str, dict[str, Any]]:
     """A text to calibrate or train on, and the report's fields about it.
@@ -85,6 +87,7 @@ def training_text(
         model: writes "generated", "reasoning" and a part of "mixed".
         tokenizer: of the model.
         seed: of the text that the model writes.
+        device: that a copy of the model writes on. None: the device that the model is on.
         progress: called while the model writes.
 
     Raises:
@@ -97,7 +100,9 @@ def training_text(
     if name in _SHARES:
         if model is None:
             raise ValueError(f"text: {name} needs a model that writes it, got none; pass a file or a dataset")
-        return _written_text(name, tokens, model, tokenizer, seed, progress)
+        if device is None:
+            device = next(model.parameters()).device
+        return _written_text(name, tokens, _Writer(model, tokenizer, seed, device, progress))
     if name.startswith("dataset:"):
         text = corpus.dataset_text(name.partition(":")[2], "train", tokens * _CHARACTERS_PER_TOKEN)
     else:
@@ -109,21 +114,15 @@ def _facts(text: corpus.Corpus) -> dict[str, Any]:
     return {"documents": len(text.documents), "dropped_paragraphs": text.dropped, "sha256": text.sha256}
 
 
-def _written_text(
-    name: str, tokens: int, model: nn.Module, tokenizer: Any, seed: int, progress: Progress
-) -> tuple[str, dict[str, Any]]:
+def _written_text(name: str, tokens: int, writer: _Writer) -> tuple[str, dict[str, Any]]:
     """Documents of each kind of ``_SHARES[name]``, in the order of the kinds."""
     shares = {kind: -(-tokens * percent // 100) for kind, percent in _SHARES[name].items()}
     openings = functools.cache(corpus.docstring_corpus)
     kinds: dict[str, Callable[[], corpus.Corpus]] = {
         "docstrings": openings,
         "comments": corpus.comment_corpus,
-        "generated": lambda: corpus.without_overlap(
-            _generated(openings(), shares["generated"], model, tokenizer, seed, progress)
-        ),
-        "reasoning": lambda: corpus.without_overlap(
-            _reasoning(shares["reasoning"], model, tokenizer, seed, progress), keep_repeated=True
-        ),
+        "generated": lambda: corpus.without_overlap(_generated(openings(), shares["generated"], writer)),
+        "reasoning": lambda: corpus.without_overlap(_reasoning(shares["reasoning"], writer), keep_repeated=True),
     }
     documents: list[str] = []
     facts: dict[str, Any] = {"text": name}
@@ -136,75 +135,83 @@ def _written_text(
             if count >= share:
                 break
             taken.append(document)
-            count += encode(tokenizer, document).numel() + 1
+            count += encode(writer.tokenizer, document).numel() + 1
         documents += taken
         facts[kind] = {**_facts(corpus.Corpus(tuple(taken), text.dropped)), "tokens": count}
     return "\n\n".join(documents), facts
 
 
-def _generated(
-    openings: corpus.Corpus, tokens: int, model: nn.Module, tokenizer: Any, seed: int, progress: Progress
-) -> list[str]:
+def _generated(openings: corpus.Corpus, tokens: int, writer: _Writer) -> list[str]:
     """Texts of about as many tokens as asked for. Half are answers to questions if there is a chat template."""
     # SmolLM2 writes 230 tokens a text, prompt included. Counting 150 makes up for paragraphs that are dropped later.
     count = -(-tokens // 150)
+    tokenizer, seed = writer.tokenizer, writer.seed
     questions: list[str] = []
     if tokenizer.chat_template:
         questions = corpus.python_questions()
         chosen = torch.randperm(len(questions), generator=torch.Generator().manual_seed(seed))[: count // 2]
         questions = chat_prompts(tokenizer, [questions[i] for i in chosen.tolist()])
     prompts = opening_prompts(tokenizer, openings.documents, count - len(questions), 16, seed)
-    return _continued([*prompts, *questions], 224, model, tokenizer, seed, progress)
+    return writer.continued([*prompts, *questions], 224)
 
 
-def _reasoning(tokens: int, model: nn.Module, tokenizer: Any, seed: int, progress: Progress) -> list[str]:
+def _reasoning(tokens: int, writer: _Writer) -> list[str]:
     """Answers to questions that ask for every step, of about as many tokens as asked for."""
     # An answer has at most 384 tokens. Counting 200 gives too much text rather than too little.
-    questions = chat_prompts(tokenizer, reasoning_questions(-(-tokens // 200), seed))
-    return _continued(questions, 384, model, tokenizer, seed, progress)
+    return writer.continued(chat_prompts(writer.tokenizer, reasoning_questions(-(-tokens // 200), writer.seed)), 384)
 
 
-def _continued(
-    prompts: Sequence[str | Tensor],
-    max_new_tokens: int,
-    model: nn.Module,
-    tokenizer: Any,
-    seed: int,
-    progress: Progress,
-) -> list[str]:
-    """Prompts with the model's continuations, in random order. They are cached for the next run."""
-    settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": 0.7, "top_p": 1.0, "seed": seed}
-    workers = 2 if next(model.parameters()).device.type == "cpu" else 1
-    asked = [prompt if isinstance(prompt, str) else tokenizer.decode(prompt) for prompt in prompts]
-    conditions = {
-        **settings,
-        "model": model_digest(model),
-        "prompts": hashlib.sha256(json.dumps(asked).encode()).hexdigest(),
-        "special": sorted(tokenizer.all_special_ids),
-        "batch_size": _BATCH,
-        "workers": workers,
-        "threads": 1 if workers > 1 else torch.get_num_threads(),
-        "versions": [__version__, torch.__version__, importlib.metadata.version("transformers")],
-    }
+@dataclass(frozen=True)
+class _Writer:
+    """A model that writes text on a device: a copy of it, in bfloat16."""
 
-    def write() -> list[str]:
-        texts = generate_texts(
-            copy.deepcopy(model).to(torch.bfloat16),
-            tokenizer,
-            prompts,
-            batch_size=_BATCH,
-            workers=workers,
-            progress=lambda done, total, text: progress("writing text", done, total, text),
+    model: nn.Module
+    tokenizer: Any
+    seed: int
+    device: torch.device
+    progress: Progress
+
+    def continued(self, prompts: Sequence[str | Tensor], max_new_tokens: int) -> list[str]:
+        """Prompts with the model's continuations, in random order. They are cached for the next run."""
+        settings: dict[str, Any] = {
+            "max_new_tokens": max_new_tokens,
+            "temperature": 0.7,
+            "top_p": 1.0,
+            "seed": self.seed,
+        }
+        workers = 2 if self.device.type == "cpu" else 1
+        asked = [prompt if isinstance(prompt, str) else self.tokenizer.decode(prompt) for prompt in prompts]
+        conditions = {
             **settings,
-        )
-        return [tokenizer.decode(text) for text in texts]
+            "model": model_digest(self.model),
+            "prompts": hashlib.sha256(json.dumps(asked).encode()).hexdigest(),
+            "special": sorted(self.tokenizer.all_special_ids),
+            "batch_size": _BATCH,
+            "workers": workers,
+            "threads": 1 if workers > 1 else torch.get_num_threads(),
+            "versions": [__version__, torch.__version__, importlib.metadata.version("transformers")],
+        }
+        if self.device.type != "cpu":  # the text of a CPU stays cached
+            conditions["device"] = self.device.type
 
-    written = cached_texts(
-        Path(os.environ.get("RCP_CACHE_DIR", "~/.cache/rcp_kernels")).expanduser() / "text", conditions, write
-    )
-    # The prompts come kind by kind, and the caller takes the first texts only.
-    order = torch.randperm(len(written), generator=torch.Generator().manual_seed(seed))
-    return [written[i] for i in order.tolist()]
+        def write() -> list[str]:
+            texts = generate_texts(
+                copy.deepcopy(self.model).to(torch.bfloat16).to(self.device),
+                self.tokenizer,
+                prompts,
+                batch_size=_BATCH,
+                workers=workers,
+                progress=lambda done, total, text: self.progress("writing text", done, total, text),
+                **settings,
+            )
+            return [self.tokenizer.decode(text) for text in texts]
+
+        written = cached_texts(
+            Path(os.environ.get("RCP_CACHE_DIR", "~/.cache/rcp_kernels")).expanduser() / "text", conditions, write
+        )
+        # The prompts come kind by kind, and the caller takes the first texts only.
+        order = torch.randperm(len(written), generator=torch.Generator().manual_seed(self.seed))
+        return [written[i] for i in order.tolist()]
 
 
 def held_out_text(text: Path | None, dataset: str | None, tokens: int) -> tuple[str, str]:

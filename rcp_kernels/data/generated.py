@@ -29,10 +29,10 @@ class _Sampler:
     """A logits processor whose argmax is a sample of the next token.
 
     The processor subtracts the logarithm of exponential noise, as ``torch.multinomial`` does. ``generate`` itself
-    samples with torch's global generator, which threads share.
+    samples with torch's global generator, which threads share. Without a generator this class does as well.
     """
 
-    def __init__(self, temperature: float, top_p: float, generator: torch.Generator) -> None:
+    def __init__(self, temperature: float, top_p: float, generator: torch.Generator | None) -> None:
         from transformers import TemperatureLogitsWarper, TopPLogitsWarper
 
         self._warpers: list[Any] = [TemperatureLogitsWarper(float(temperature))]
@@ -79,8 +79,8 @@ def generate_texts(
     torch's threads changes float sums and, in the end, the text.
 
     Args:
-        model: a causal language model of transformers, in eval mode. The model computes in its own dtype; bfloat16 is
-            fast.
+        model: a causal language model of transformers, in eval mode, on any device. The model computes in its own
+            dtype; bfloat16 is fast.
         tokenizer: of the model. Any of its ``all_special_ids`` ends a text.
         prompts: text, which is tokenized without special tokens, or int64 [tokens]. At least one token each.
         max_new_tokens: limit for each text.
@@ -110,6 +110,12 @@ def generate_texts(
         raise ValueError(
             f"generate_texts: max_new_tokens and batch_size must be at least 1, temperature at least 0 and top_p in "
             f"(0, 1], got {max_new_tokens}, {batch_size}, {temperature} and {top_p}; change the one out of range"
+        )
+    device = next(model.parameters()).device
+    if workers > 1 and device.type != "cpu":
+        raise ValueError(
+            f"generate_texts: workers must be 1 for a model that is not on the CPU, got {workers} on {device}; "
+            f"leave it out"
         )
     special = sorted(set(tokenizer.all_special_ids))
     # Sorted by length: a batch of prompts of about equal length needs little padding.
@@ -155,20 +161,33 @@ def _generate_batch(
     config = GenerationConfig(
         max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=special or None, pad_token_id=0
     )
-    processors = []
-    if temperature > 0.0:
-        processors.append(_Sampler(temperature, top_p, torch.Generator(device).manual_seed(seed)))
-    output = model.generate(
-        padded.to(device),
-        attention_mask=(torch.arange(width) >= starts[:, None]).long().to(device),
-        generation_config=config,
-        logits_processor=processors,
-    ).cpu()
+    with contextlib.ExitStack() as stack:
+        processors = []
+        if temperature > 0.0:
+            processors.append(_Sampler(temperature, top_p, _seeded_generator(device, seed, stack)))
+        output = model.generate(
+            padded.to(device),
+            attention_mask=(torch.arange(width) >= starts[:, None]).long().to(device),
+            generation_config=config,
+            logits_processor=processors,
+        ).cpu()
     texts = []
     for row, start in zip(output, starts.tolist(), strict=True):
         ends = torch.isin(row[width:], torch.tensor(special, dtype=torch.int64)).nonzero()
         texts.append(row[start : width + int(ends[0]) + 1 if len(ends) else None].clone())
     return texts
+
+
+def _seeded_generator(device: torch.device, seed: int, stack: contextlib.ExitStack) -> torch.Generator | None:
+    """A generator on the CPU, whose threads must not share one. On another device the global one, until stack closes.
+
+    Not every backend of torch has generators beside its global one.
+    """
+    if device.type == "cpu":
+        return torch.Generator().manual_seed(seed)
+    stack.enter_context(torch.random.fork_rng([device], device_type=device.type))
+    torch.manual_seed(seed)
+    return None
 
 
 def _encode(tokenizer: Any, text: str) -> Tensor:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..hardware import synchronize, to_device_of
 from ..models.hf import cache_argument, output_cache
 
 __all__ = ["Decoder", "decode_seconds", "greedy_tokens"]
@@ -26,10 +27,10 @@ class Decoder:
     """
 
     def __init__(self, model: nn.Module, prompts: Tensor) -> None:
-        """Run the prompts, int64 [prompts, tokens] without padding, through the model."""
+        """Run the prompts, int64 [prompts, tokens] without padding and on any device, through the model."""
         self._model = model
         self._cache: Any = None
-        self.token = prompts
+        self.token = to_device_of(model, prompts)
         self.step()
 
     @torch.inference_mode()
@@ -49,11 +50,11 @@ def greedy_tokens(
     *,
     stop_token: int | None = None,
 ) -> Tensor:
-    """The greedy continuation of each prompt, int64 [prompts, new_tokens].
+    """The greedy continuation of each prompt, int64 [prompts, new_tokens] on the device of the model.
 
     Args:
         model: a causal language model of transformers.
-        prompts: int64 [prompts, tokens], without padding.
+        prompts: int64 [prompts, tokens], without padding, on any device.
         new_tokens: at least 1.
         progress: called after each step with the tokens done of each prompt.
         stop_token: the result ends before the step in which every prompt yields this token. None: nothing ends it.
@@ -66,8 +67,8 @@ def greedy_tokens(
             f"greedy_tokens: prompts must be [prompts, tokens], not empty, and new_tokens at least 1, got "
             f"{tuple(prompts.shape)} and {new_tokens}; pass prompts of one length"
         )
-    tokens = [prompts[:, :0]]
     decoder = Decoder(model, prompts)
+    tokens = [decoder.token[:, :0]]
     while stop_token is None or not bool((decoder.token == stop_token).all()):
         tokens.append(decoder.token)
         if progress is not None:
@@ -102,5 +103,6 @@ def decode_seconds(
             for _ in range(count):
                 start = time.perf_counter()
                 decoder.step()
+                synchronize(decoder.token.device)
                 seconds[name].append(time.perf_counter() - start)
         yield done + count, {name: statistics.median(values) for name, values in seconds.items()}

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..hardware import to_device_of
+
 __all__ = ["Divergence", "divergence", "prompt_windows"]
 
 # Tokens whose logits exist at once: 1024 x 49152 float32 are 200 MB.
@@ -74,8 +76,9 @@ def divergence(model: Callable[[Tensor], object], prompts: Tensor, tokens: Tenso
 
     Args:
         model: called as ``model(ids)``; its ``.logits`` are [n, tokens, vocabulary] in any float dtype.
-        prompts: int64 [prompts, tokens].
-        tokens: int64 [prompts, new tokens], from :func:`rcp_kernels.evaluation.decoding.greedy_tokens`.
+        prompts: int64 [prompts, tokens], on any device.
+        tokens: int64 [prompts, new tokens], on any device, from
+            :func:`rcp_kernels.evaluation.decoding.greedy_tokens`. Prompts and tokens are moved to the model's device.
 
     Raises:
         ValueError: prompts or tokens are empty, or differ in their number of rows.
@@ -86,12 +89,12 @@ def divergence(model: Callable[[Tensor], object], prompts: Tensor, tokens: Tenso
             f"{tuple(prompts.shape)} and {tuple(tokens.shape)}; pass what greedy_tokens gave for these prompts"
         )
     new_tokens = tokens.shape[1]
-    text = torch.cat([prompts, tokens[:, :-1]], 1)  # nothing follows the last token
+    text = torch.cat([prompts.to(tokens.device), tokens[:, :-1]], 1)  # nothing follows the last token
     rows = max(1, _CHUNK_TOKENS // text.shape[1])
     same = []
     for ids, expected in zip(text.split(rows), tokens.split(rows), strict=True):
-        logits = model(ids).logits  # type: ignore[attr-defined]
-        same.append(logits[:, -new_tokens:].argmax(-1) == expected)
+        logits = model(to_device_of(model, ids)).logits  # type: ignore[attr-defined]
+        same.append(logits[:, -new_tokens:].argmax(-1) == expected.to(logits.device))
     agree = torch.cat(same).to(torch.int64)
     positions = agree.cumprod(1).sum(1)
     return Divergence(tuple(positions.tolist()), agree.to(torch.float64).mean().item(), new_tokens)

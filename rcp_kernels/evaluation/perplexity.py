@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..hardware import to_device_of
+
 # Tokens whose float32 logits exist at once, beside the model's own output: 256 x 49152 float32 are 50 MB.
 _CHUNK = 256
 
@@ -21,7 +23,8 @@ def perplexity(
 
     Args:
         model: called as ``model(ids)``; its ``.logits`` are [1, window, vocabulary] in any float dtype.
-        token_ids: int64 [tokens]. Tokens after the last full window are not used.
+        token_ids: int64 [tokens], on any device. Each window is moved to the device of the model. Tokens after the last
+            full window are not used.
         window: tokens of a forward pass. The first token of each window is context only. The mean is over
             ``(tokens // window) * (window - 1)`` predictions, in float64, from float32 logits.
         progress: called after each window with the number of tokens done.
@@ -39,8 +42,9 @@ def perplexity(
     total = 0.0
     windows = token_ids[: token_ids.numel() // window * window].view(-1, 1, window)
     for i, ids in enumerate(windows):
-        logits = model(ids).logits[0, :-1]
-        for part, target in zip(logits.split(_CHUNK), ids[0, 1:].split(_CHUNK), strict=True):
+        logits = model(to_device_of(model, ids)).logits[0, :-1]
+        targets = ids[0, 1:].to(logits.device)
+        for part, target in zip(logits.split(_CHUNK), targets.split(_CHUNK), strict=True):
             total += F.cross_entropy(part.float(), target, reduction="sum").item()
         if progress is not None:
             progress((i + 1) * window)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..hardware import to_device_of
 from ..models import Architecture, describe
 from ..models.lazy import has_values, values_of
 from ..nn.quant_linear import type_of
@@ -202,15 +203,15 @@ def first_layer_inputs(
 
         return forward
 
-    home = device_of(model)
     with contextlib.ExitStack() as stack:
         for layer in layers:
             stack.enter_context(replaced_forward(layer, recorder(layer)))
         for row in ids.split(1):
             with contextlib.suppress(_Stop):
-                model(input_ids=row.to(home), use_cache=False)
+                model(input_ids=to_device_of(model, row), use_cache=False)
     moved: dict[int, Tensor] = {}
-    return torch.cat(hidden), [_moved(call, home if device is None else device, moved) for call in keywords]
+    device = device_of(model) if device is None else device
+    return torch.cat(hidden), [_moved(call, device, moved) for call in keywords]
 
 
 def _moved(value: Any, device: torch.device, seen: dict[int, Tensor]) -> Any:

@@ -202,6 +202,7 @@ def make_student(
     init: str = "kmeans",
     learn_clip: bool = True,
     learn_partition: bool | None = None,
+    device: torch.device | None = None,
 ) -> Architecture:
     """Replace the linear layers of a model's decoder by :class:`FakeQuantLinear`, in place, and freeze the rest.
 
@@ -210,6 +211,8 @@ def make_student(
         bits, group_size, learn_clip, learn_partition: as for LearnableDirectPartitioning.
         act_bits, act_clip: of the layers' inputs.
         init: one of `INITS`.
+        device: to choose the initial levels on, one weight at a time; the student stays where the model is. None: the
+            device of each weight.
 
     Raises:
         ValueError: an unknown init, an architecture that :func:`describe` does not know, or a layer that is no
@@ -220,13 +223,16 @@ def make_student(
     linears = float_linears(model, architecture, "make_student")
     model.requires_grad_(False)
     for name, linear in linears.items():
+        weight = linear.weight.detach()
+        weight = weight if device is None else weight.to(device)
         quantizer = LearnableDirectPartitioning(
-            tuple(linear.weight.shape), bits, group_size, learn_clip, learn_partition, device=linear.weight.device
+            tuple(weight.shape), bits, group_size, learn_clip, learn_partition, device=weight.device
         )
         if init == "kmeans":
-            quantizer.init_kmeans(linear.weight)
+            quantizer.init_kmeans(weight)
         elif init == "clip":
-            quantizer.init_clip_search(linear.weight)
+            quantizer.init_clip_search(weight)
+        quantizer.to(linear.weight.device)
         model.set_submodule(name, FakeQuantLinear(linear, quantizer, act_bits, act_clip, name))
     return architecture
 

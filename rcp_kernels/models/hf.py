@@ -24,6 +24,7 @@ __all__ = [
     "attention_function",
     "cache_argument",
     "cache_keyword",
+    "cast",
     "file_names",
     "float32_modules",
     "output_cache",
@@ -173,6 +174,22 @@ def skeleton(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """
     with torch.device("meta"), _default_dtype(dtype):
         return type(model)(copy.deepcopy(model.config))
+
+
+def cast(model: nn.Module, dtype: torch.dtype) -> None:
+    """Cast the parameters of a model in place, biases of packed layers too, and set the dtype in its config.
+
+    Buffers get the dtype that they have in a model that is loaded in ``dtype``. RoPE's tables stay float32, which
+    ``model.to(dtype)`` would cast.
+    """
+    for parameter in model.parameters():
+        parameter.data = parameter.to(dtype)
+    tables = dict(skeleton(model, dtype).named_buffers())
+    for name, buffer in model.named_buffers():
+        if name in tables:
+            buffer.data = buffer.to(tables[name].dtype)
+    config: Any = model.config
+    config.dtype = dtype
 
 
 def float32_modules(model: nn.Module) -> set[str]:

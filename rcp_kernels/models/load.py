@@ -54,13 +54,17 @@ def _file_of(name: str) -> Path | None:
     return Path(name) if Path(name).suffix == ".gguf" else None
 
 
-def load_float(name: str) -> tuple[nn.Module, Any]:
-    """Load a language model in float32, in eval mode, and its tokenizer.
+def load_float(
+    name: str, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+) -> tuple[nn.Module, Any]:
+    """Load a language model in eval mode, and its tokenizer.
 
     Only a hub id is looked up in the network. The weights of a .gguf file are dequantized.
 
     Args:
         name: "demo", a .gguf file, a transformers directory, or a hub id.
+        device: of the loaded model.
+        dtype: of the loaded model.
 
     Raises:
         MissingExtra: a package is missing.
@@ -69,7 +73,10 @@ def load_float(name: str) -> tuple[nn.Module, Any]:
     """
     file = _file_of(name)
     if file is not None:
-        return _load_file(file)
+        model, tokenizer = _load_file(file)
+        if dtype != torch.float32:
+            hf.cast(model, dtype)
+        return model.to(device), tokenizer
     # A hub id is NAME or OWNER/NAME. transformers would look for a mistyped path on the hub.
     if not Path(name).is_dir() and (Path(name).is_absolute() or name[:1] in (".", "~") or name.count("/") > 1):
         raise FileNotFoundError(f"model: {name} must be a model's directory, got no such directory; check the path")
@@ -91,7 +98,7 @@ def load_float(name: str) -> tuple[nn.Module, Any]:
         with hf.without_bars():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 name,
-                dtype=torch.float32,
+                dtype=dtype,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # _check_loading names them
                 local_files_only=local,
@@ -104,7 +111,7 @@ def load_float(name: str) -> tuple[nn.Module, Any]:
         ) from None
     model, report = loaded
     _check_loading(name, model, report)
-    return model.eval(), tokenizer
+    return model.to(device).eval(), tokenizer
 
 
 def _load_file(path: Path) -> tuple[nn.Module, Any]:

@@ -236,8 +236,9 @@ class OnlineRotation(nn.Module):
     def _transform(self, x: Tensor, transform: Callable[..., Tensor], inverse: bool = False) -> Tensor:
         self._check(x)
         signs = self._buffers["signs"]
-        if signs is not None and not inverse:
-            x = x * signs
+        if signs is not None:
+            signs = signs.to(x.device)  # a rotation of weights is made on the CPU, for weights on any device
+            x = x if inverse else x * signs
         if self.heads is None:
             x = transform(x, self.order, self.group_size, inverse=inverse)
         else:

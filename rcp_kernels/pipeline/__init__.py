@@ -8,7 +8,8 @@ Quantize a model from Python::
     print(summary)
 """
 
-from .evaluate import evaluate, generate
+from .evaluate import evaluate
+from .generate import generate
 from .quantize import quantize
 from .recipe import Recipe
 

@@ -11,7 +11,8 @@ from torch import nn
 
 from .. import extras
 from ..checkpoint import QUANT_METHOD, QuantizationConfig, load_quantized
-from ..models.load import load_float
+from ..hardware import choose_device
+from ..models.load import load_float, source_dtype
 
 __all__ = ["is_quantized", "load_any"]
 
@@ -26,19 +27,30 @@ def is_quantized(name: str) -> bool:
     return isinstance(quantization, dict) and quantization.get("quant_method") == QUANT_METHOD
 
 
-def load_any(name: str) -> tuple[nn.Module, Any, QuantizationConfig | None]:
-    """A model in float32, its tokenizer, and its quantization (None for a float model).
+def load_any(
+    name: str, device: str | torch.device | None = None, dtype: torch.dtype | None = None
+) -> tuple[nn.Module, Any, QuantizationConfig | None]:
+    """A model, its tokenizer, and its quantization (None for a float model).
 
-    A quantized model is loaded in float32 too: its perplexity then shows the quantization, not bfloat16's rounding.
+    Args:
+        name: a directory that ``rcp-kernels quantize`` wrote, or a float model as
+            :func:`rcp_kernels.models.load.load_float` takes it.
+        device: of the model, as :func:`rcp_kernels.hardware.choose_device` takes it.
+        dtype: of everything that is not packed. None: float32 on the CPU, and the dtype that the model is stored in on
+            another device. On the CPU a perplexity then shows the quantization and not the rounding of bfloat16. On a
+            GPU float32 would double the memory of a float model, and the model is served in its own dtype.
 
     Raises:
-        MissingExtra, ValueError, OSError: as :func:`rcp_kernels.models.load.load_float` and
+        MissingExtra, ValueError, OSError: as choose_device, :func:`rcp_kernels.models.load.load_float` and
             :func:`rcp_kernels.checkpoint.load_quantized`.
     """
+    device = choose_device(device)
+    if dtype is None and device.type == "cpu":
+        dtype = torch.float32
     if not is_quantized(name):
-        return (*load_float(name), None)
+        return (*load_float(name, device, source_dtype(name) if dtype is None else dtype), None)
     extras.require("transformers")
     from transformers import AutoTokenizer
 
-    model, config = load_quantized(name, dtype=torch.float32)
+    model, config = load_quantized(name, device, dtype=dtype)
     return model, AutoTokenizer.from_pretrained(name), config

@@ -22,6 +22,7 @@ from .. import __version__, extras, hardware
 from ..checkpoint import QuantizationConfig, cast_floats, check_fits, check_output, save_quantized
 from ..data.by_name import Progress, check_text, training_text
 from ..data.corpus import split_windows
+from ..hardware import choose_device
 from ..methods.gptq.quantize_model import gptq_quantize_model
 from ..methods.laquant.layer_losses import losses_csv, losses_png
 from ..methods.laquant.quantize_model import laquant_quantize_model
@@ -46,9 +47,15 @@ _STATES = {"rcp": "state.pt", "laquant": "run.json"}
 _STATE_FILES = re.compile(r"\.?(state\.pt|best\.pt|log\.jsonl|curve\.csv|run\.json|layer_\d+\.safetensors)(\.\w+)?")
 
 
-# More than 60 lines: 28 are the docstring.
+# More than 60 lines: 31 are the docstring.
 def quantize(
-    recipe: Recipe, out: str | Path, *, resume: bool = False, shard: bool = False, progress: Progress = lambda *_: None
+    recipe: Recipe,
+    out: str | Path,
+    *,
+    resume: bool = False,
+    shard: bool = False,
+    device: str | torch.device | None = None,
+    progress: Progress = lambda *_: None,
 ) -> Summary | None:
     """Quantize a model as a recipe says, and write it.
 
@@ -58,6 +65,8 @@ def quantize(
             ``OUT.training`` beside it until the model is written.
         resume: continue the training whose state is there.
         shard: with rcp under torchrun: see :func:`rcp_kernels.methods.rcp.train`.
+        device: to compute on, as :func:`rcp_kernels.hardware.choose_device` takes it. It is no part of the recipe: the
+            result is that of the recipe up to float sums. Under torchrun each process takes the GPU of its rank.
         progress: see :data:`rcp_kernels.data.by_name.Progress`.
 
     Returns:
@@ -68,29 +77,30 @@ def quantize(
     """
     out = Path(out).resolve()
     work = out.with_name(out.name + ".training")
+    device = choose_device(device)
     _check_arguments(recipe, out, work, resume, shard)
     started = time.perf_counter(), time.process_time()
     model, tokenizer = _load(recipe, progress)
     dtype = source_dtype(recipe.model) if recipe.dtype is None else getattr(torch, recipe.dtype)
     bytes_before = dtype.itemsize * sum(parameter.numel() for parameter in model.parameters())
     recipe = recipe.resolve(model)
-    progress("recipe", 0, 0, str(recipe))
+    progress("recipe", 0, 0, f"{recipe}, on {device}")
     facts: dict[str, Any] = {}
     ids = None
     if recipe.method != "rtn":  # before the rotation: the float model may have to write the text
-        ids, facts = windows_of(recipe, tokenizer, model, progress)
+        ids, facts = windows_of(recipe, tokenizer, model, progress, device)
         check_vocabulary(model, ids, "quantize")
-    rotated = rotate(model, recipe)
+    rotated = rotate(model, recipe, device)
     _check_dtype(model, dtype, recipe.method)
     if recipe.method in _STATES:
         work.mkdir(parents=True, exist_ok=True)
     with _full_disk_named(work):
-        facts.update(quantize_layers(model, recipe, ids, work, progress, shard))
+        facts.update(quantize_layers(model, recipe, ids, work, progress, shard, device))
     if int(os.environ.get("RANK", "0")):
         return None  # the first process writes
     if shard:
         model = _whole(recipe, work)
-    cast_floats(model, dtype)
+    cast_floats(model.to("cpu"), dtype)
     summary = Summary(
         out=out,
         storage=storage_report(model),
@@ -104,9 +114,10 @@ def quantize(
     )
     facts.update(
         summary.fields(),
+        device=str(device),
         rcp_kernels=__version__,
         transformers=importlib.metadata.version("transformers"),
-        conditions=hardware.conditions(),
+        conditions=hardware.conditions(device),
     )
     config = _stored_config(recipe, rotated)
     save_quantized(model, out, config, tokenizer=tokenizer, files=_reports(recipe, facts, work))
@@ -243,7 +254,11 @@ def _reports(recipe: ResolvedRecipe, facts: dict[str, Any], work: Path) -> dict[
 
 
 def windows_of(
-    recipe: Recipe, tokenizer: Any, model: nn.Module | None = None, progress: Progress = lambda *_: None
+    recipe: Recipe,
+    tokenizer: Any,
+    model: nn.Module | None = None,
+    progress: Progress = lambda *_: None,
+    device: torch.device | None = None,
 ) -> tuple[Tensor, dict[str, Any]]:
     """Calibration or training windows, int64 [windows, tokens], shuffled; and the report's fields about the text.
 
@@ -252,6 +267,7 @@ def windows_of(
         tokenizer: of the model.
         model: the float model. It writes a part of "mixed" and all of "generated" and "reasoning".
         progress: see :data:`rcp_kernels.data.by_name.Progress`.
+        device: that a copy of the model writes on. None: the device that the model is on.
 
     Raises:
         ValueError: the text is too short.
@@ -262,7 +278,13 @@ def windows_of(
         needed = training.steps * training.batch + _VALIDATION_WINDOWS
     progress("reading the text", 0, 1, recipe.text or "docstrings")
     text, facts = training_text(
-        recipe.text, needed * recipe.window, model=model, tokenizer=tokenizer, seed=recipe.seed, progress=progress
+        recipe.text,
+        needed * recipe.window,
+        model=model,
+        tokenizer=tokenizer,
+        seed=recipe.seed,
+        device=device,
+        progress=progress,
     )
     ids = encode(tokenizer, text)
     facts["tokens"] = ids.numel()
@@ -278,7 +300,7 @@ def windows_of(
     return windows[: recipe.samples], facts
 
 
-def rotate(model: nn.Module, recipe: ResolvedRecipe) -> Rotated | None:
+def rotate(model: nn.Module, recipe: ResolvedRecipe, device: torch.device | None = None) -> Rotated | None:
     """Rotate a float model in place as a recipe says; None without a rotation.
 
     R4 mixes blocks of group_size where intermediate_size has no Hadamard matrix.
@@ -298,6 +320,7 @@ def rotate(model: nn.Module, recipe: ResolvedRecipe) -> Rotated | None:
         r4_group_size=blocks,
         seed=recipe.seed,
         untie=recipe.untie_head,
+        device=device,
     )
 
 
@@ -308,6 +331,7 @@ def quantize_layers(
     work: Path | None = None,
     progress: Progress = lambda *_: None,
     shard: bool = False,
+    device: torch.device | None = None,
 ) -> dict[str, Any]:
     """Quantize the linear layers of a float model, rotated or not, in place.
 
@@ -318,6 +342,7 @@ def quantize_layers(
         work: folder for the training's state; None keeps no state.
         progress: see :data:`rcp_kernels.data.by_name.Progress`.
         shard: see :func:`quantize`. The model holds only a shard of the weights afterwards.
+        device: to compute on. None: the device that the model is on.
 
     Returns:
         Fields of report.json about the layers or the training.
@@ -328,7 +353,7 @@ def quantize_layers(
 
     bits, group_size = recipe.w_bits, recipe.group_size
     if recipe.method == "rtn":
-        quantize_model(model, bits, group_size, recipe.a_bits, recipe.levels, progress=layer_done)
+        quantize_model(model, bits, group_size, recipe.a_bits, recipe.levels, progress=layer_done, device=device)
         return {}
     assert ids is not None
     if recipe.method == "gptq":
@@ -341,6 +366,7 @@ def quantize_layers(
             kv_bits=recipe.kv_bits,
             levels=recipe.levels,
             progress=layer_done,
+            device=device,
         )
         return {"layers": [dataclasses.asdict(error) for error in layers.errors]}
     if recipe.method == "laquant":
@@ -351,8 +377,10 @@ def quantize_layers(
             recipe.laquant,
             directory=work,
             progress=lambda layer, step, loss: layer_done(layer, count, f"step {step}, loss {loss:.4g}"),
+            device=device,
         )
         return {"layers": result.losses, "lookahead": recipe.laquant.lookahead}
+    model.to(device)
     return _train(model, recipe.rcp, ids, work, progress, shard)
 
 

@@ -259,10 +259,10 @@ def test_what_the_model_writes_is_kept_for_the_next_run(model, tmp_path, monkeyp
     monkeypatch.setenv("RCP_CACHE_DIR", str(tmp_path))
     found = corpus.Corpus(tuple(f"{i:02d}" * 20 for i in range(10, 30)), 0)
     phases = []
-    arguments = (found, 1500, model, Tokenizer(), 0, lambda *row: phases.append(row[0]))
-    first = sources._generated(*arguments)
+    writer = sources._Writer(model, Tokenizer(), 0, torch.device("cpu"), lambda *row: phases.append(row[0]))
+    first = sources._generated(found, 1500, writer)
     assert len(first) == 10
     assert all(len(text) > 32 for text in first)
     assert phases == ["writing text"]
-    assert sources._generated(*arguments) == first
+    assert sources._generated(found, 1500, writer) == first
     assert len(phases) == 1

@@ -122,6 +122,10 @@ at::Tensor view(const at::Tensor& self, c10::SymIntArrayRef asked) {
   return as_strided(self, c10::fromIntArrayRefSlow(sizes), c10::fromIntArrayRefSlow(*strides), std::nullopt);
 }
 
+at::Tensor reshape_alias(const at::Tensor& self, c10::SymIntArrayRef sizes, c10::SymIntArrayRef strides) {
+  return as_strided(self, sizes, strides, std::nullopt);
+}
+
 at::Scalar local_scalar(const at::Tensor& self) {
   return on_cpu(self).item();
 }
@@ -167,6 +171,7 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
   m.impl("_copy_from_and_resize", &copy_from_and_resize);
   m.impl("as_strided", &as_strided);
   m.impl("view", &view);
+  m.impl("_reshape_alias", &reshape_alias);
   m.impl("_local_scalar_dense", &local_scalar);
   m.impl("resize_", &resize);
   m.impl("set_.source_Storage", &set_whole_storage);
@@ -193,23 +198,29 @@ at::Tensor on_device(const at::Tensor& result, const std::vector<at::Tensor>& ar
 void fallback(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   const size_t first = stack->size() - op.schema().arguments().size();
   std::vector<at::Tensor> arguments;
-  Pairs empties;  // out= tensors that may grow, and the CPU tensors that stand in for them
+  Pairs empties;  // tensors that may grow, and the CPU tensors that stand in for them
   bool cpu = false;
-  auto replace = [&](const at::Tensor& tensor) -> at::Tensor {
+  auto replace = [&](const at::Tensor& tensor, bool out = false) -> at::Tensor {
     if (!tensor.defined()) return tensor;
     if (!tensor.is_privateuseone()) {
       cpu |= tensor.is_cpu() && tensor.dim() > 0;
       return tensor;
     }
     arguments.push_back(tensor);
-    if (tensor.numel()) return on_cpu(tensor);
+    if (tensor.numel() && !out) return on_cpu(tensor);
+    if (out) {  // a kernel may resize its out= tensor, and then again: smooth_l1_loss does
+      empties.emplace_back(at::empty({0}, tensor.options().device(at::kCPU)), tensor);
+      return empties.back().first;
+    }
     empties.emplace_back(at::empty(tensor.sizes(), tensor.options().device(at::kCPU)), tensor);
     return empties.back().first;
   };
   for (size_t i = first; i < stack->size(); ++i) {
     c10::IValue& value = (*stack)[i];
     if (value.isTensor()) {
-      value = replace(value.toTensor());
+      const c10::Argument& argument = op.schema().arguments()[i - first];
+      const bool written = argument.alias_info() && argument.alias_info()->isWrite();
+      value = replace(value.toTensor(), argument.kwarg_only() && written);
     } else if (value.isTensorList()) {
       c10::List<at::Tensor> list;
       for (const at::Tensor& tensor : value.toTensorVector()) list.push_back(replace(tensor));
@@ -229,9 +240,8 @@ void fallback(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
               "Expected all tensors to be on the same device: ", name);
   op.callBoxed(stack);
   for (auto& [stand_in, real] : empties) {
-    if (!stand_in.numel()) continue;
-    real.resize_(stand_in.sizes());
-    on_cpu(real).copy_(stand_in);
+    if (real.sizes() != stand_in.sizes()) real.resize_(stand_in.sizes());
+    if (real.numel()) on_cpu(real).copy_(stand_in);
   }
   for (size_t i = stack->size() - op.schema().returns().size(); i < stack->size(); ++i) {
     c10::IValue& value = (*stack)[i];

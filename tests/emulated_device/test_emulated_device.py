@@ -30,6 +30,7 @@ def test_results_are_those_of_the_cpu(emulated):
     found = layer.to(emulated)(x.to(emulated))
     assert found.device == emulated
     torch.testing.assert_close(found.cpu(), expected)  # not bit-equal: torch may choose another route to the product
+    assert torch.nn.functional.smooth_l1_loss(found, found.detach() + 1).item() == 0.5
     found.square().sum().backward()
     assert layer.weight.grad.device == emulated
 
@@ -43,6 +44,7 @@ def test_copies_views_and_in_place_operators(emulated):
     twin = copy.deepcopy(torch.nn.Linear(3, 2).to(emulated))
     assert twin.weight.device == emulated
     assert torch.equal(copy.deepcopy(x).cpu(), x.cpu())
+    assert x.expand(2, 2, 3, 4).reshape(4, 3, 4).stride() == (0, 4, 1)
 
 
 def test_memory_is_counted(emulated):

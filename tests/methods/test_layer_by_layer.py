@@ -111,7 +111,7 @@ def test_rounding_to_nearest_takes_the_stated_memory(levels, device, emulated_on
 @pytest.mark.parametrize("part", [1 << 24, 1 << 13])
 def test_a_rotation_takes_the_stated_memory(rotation, part, device, emulated_only, monkeypatch):
     monkeypatch.setattr(rotate_module, "_PART_WEIGHTS", part)
-    model = tiny(2, 256, 704)
+    model = tiny(2, 256, 768)
     found = peak(lambda model, device: rotate_model(model, rotation, group_size=64, device=device), model, device)
     assert found == pytest.approx(rotate_bytes(describe(model), 97, rotation), rel=0.1)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,6 +68,7 @@ def reconstruct_blocks(
     seed: int = 0,
     state: BlockState | None = None,
     after_layer: Callable[[BlockState, list[float]], None] | None = None,
+    device: torch.device | None = None,
 ) -> None:
     """Train every decoder layer of a student in order, on the outputs of the layers trained before.
 
@@ -86,6 +87,8 @@ def reconstruct_blocks(
         seed: of the order of sequences.
         state: of an earlier, interrupted call; None starts at the first layer.
         after_layer: called after each layer with the state and the mean loss of each epoch.
+        device: to compute on. It holds one decoder layer of the student or of the teacher at a time; the models and the
+            hidden states of the text stay where the models are. None: the device that the models are on.
 
     Raises:
         ValueError: too few sequences, or a loss that is not finite; the message then names the layer.
@@ -102,22 +105,48 @@ def reconstruct_blocks(
     hidden, keywords = first_layer_inputs(teacher, ids)
     if state is None:
         state = BlockState(0, hidden.to(torch.float32), hidden.to(torch.float32).clone())
+    device = hidden.device if device is None else device
     for index in range(state.next_layer, len(architecture.layers)):
         layer = architecture.layers[index]
-        extra = keywords[index]
+        extra = {name: _moved(value, device) for name, value in keywords[index].items()}
         module = teacher.get_submodule(layer.name)
-        with torch.no_grad(), autocast():
-            state.teacher = torch.cat([run_layer(module, x, extra).float() for x in state.teacher.split(config.batch)])
+        with _on_device(module, device), autocast():
+            _advance(module, state.teacher, extra, config.batch, device)
         module = student.get_submodule(layer.name)
-        with fake_quantized_kv(module, kv_bits, kv_clip, f"reconstruct_blocks: layer {layer.name}") as cache:
+        where = f"reconstruct_blocks: layer {layer.name}"
+        with _on_device(module, device), fake_quantized_kv(module, kv_bits, kv_clip, where) as cache:
             extra = {**extra, **cache}
-            losses = _train_layer(module, layer.name, state, extra, config, autocast, seed + index)
-            with torch.no_grad(), autocast():
-                parts = state.student.split(config.batch)
-                state.student = torch.cat([run_layer(module, x, extra).float() for x in parts])
+            losses = _train_layer(module, layer.name, state, extra, config, autocast, seed + index, device)
+            with autocast():
+                _advance(module, state.student, extra, config.batch, device)
         state.next_layer = index + 1
         if after_layer is not None:
             after_layer(state, losses)
+
+
+@contextlib.contextmanager
+def _on_device(module: nn.Module, device: torch.device) -> Iterator[None]:
+    """A module on a device inside the ``with`` block, and back on its own device behind it."""
+    home = next(module.parameters()).device
+    module.to(device)
+    try:
+        yield
+    finally:
+        module.to(home)
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    """A layer's argument on a device: a tensor, a tuple of tensors, or a value that has no device."""
+    if isinstance(value, tuple):
+        return tuple(_moved(part, device) for part in value)
+    return value.to(device) if isinstance(value, Tensor) else value
+
+
+@torch.no_grad()
+def _advance(module: nn.Module, hidden: Tensor, extra: dict[str, Any], batch: int, device: torch.device) -> None:
+    """Replace hidden states by a layer's output."""
+    for part in hidden.split(batch):
+        part.copy_(run_layer(module, part.to(device), extra))
 
 
 def _train_layer(
@@ -128,6 +157,7 @@ def _train_layer(
     config: BlockConfig,
     autocast: Callable[[], contextlib.AbstractContextManager[Any]],
     seed: int,
+    device: torch.device,
 ) -> list[float]:
     """Train one layer. Returns the mean loss of each epoch."""
     optimizer = make_optimizer(students(module), config.weight_lr, config.quantizer_lr)
@@ -140,8 +170,9 @@ def _train_layer(
         for number, rows in enumerate(torch.randperm(config.sequences, generator=generator).split(config.batch)):
             set_rates(optimizer, schedule(epoch * batches + number, config.epochs * batches, 5, 0.05))
             with autocast():
-                output = run_layer(module, state.student[rows], extra)
-            loss = ((output.float() - state.teacher[rows]).square() * inverse[rows]).mean()
+                output = run_layer(module, state.student[rows].to(device), extra)
+            difference = output.float() - state.teacher[rows].to(device)
+            loss = (difference.square() * inverse[rows].to(device)).mean()
             value = float(loss.detach())
             if not math.isfinite(value):
                 raise ValueError(

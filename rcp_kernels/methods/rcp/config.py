@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ...ops.checks import check_clip, check_int
+from ...ops.checks import check_clip, check_int, check_one_of
 from .block_reconstruction import BlockConfig
+from .optimizer import OPTIMIZERS
 
 __all__ = ["PRESETS", "RcpConfig", "TrainResult"]
 
@@ -31,6 +32,11 @@ class RcpConfig:
         micro_batch: sequences per forward pass.
         weight_lr, quantizer_lr: peak learning rates of AdamW.
         beta2: of AdamW; beta1 is 0.9, the weight decay 0.
+        optimizer: of phase two, one of ``optimizer.OPTIMIZERS``. "adamw" is torch's, in one fused kernel on CUDA.
+            "adamw8bit" is torchao's: its states have 8 bits instead of 32, with one scale for 256 values. Phase one has
+            the states of one layer only, and always takes "adamw".
+        activation_checkpointing: in phase two, keep the inputs of decoder layers only, and compute each layer a second
+            time in the backward pass. This takes a third more time, and the results are the same bits.
         warmup, floor: steps up to the peak rate, and the share of the peak at the end of the cosine.
         max_grad_norm: limit for the norm of all gradients together.
         workers: number of threads on CPUs. Each thread computes one micro-batch at a time on one core; 1 leaves threads
@@ -59,6 +65,8 @@ class RcpConfig:
     weight_lr: float = 4e-4
     quantizer_lr: float = 2e-3
     beta2: float = 0.95
+    optimizer: str = "adamw"
+    activation_checkpointing: bool = False
     warmup: int = 10
     floor: float = 0.05
     max_grad_norm: float = 1.0
@@ -72,6 +80,7 @@ class RcpConfig:
         least = {"steps": 0, "batch": 1, "micro_batch": 1, "workers": 1, "validate_every": 1, "checkpoint_every": 1}
         for name, value in least.items():
             check_int("RcpConfig", name, getattr(self, name), value, "raise it")
+        check_one_of("RcpConfig", "optimizer", self.optimizer, OPTIMIZERS, "adamw is usual")
         check_clip("RcpConfig", self.act_clip, "act_clip")
         check_clip("RcpConfig", self.kv_clip, "kv_clip")
 

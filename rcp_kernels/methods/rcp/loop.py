@@ -53,6 +53,7 @@ class Training:
         accelerator: Any,
         shard: bool,
         progress: Callable[[str, int, int, str], None] | None,
+        device: torch.device | None = None,
     ) -> None:
         self.config = config
         self.shard = shard
@@ -63,12 +64,12 @@ class Training:
         self.directory = directory
         self.progress = progress or (lambda *_: None)
         self.model = model
-        self.models = StudentAndTeacher(model, teacher, config)
+        self.models = StudentAndTeacher(model, teacher, config, device)
         self.state_path = None if directory is None else directory / "state.pt"
         self.digest = model_digest(model)  # of the float model
         stored = self._load_checkpoint()
         # A checkpoint overwrites the levels, so the search for initial levels is skipped.
-        start_student(model, config, config.init if stored is None else "uniform")
+        start_student(model, config, config.init if stored is None else "uniform", device)
         self.layers = students(model)
         self.parameters: list[nn.Parameter] = []
         self.optimizer: torch.optim.Optimizer | None = None
@@ -96,27 +97,16 @@ class Training:
         try:
             if not self.blocks_done:
                 self._phase_one()
-            if self.confidence is None:
-                # Computed after phase one, which does not need the teacher's head.
-                batches = list(self.training.split(config.micro_batch)[:_CONFIDENCE_BATCHES])
-                self.confidence = mean_confidence(self.models.teacher, self.models.head, batches)
             self._begin_phase_two()
-            if self.step == 0:
-                self._validate()
-            m = reverse_weight(config.loss, self.confidence)
-            while self.step < config.steps:
-                self._update(m)
-                last = self.step == config.steps
-                if last or self.step % config.validate_every == 0:
-                    self._validate()
-                if last or self.step % config.checkpoint_every == 0:
-                    self._save()
+            with self.models.recomputed_layers() if config.activation_checkpointing else contextlib.nullcontext():
+                self._phase_two()
         except ValueError as error:
             # The quantizers of activations and weights refuse NaN and name the layer.
             if "finite" not in str(error):
                 raise
             raise Diverged(f"{error}; {self._last_good()}") from error
         self._load_best()
+        assert self.confidence is not None
         return TrainResult(
             steps=self.step,
             tokens=self._tokens(),
@@ -146,7 +136,7 @@ class Training:
         reconstruct_blocks(
             self.model,
             self.models.teacher_model,
-            self.training.to(self.models.device),
+            self.training.to(next(self.model.parameters()).device),
             self.config.blocks,
             kv_bits=self.config.kv_bits,
             kv_clip=self.config.kv_clip,
@@ -154,6 +144,7 @@ class Training:
             seed=self.config.seed,
             state=self.block_state,
             after_layer=after_layer,
+            device=self.models.device,
         )
         self.blocks_done, self.block_state = True, None
         self._save()
@@ -161,25 +152,47 @@ class Training:
     # --- phase two
 
     def _begin_phase_two(self) -> None:
-        """Split the decoder layers over the processes if they are to be sharded, then make the optimizer."""
+        """Move the models to the device, split their decoder layers if they are to be sharded; make the optimizer."""
         if self.ranks > 1:
             # Each process computed phase one itself. Different kernels or machines would give different students.
             for value in (p.data for layer in self.layers for p in layer.parameters()):
-                torch.distributed.broadcast(value, 0)
+                moved = value.to(self.models.device)
+                torch.distributed.broadcast(moved, 0)
+                value.copy_(moved)
         if self.shard:
             from torch.distributed.device_mesh import init_device_mesh
             from torch.distributed.fsdp import fully_shard
 
             mesh = init_device_mesh(self.models.device.type, (self.ranks,))
             for model in (self.model, self.models.teacher_model):
-                for layer in self.models.architecture.layers:
+                for layer in self.models.architecture.layers:  # moves one layer at a time to the device
                     fully_shard(model.get_submodule(layer.name), mesh=mesh)
+        self.models.move()
         config = self.config
-        self.optimizer = make_optimizer(self.layers, config.weight_lr, config.quantizer_lr, config.beta2)
+        self.optimizer = make_optimizer(
+            self.layers, config.weight_lr, config.quantizer_lr, config.beta2, config.optimizer
+        )
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         if self.optimizer_state is not None:
             self.optimizer.load_state_dict(split_optimizer_state(self.optimizer_state, self.parameters))
             self.optimizer_state = None
+
+    def _phase_two(self) -> None:
+        config = self.config
+        if self.confidence is None:
+            # Computed after phase one, which does not need the teacher's head.
+            batches = list(self.training.split(config.micro_batch)[:_CONFIDENCE_BATCHES])
+            self.confidence = mean_confidence(self.models.teacher, self.models.head, batches)
+        if self.step == 0:
+            self._validate()
+        m = reverse_weight(config.loss, self.confidence)
+        while self.step < config.steps:
+            self._update(m)
+            last = self.step == config.steps
+            if last or self.step % config.validate_every == 0:
+                self._validate()
+            if last or self.step % config.checkpoint_every == 0:
+                self._save()
 
     def _quantized_weights(self) -> contextlib.AbstractContextManager[None]:
         """Quantize weights once for several passes. Sharded weights exist only while their layer runs."""
@@ -261,8 +274,12 @@ class Training:
     # --- checkpoints
 
     def _fingerprint(self) -> str:
-        """Digest of the settings, the rotated float model and the text: a checkpoint belongs to one of these."""
-        digest = hashlib.sha256(json.dumps(self.config.to_dict(), sort_keys=True).encode())
+        """Digest of the settings, the rotated float model and the text: a checkpoint belongs to one of these.
+
+        A run may go on with or without activation checkpointing, which changes no bit.
+        """
+        settings = {k: v for k, v in self.config.to_dict().items() if k != "activation_checkpointing"}
+        digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
         digest.update(self.digest.encode())
         digest.update(self.training.cpu().numpy().tobytes())
         digest.update(self.validation.cpu().numpy().tobytes())
@@ -303,8 +320,8 @@ class Training:
                     f"{self._last_good()}"
                 )
         block = self.block_state
-        student = full_student_values(self.layers)
-        optimizer = None if self.optimizer is None else full_optimizer_state(self.optimizer)
+        student = full_student_values(self.layers, not self.rank)
+        optimizer = None if self.optimizer is None else full_optimizer_state(self.optimizer, not self.rank)
         if self.rank:
             return
         save_state(
@@ -330,7 +347,7 @@ class Training:
         return f"the last good checkpoint is {self.state_path}: lower the learning rates"
 
     def _save_best(self) -> None:
-        student = full_student_values(self.layers)
+        student = full_student_values(self.layers, self.directory is None or not self.rank)
         if self.directory is None:
             self.best_state = {name: value.clone() for name, value in student.items()}
         elif not self.rank:

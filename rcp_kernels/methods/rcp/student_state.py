@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from ...models import Architecture
 from ..student import FakeQuantLinear, make_student
 from .config import RcpConfig
-from .optimizer import full_tensor, split_like
+from .optimizer import host_tensors, split_like
 
 __all__ = ["copy_student", "full_student_values", "start_student"]
 
 
-def start_student(model: nn.Module, config: RcpConfig, init: str) -> Architecture:
+def start_student(model: nn.Module, config: RcpConfig, init: str, device: torch.device | None = None) -> Architecture:
     """:func:`make_student` with the settings of a training."""
     return make_student(
         model,
@@ -26,6 +26,7 @@ def start_student(model: nn.Module, config: RcpConfig, init: str) -> Architectur
         init=init,
         learn_clip=config.learn_clip,
         learn_partition=config.learn_partition,
+        device=device,
     )
 
 
@@ -38,9 +39,12 @@ def _student_values(layers: list[FakeQuantLinear]) -> dict[str, Tensor]:
     }
 
 
-def full_student_values(layers: list[FakeQuantLinear]) -> dict[str, Tensor]:
-    """The values of layers as full tensors. All processes that hold shards must call this."""
-    return {name: full_tensor(value) for name, value in _student_values(layers).items()}
+def full_student_values(layers: list[FakeQuantLinear], keep: bool = True) -> dict[str, Tensor]:
+    """The values of layers as full tensors on the CPU. All processes that hold shards must call this.
+
+    Without ``keep`` the result is empty.
+    """
+    return host_tensors(_student_values(layers), keep)
 
 
 def copy_student(layers: list[FakeQuantLinear], state: Mapping[str, Tensor]) -> None:

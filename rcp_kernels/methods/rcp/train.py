@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ...nn.model_digest import model_digest
@@ -35,6 +36,7 @@ def train(
     directory: Path | None = None,
     accelerator: Any = None,
     shard: bool = False,
+    device: str | torch.device | None = None,
     progress: Callable[[str, int, int, str], None] | None = None,
 ) -> TrainResult:
     """Turn a float model into a trained low-bit student, in place. ``export_student(model)`` then packs it.
@@ -56,17 +58,26 @@ def train(
             and takes its share of every batch. None for one process.
         shard: in phase two, split the decoder layers of student and teacher and the optimizer's state over the
             processes (FSDP2). The model is then unusable afterwards; :func:`load_trained` makes one from the directory.
+        device: to train on. Phase one holds one decoder layer at a time there, phase two the whole student and teacher.
+            The model is back on its own device afterwards. None: the device that the model is on.
         progress: called with the phase, finished steps, total steps, and a message.
 
     Raises:
+        MissingExtra: the optimizer's package is not installed.
         ValueError: too little text, a batch that the processes cannot share, a checkpoint of another run, or as
             make_student and reconstruct_blocks.
         Diverged: the loss became NaN or Inf. The message names the layer and the checkpoint.
     """
     _check(model, training, validation, config, directory, accelerator, shard)
-    return Training(
-        model, training, validation, config, teacher, probes or {}, directory, accelerator, shard, progress
-    ).run()
+    home = next(model.parameters()).device
+    device = home if device is None else torch.device(device)
+    run = Training(
+        model, training, validation, config, teacher, probes or {}, directory, accelerator, shard, progress, device
+    )
+    result = run.run()
+    if not shard:
+        model.to(home)
+    return result
 
 
 def _check(
@@ -88,6 +99,11 @@ def _check(
         raise ValueError(
             f"train: shard needs an accelerator and a directory, got {accelerator} and {directory}; pass "
             f"both, or shard=False"
+        )
+    if shard and config.optimizer != "adamw":
+        raise ValueError(
+            f"train: optimizer must be 'adamw' with shard, got {config.optimizer!r}; FSDP2 splits its states over the "
+            f"processes"
         )
     for name, windows in (("training", training), ("validation", validation)):
         if windows.dim() != 2 or windows.shape[0] < 1 or windows.shape[1] < 2:

@@ -1,0 +1,107 @@
+"""quantize on a device that is not the CPU: every method writes the CPU's directory."""
+
+import json
+
+import pytest
+import torch
+import yaml
+
+transformers = pytest.importorskip("transformers")
+
+from language_of_numbers import write_model, write_text  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
+
+from rcp_kernels.data import by_name, corpus  # noqa: E402
+from rcp_kernels.models.load import load_float  # noqa: E402
+from rcp_kernels.pipeline import Recipe  # noqa: E402
+from rcp_kernels.pipeline.quantize import windows_of  # noqa: E402
+
+TRAINING = {
+    "steps": 2,
+    "batch": 2,
+    "micro_batch": 1,
+    "warmup": 1,
+    "validate_every": 1,
+    "checkpoint_every": 1,
+    "bf16": False,
+    "blocks": {"sequences": 2, "epochs": 1, "batch": 1},
+}
+METHODS = {
+    "rtn": {"rotation": "gsr", "a_bits": 4, "kv_bits": 4},
+    "gptq": {"rotation": "hadamard", "a_bits": 4, "kv_bits": 4, "samples": 4},
+    "rcp": {"training": TRAINING},
+    "laquant": {"samples": 4, "training": {"dtype": "float32", "epochs": 1}},
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return write_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    return write_text(tmp_path_factory.mktemp("text") / "numbers.txt")
+
+
+@pytest.fixture
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_writes_the_directory_of_the_cpu(run, device, model, text, tmp_path, method):
+    fields = {"method": method, "group_size": 32, "dtype": "float32", **METHODS[method]}
+    if method != "rtn":
+        fields |= {"text": str(text), "sequence": 16}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(fields))
+    found = {}
+    for name in ("cpu", str(device)):
+        out = tmp_path / torch.device(name).type
+        code, _, err = run("quantize", model, "-o", out, "--recipe", tmp_path / "recipe.yaml", "--device", name)
+        assert code == 0, err
+        assert f", on {name}" in err
+        assert json.loads((out / "report.json").read_text())["device"] == name
+        assert not out.with_name(out.name + ".training").exists()
+        found[name] = load_file(out / "model.safetensors"), (out / "recipe.yaml").read_text()
+    (here, recipe), (there, same_recipe) = found["cpu"], found[str(device)]
+    assert same_recipe == recipe
+    assert set(there) == set(here)
+    for name, tensor in here.items():
+        if tensor.is_floating_point():  # attention runs another kernel there, whose sums are rounded otherwise
+            torch.testing.assert_close(there[name], tensor, rtol=2e-3, atol=1e-4)
+        elif device.type != "cuda":  # the emulated device runs the CPU's kernels; a GPU's sums may move single codes
+            assert torch.equal(there[name], tensor), name
+
+
+@pytest.fixture
+def few_documents(monkeypatch, tmp_path):
+    monkeypatch.setenv("RCP_CACHE_DIR", str(tmp_path / "cache"))
+    documents = corpus.Corpus(tuple(f"{i} one two three four five six seven " * 20 for i in range(30)), 0)
+    for kind in ("docstring", "comment"):
+        monkeypatch.setattr(corpus, f"{kind}_corpus", lambda: documents)
+    monkeypatch.setattr(corpus, "without_overlap", lambda texts, **_: corpus.Corpus(tuple(texts), 0))
+
+
+@pytest.mark.usefixtures("few_documents")
+def test_the_model_writes_its_text_on_the_device(device, model, tmp_path, monkeypatch):
+    """The model itself stays where it is; texts of the CPU and of the device are cached apart."""
+    loaded, tokenizer = load_float(str(model))
+    devices = []
+    original = by_name.generate_texts
+
+    def generate_texts(model, *arguments, **options):
+        devices.append(next(model.parameters()).device)
+        return original(model, *arguments, **options)
+
+    monkeypatch.setattr(by_name, "generate_texts", generate_texts)
+    recipe = Recipe(str(model), text="generated", sequence=8, samples=2)
+    for where in (device, torch.device("cpu"), device):
+        ids, _ = windows_of(recipe, tokenizer, loaded, device=where)
+        assert ids.device.type == "cpu"
+    assert devices == [device, torch.device("cpu")]
+    assert next(loaded.parameters()).device.type == "cpu"
