@@ -64,6 +64,11 @@ class Decoder:
         """The likeliest next token of each prompt, int64 [prompts, 1]."""
         return self.logits.argmax(-1, keepdim=True)
 
+    @property
+    def captured(self) -> bool:
+        """Whether the last step was a replay of a CUDA graph."""
+        return self._graph is not None
+
     @torch.inference_mode()
     def step(self, tokens: Tensor | None = None) -> None:
         """Feed a token of each prompt to the model, and replace ``logits``.
