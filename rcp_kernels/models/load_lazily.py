@@ -95,7 +95,7 @@ class _Reader:
     def __call__(self, device: torch.device) -> Tensor:
         values: Tensor = self._file.get_tensor(self._stored).to(device).to(torch.float32)
         if not bool(torch.isfinite(values).all()):
-            raise ValueError(f"model: {self.name} must be finite, got NaN or Inf; check the checkpoint for overflow")
+            raise ValueError(f"quantize: {self.name} must be finite, got NaN or Inf; check the checkpoint for overflow")
         return values
 
 
