@@ -22,7 +22,7 @@ from ..layers import check_calibration_ids, first_layer_inputs, run_layer
 from ..student import fake_quantized_kv, students
 from .optimizer import make_optimizer, schedule, set_rates
 
-__all__ = ["BlockConfig", "BlockState", "reconstruct_blocks"]
+__all__ = ["BlockConfig", "BlockState", "reconstruct_blocks", "train_layer"]
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ def reconstruct_blocks(
         where = f"reconstruct_blocks: layer {layer.name}"
         with _on_device(module, device), fake_quantized_kv(module, kv_bits, kv_clip, where) as cache:
             extra = {**extra, **cache}
-            losses = _train_layer(module, layer.name, state, extra, config, autocast, seed + index, device)
+            losses = train_layer(module, layer.name, state, extra, config, autocast, seed + index, device)
             with autocast():
                 _advance(module, state.student, extra, config.batch, device)
         state.next_layer = index + 1
@@ -149,7 +149,7 @@ def _advance(module: nn.Module, hidden: Tensor, extra: dict[str, Any], batch: in
         part.copy_(run_layer(module, part.to(device), extra))
 
 
-def _train_layer(
+def train_layer(
     module: nn.Module,
     name: str,
     state: BlockState,
