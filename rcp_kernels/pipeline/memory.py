@@ -118,7 +118,7 @@ def functions_for_meta(fused_attention: bool) -> Iterator[None]:
     def split(*args: Any, **kwargs: Any) -> Tensor:
         return attention(*cast(args), **kwargs)
 
-    functional.linear = lambda *args: linear(*cast(args))  # type: ignore[misc]
+    functional.linear = lambda *args: linear(*cast(args))
     functional.scaled_dot_product_attention = fused if fused_attention else split
     try:
         yield

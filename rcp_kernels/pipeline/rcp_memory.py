@@ -91,9 +91,7 @@ def phase_two_bytes(
     return max(moments, key=Counter.total)
 
 
-def _update(
-    model: nn.Module, config: RcpConfig, window: int, fused: bool, parts: int
-) -> dict[str, Counter[str]]:
+def _update(model: nn.Module, config: RcpConfig, window: int, fused: bool, parts: int) -> dict[str, Counter[str]]:
     """The peaks of an update, as :attr:`MemoryCounter.peaks`. The second of two updates begins with all states."""
     counter = MemoryCounter()
     models = StudentAndTeacher(model, None, config, torch.device("meta"))
