@@ -58,6 +58,7 @@ EXTRAS = {
         Extra("datasets", "datasets", "calibration text by the name of a dataset", "pip install datasets"),
         Extra("pytest_benchmark", "pytest-benchmark", "pytest benchmarks/", _BENCH),
         Extra("llama_cpp", "llama-cpp-python", "bench: ggml as a peer", "pip install llama-cpp-python"),
+        Extra("xllamacpp", "xllamacpp", "bench: llama.cpp as a peer of a whole model", _BENCH),
         Extra("hadamard_transform", "hadamard-transform", "bench: a peer of walsh_transform", _BENCH),
         # It is built from source and under the GPL. No extra of this package installs it.
         Extra("pyfwht", "pyfwht", "bench: a peer of walsh_transform", "pip install pyfwht"),

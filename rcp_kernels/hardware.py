@@ -63,9 +63,33 @@ def to_device_of(model: object, ids: Tensor) -> Tensor:
     return ids if parameter is None or parameter.is_meta else ids.to(parameter.device)
 
 
+def require_kernels(device: torch.device, where: str) -> None:
+    """Raise RuntimeError, with the remedy, if the CUDA kernels are missing for a CUDA device.
+
+    Args:
+        device: any.
+        where: the caller; begins the message.
+    """
+    if device.type == "cuda":
+        cuda_library.require(where)
+
+
 def synchronize(device: torch.device) -> None:
     """Wait until a device has done its work. A clock read before that shows the time of the launches alone."""
     torch.get_device_module(device).synchronize()
+
+
+def device_name(device: torch.device) -> str:
+    """A device in words: for a GPU its name and what its speed depends on, for the CPU its name."""
+    if device.type == "cpu":
+        return cpu_name()
+    if device.type != "cuda":
+        return str(device)
+    gpu = torch.cuda.get_device_properties(device)
+    return (
+        f"{gpu.name}, compute capability {gpu.major}.{gpu.minor}, {gpu.multi_processor_count} SMs, "
+        f"L2 {gpu.L2_cache_size >> 20} MB, CUDA {torch.version.cuda}"
+    )
 
 
 def cpu_isa() -> str:
@@ -103,8 +127,13 @@ def last_level_cache_bytes() -> int:
     return max(sizes)
 
 
-def memory_available_bytes() -> int | None:
-    """Linux's estimate of the bytes that can be allocated without swapping; None on other systems."""
+def memory_available_bytes(device: torch.device | None = None) -> int | None:
+    """Bytes that can be allocated on a device; None where the system does not say.
+
+    For the CPU, and without a device, this is Linux's estimate of the bytes that need no swapping.
+    """
+    if device is not None and device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
     try:
         match = re.search(r"^MemAvailable:\s*(\d+) kB$", Path("/proc/meminfo").read_text(), re.MULTILINE)
     except OSError:
@@ -112,9 +141,10 @@ def memory_available_bytes() -> int | None:
     return int(match.group(1)) << 10 if match else None
 
 
-def conditions() -> dict[str, Any]:
-    """The conditions to record with a measurement."""
-    return {
+def conditions(device: torch.device | None = None) -> dict[str, Any]:
+    """The conditions to record with a measurement. ``device`` is among them if it is not the CPU."""
+    there = {} if device is None or device.type == "cpu" else {"device": device_name(device)}
+    return there | {
         "cpu": cpu_name(),
         "isa": cpu_isa(),
         "cpus": cpu_count(),

@@ -27,12 +27,13 @@ LAYERS = (
     "checkpoint",
     "integrations",
     "pipeline",
+    "check",
     "bench",
     "demo",
     "cli",
 )
 # Nothing but the command line imports these.
-TOPS = ("bench", "demo")
+TOPS = ("check", "bench", "demo")
 # Between checkpoint and the top-level package.
 ROOT_MODULES = ("__init__", "__main__")
 

@@ -44,4 +44,15 @@ inline Tensor empty(const std::vector<int64_t>& shape, ScalarType dtype) {
   return torch::stable::empty(shape, dtype);
 }
 
+// A count of positions that is stated from `held` on, or from 0.
+inline int64_t positions_from(const std::string& op, const std::optional<Tensor>& held, int64_t count) {
+  if (!held.has_value()) return count;
+  if (!held->is_cpu() || held->scalar_type() != ScalarType::Long || held->dim() != 0) {
+    fail(op + ": held must be int64 without dimensions on the CPU, got " +
+         torch::headeronly::toString(held->scalar_type()) + " " + shape_text(*held) + " on " +
+         device_text(held->device()) + "; use torch.tensor(0)");
+  }
+  return *data<int64_t>(*held) + count;
+}
+
 }  // namespace rcp::binding

@@ -40,7 +40,7 @@ void check_arguments(const Tensor& qkv, const Tensor& cosine, const Tensor& sine
   }
   if (a.length < 0 || a.length >= a.capacity) {
     fail(where + "length must be from 0 to capacity - 1 (" + std::to_string(a.capacity - 1) + "), got " +
-         std::to_string(a.length) + "; reserve more storage first");
+         std::to_string(a.length) + "; allocate a larger capacity");
   }
   if (!std::isfinite(a.scale)) {
     fail(where + "scale must be finite, got " + std::to_string(a.scale) + "; use dim ** -0.5");
@@ -56,9 +56,9 @@ void check_arguments(const Tensor& qkv, const Tensor& cosine, const Tensor& sine
 }
 
 Tensor decode_attention_cpu(const Tensor& qkv_in, const Tensor& cosine_in, const Tensor& sine_in, Tensor keys,
-                            Tensor values, int64_t length, double scale) {
+                            Tensor values, int64_t from_held, double scale, const std::optional<Tensor>& held) {
   DecodeAttention a{};
-  a.length = length;
+  a.length = positions_from("decode_attention", held, from_held);
   a.scale = static_cast<float>(scale);
   check_arguments(qkv_in, cosine_in, sine_in, keys, values, a);
   const Tensor qkv = as_contiguous(qkv_in), cosine = as_contiguous(cosine_in), sine = as_contiguous(sine_in);

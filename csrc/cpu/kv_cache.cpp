@@ -49,8 +49,10 @@ void check_range(const std::string& op, const std::string& what, int64_t value, 
   }
 }
 
-void kv_cache_append_cpu(const Tensor& x_in, Tensor codes, Tensor scales, int64_t position, double clip) {
+void kv_cache_append_cpu(const Tensor& x_in, Tensor codes, Tensor scales, int64_t from_held, double clip,
+                         const std::optional<Tensor>& held) {
   const std::string op = "kv_cache_append";
+  const int64_t position = positions_from(op, held, from_held);
   const FloatType type = check_four(op, "x", x_in, "[batch, kv_heads, tokens, head_dim]");
   check_clip(op, clip);
   const Storage storage(op, "", codes, scales, x_in.size(3));
@@ -60,7 +62,7 @@ void kv_cache_append_cpu(const Tensor& x_in, Tensor codes, Tensor scales, int64_
   }
   const int64_t tokens = x_in.size(2), heads = storage.kv_heads;
   check_range(op, "position + tokens", position + tokens, tokens, storage.shape.capacity,
-              "position must not be negative, and the cache must have room: allocate a larger one");
+              "position must not be negative, and a full cache must be allocated with a larger capacity");
   const Tensor x = x_in.stride(3) == 1 ? x_in : torch::stable::contiguous(x_in);
   const void* from = x.const_data_ptr();
   const int64_t batch_stride = x.stride(0), head_stride = x.stride(1), token_stride = x.stride(2);
@@ -90,17 +92,17 @@ void kv_cache_dequantize_cpu(const Tensor& codes, const Tensor& scales, Tensor o
                            storage.shape, type, out.mutable_data_ptr(), current_isa(), torch_pool());
 }
 
-// Points the arguments into a mask, and returns the tensor that must be kept.
-Tensor set_mask(const std::string& op, const Tensor& mask_in, int64_t heads, KvAttention& a) {
+// Points the arguments into a mask of `width` positions, and returns the tensor that must be kept.
+Tensor set_mask(const std::string& op, const Tensor& mask_in, int64_t heads, int64_t width, KvAttention& a) {
   const bool fits = mask_in.dim() == 4 && (mask_in.size(0) == a.batch || mask_in.size(0) == 1) &&
                     (mask_in.size(1) == heads || mask_in.size(1) == 1) && mask_in.size(2) == a.queries &&
-                    mask_in.size(3) == a.length;
+                    mask_in.size(3) == width;
   if (!mask_in.is_cpu() || mask_in.scalar_type() != ScalarType::Bool || !fits) {
     fail(op + ": mask must be bool [batch or 1, heads or 1, " + std::to_string(a.queries) + ", " +
-         std::to_string(a.length) + "] on the CPU, true where a query may attend, got " +
+         std::to_string(width) + "] on the CPU, true where a query may attend, got " +
          torch::headeronly::toString(mask_in.scalar_type()) + " " + shape_text(mask_in) + "; slice or convert it");
   }
-  const Tensor mask = a.length > 1 && mask_in.stride(3) != 1 ? torch::stable::contiguous(mask_in) : mask_in;
+  const Tensor mask = width > 1 && mask_in.stride(3) != 1 ? torch::stable::contiguous(mask_in) : mask_in;
   a.mask = data<uint8_t>(mask);
   a.mask_batch = mask.size(0) == 1 ? 0 : mask.stride(0);
   a.mask_head = mask.size(1) == 1 ? 0 : mask.stride(1);
@@ -109,9 +111,11 @@ Tensor set_mask(const std::string& op, const Tensor& mask_in, int64_t heads, KvA
 }
 
 Tensor kv_cache_attention_cpu(const Tensor& query_in, const Tensor& key_codes, const Tensor& key_scales,
-                              const Tensor& value_codes, const Tensor& value_scales, int64_t length, double scale,
-                              bool causal, int64_t window, const std::optional<Tensor>& mask_in) {
+                              const Tensor& value_codes, const Tensor& value_scales, int64_t from_held, double scale,
+                              bool causal, int64_t window, const std::optional<Tensor>& mask_in,
+                              const std::optional<Tensor>& held) {
   const std::string op = "kv_cache_attention";
+  const int64_t length = positions_from(op, held, from_held);
   KvAttention a{};
   a.type = check_four(op, "query", query_in, "[batch, heads, queries, head_dim]");
   const Storage keys(op, "key_", key_codes, key_scales, query_in.size(3));
@@ -137,7 +141,9 @@ Tensor kv_cache_attention_cpu(const Tensor& query_in, const Tensor& key_codes, c
   }
   const Tensor query = as_contiguous(query_in);
   std::optional<Tensor> mask;
-  if (mask_in.has_value()) mask = set_mask(op, *mask_in, query.size(1), a);
+  // With `held` the shapes are the same in every step: the mask covers the capacity.
+  const int64_t width = held.has_value() ? keys.shape.capacity : length;
+  if (mask_in.has_value()) mask = set_mask(op, *mask_in, query.size(1), width, a);
   Tensor out = empty(with_last(query, query.size(3)), query.scalar_type());
   a.shape = keys.shape;
   a.query = query.const_data_ptr();

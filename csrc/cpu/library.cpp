@@ -29,11 +29,13 @@ STABLE_TORCH_LIBRARY(rcp_kernels, m) {
   m.def("walsh_transform(Tensor x, " WALSH ") -> Tensor");
   m.def("walsh_transform_(Tensor(a!) x, " WALSH ") -> ()");
   m.def("walsh_quantize(Tensor x, " WALSH ", int bits, float clip=1.0, bool packed=False) -> (Tensor, Tensor)");
-  m.def("kv_cache_append(Tensor x, Tensor(a!) codes, Tensor(b!) scales, int position, float clip=1.0) -> ()");
+  m.def(
+      "kv_cache_append(Tensor x, Tensor(a!) codes, Tensor(b!) scales, int position, float clip=1.0, "
+      "Tensor? held=None) -> ()");
   m.def("kv_cache_dequantize(Tensor codes, Tensor scales, Tensor(a!) out) -> ()");
   m.def(
       "kv_cache_attention(Tensor query, Tensor key_codes, Tensor key_scales, Tensor value_codes, Tensor value_scales, "
-      "int length, float scale, bool causal=True, int window=0, Tensor? mask=None) -> Tensor");
+      "int length, float scale, bool causal=True, int window=0, Tensor? mask=None, Tensor? held=None) -> Tensor");
   m.def("kmeans_levels(Tensor groups, int count, Tensor? importance=None) -> Tensor");
   m.def("clip_search(Tensor groups, int count, Tensor? importance=None) -> Tensor");
   m.def("nearest_codes(Tensor weight, Tensor table, int group_size, bool packed=False) -> Tensor");
@@ -41,7 +43,7 @@ STABLE_TORCH_LIBRARY(rcp_kernels, m) {
       "gptq_round(Tensor(a!) block, Tensor upper, Tensor table, int first, int last) -> (Tensor codes, Tensor errors)");
   m.def(
       "decode_attention(Tensor qkv, Tensor cos, Tensor sin, Tensor(a!) keys, Tensor(b!) values, int length, "
-      "float scale) -> Tensor");
+      "float scale, Tensor? held=None) -> Tensor");
   m.def("plain_read(Tensor buffer, int streams) -> int");
   m.def("cpu_isa() -> int");
   m.def("cpu_isa_supported() -> int");

@@ -24,6 +24,7 @@ from ..models.load import load_float
 from ..nn.quant_linear import QuantLinear
 from ..nn.quantize_model import quantize_model
 from .lut_linear import group_size_for, random_packed_weight
+from .timing import CPU
 
 SHAPES: dict[str, dict[str, int]] = {
     "llama-2-7b": {},
@@ -52,7 +53,8 @@ class Decoder:
     """Greedy decoding through ``forward``, which may be compiled, with one of transformers' caches."""
 
     def __init__(self, model: nn.Module, forward: Callable[..., Any], prompt: Tensor, cache: Any) -> None:
-        """Run the prompt, int64 [1, tokens], through the model, eagerly."""
+        """Run the prompt, int64 [1, tokens] on any device, through the model, eagerly."""
+        prompt = hardware.to_device_of(model, prompt)
         self._forward = forward
         self._cache = cache_argument(model, cache)
         self._position = prompt.shape[1]
@@ -63,12 +65,16 @@ class Decoder:
     @torch.inference_mode()
     def step(self) -> None:
         """Decode one token."""
-        position = torch.tensor([[self._position]])
+        position = torch.tensor([[self._position]], device=self._token.device)
         logits: Tensor = self._forward(
             input_ids=self._token, position_ids=position, logits_to_keep=1, **self._cache
         ).logits
         self._position += 1
         self._token = logits[:, -1].argmax(-1, keepdim=True)
+
+    def wait(self) -> None:
+        """Return when the device has decoded the token."""
+        hardware.synchronize(self._token.device)
 
 
 @dataclass
@@ -128,6 +134,7 @@ def measure(
     compiled: bool = False,
     clock: str = "wall",
     save: Path | None = None,
+    device: torch.device = CPU,
     log: Callable[[str], None] = print,
 ) -> Result:
     """Build the packed and the bfloat16 model, and decode with both in turn after `context` random tokens.
@@ -142,6 +149,7 @@ def measure(
         compiled: also decode with torch.compile. Compiling takes minutes.
         clock: a key of CLOCKS.
         save: a folder for the packed tensors, as model.safetensors.
+        device: to decode on. The models are built on the CPU.
         log: takes progress lines.
 
     Raises:
@@ -161,8 +169,8 @@ def measure(
         interleaved = True
     else:
         shape = SHAPES[model] | ({} if layers is None else {"num_hidden_layers": layers})
-        interleaved = _fits_together(shape, bits)
-        builders = _random_builders(shape, bits, group_size, act_bits)
+        interleaved = _fits_together(shape, bits, device)
+        builders = random_builders(shape, bits, group_size, act_bits)
 
     prompt = torch.randint(0, 32, (1, context))
     models: dict[str, nn.Module] = {}
@@ -170,7 +178,7 @@ def measure(
     seconds: dict[str, float] = {}
     for name, build in builders.items():
         log(f"building {name}, W{bits}A{act_bits}" if name == OURS else f"building {name}")
-        models[name] = built = build()
+        models[name] = built = build().to(device)
         tensors = tensor_state(built)
         nbytes[name] = sum(tensor.nbytes for tensor in tensors.values())
         if save is not None and name == OURS:
@@ -193,7 +201,7 @@ def measure(
         new_tokens=_turns(new_tokens) * _TURN,
         threads=torch.get_num_threads(),
         interleaved=interleaved,
-        conditions=hardware.conditions(),
+        conditions=hardware.conditions(device),
         packed_bytes=nbytes[OURS],
         fp16_bytes=nbytes[TORCH],
         clock=clock,
@@ -245,9 +253,11 @@ def decode_seconds(
     for _ in range(_turns(new_tokens)):
         for name, decoder in decoders.items():
             decoder.step()
+            decoder.wait()
             for _ in range(_TURN):
                 start = now()
                 decoder.step()
+                decoder.wait()
                 samples[name].append(now() - start)
     return {name: statistics.median(values) for name, values in samples.items()}
 
@@ -259,8 +269,8 @@ def text(result: Result) -> str:
     lines = [
         f"# {result.model}, {result.layers} layers, W{result.bits}A{result.act_bits} in groups of {result.group_size}, "
         f"batch 1, {result.new_tokens} tokens after {result.context}",
-        f"# {facts['cpu']}, {facts['isa']}, {result.threads} threads, torch {facts['torch']}, medians of "
-        f"{result.clock} time, {turns}",
+        f"# {facts.get('device', facts['cpu'])}, {facts['isa']}, {result.threads} threads, torch {facts['torch']}, "
+        f"medians of {result.clock} time, {turns}",
     ]
     lines += [f"{name:34} {1e3 * value:8.2f} ms a token" for name, value in result.seconds.items()]
     lines.append(
@@ -294,7 +304,7 @@ def _demo_builders(bits: int, group_size: int, act_bits: int) -> tuple[dict[str,
 # LLaMAs with random weights.
 
 
-def _random_builders(
+def random_builders(
     shape: Mapping[str, int], bits: int, group_size: int, act_bits: int
 ) -> dict[str, Callable[[], nn.Module]]:
     ends: dict[str, nn.Parameter] = {}
@@ -376,7 +386,7 @@ def _write_safetensors(tensors: Mapping[str, Tensor], folder: Path) -> None:
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
 
 
-def _fits_together(shape: Mapping[str, int], bits: int) -> bool:
+def _fits_together(shape: Mapping[str, int], bits: int, device: torch.device) -> bool:
     """Whether memory holds the packed and the bfloat16 model at once.
 
     Raises:
@@ -385,7 +395,7 @@ def _fits_together(shape: Mapping[str, int], bits: int) -> bool:
     linears, others = weight_counts(shape)
     floats = 2 * (linears + others)
     packed = linears * (bits + 1) // 8
-    available = hardware.memory_available_bytes()
+    available = hardware.memory_available_bytes(device)
     if available is None:
         return True
     if available < floats + _SLACK_BYTES:

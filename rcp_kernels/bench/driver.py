@@ -15,9 +15,9 @@ import torch
 
 from .. import extras, hardware
 from . import timing
-from .timing import Call
+from .timing import CPU, Call
 
-__all__ = ["Benchmark", "Maker", "Peer", "Row", "WrongResult", "dtype_name", "run"]
+__all__ = ["Benchmark", "Maker", "Peer", "Row", "WrongResult", "dtype_name", "run", "without_threads"]
 
 
 class WrongResult(RuntimeError):
@@ -70,9 +70,12 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True)
 class Benchmark:
-    """An op on a device: the cases, the competitors, and how rows look. One subclass per op and device.
+    """An op on a device: the cases, the competitors, and how rows look.
+
+    One subclass per op, and one per op for devices that are not the CPU. The latter has no parameter "threads".
 
     Attributes:
+        device: to compute on.
         threads: sizes of torch's thread pool; None leaves the pool alone.
         rounds: turns of each competitor.
         op: the name of ours in the CSV.
@@ -88,6 +91,7 @@ class Benchmark:
         budget: seconds of timed calls per competitor and case.
     """
 
+    device: torch.device = CPU
     threads: tuple[int | None, ...] = (1, 2)
     rounds: int = 15
 
@@ -153,9 +157,16 @@ class Benchmark:
         """Bytes that a call of ours moves."""
         return ours.nbytes
 
+    def copies(self, peer: Peer, argument: Any) -> int:
+        """Copies of the data that a peer's calls cycle through."""
+        return peer.copies
+
     def timer(self, calls: Mapping[str, tuple[Call, int]], rounds: int) -> dict[str, float]:
-        """Median seconds per call, by competitor."""
-        return timing.median_seconds({name: call for name, (call, _) in calls.items()}, rounds, self.budget)
+        """Median seconds per call, by competitor: of CUDA graphs, or by the clock of the CPU on other devices."""
+        if self.device.type == "cuda":
+            return timing.graph_seconds(calls, rounds)
+        alone = {name: call for name, (call, _) in calls.items()}
+        return timing.median_seconds(alone, rounds, self.budget, self.device)
 
     # Measuring.
 
@@ -193,7 +204,7 @@ class Benchmark:
                     if isinstance(call, str):
                         yield call
                     else:
-                        calls[name] = call, peer.copies
+                        calls[name] = call, self.copies(peer, argument)
                 seconds = self.timer(calls, self.rounds)
             nbytes = self.nbytes(next(iter(peers.values())), argument)
             if self.roof in seconds:
@@ -228,6 +239,7 @@ class Benchmark:
             f"last-level cache {facts['last_level_cache_mb']:.0f} MB",
             f"torch {facts['torch']} ({facts['torch_cpu_capability']}), Python {facts['python']}, "
             f"{now:%Y-%m-%d %H:%M %Z}, medians of {self.rounds} rounds",
+            *([] if self.device.type == "cpu" else [hardware.device_name(self.device)]),
             *self.comments(),
         )
         return "\n".join(f"# {line}" for line in lines)
@@ -285,6 +297,8 @@ class Benchmark:
         lines = []
         for row in rows:
             line = self.constants() | dict(row.case)
+            if self.device.type != "cpu":
+                line["device"] = hardware.device_name(self.device)
             if self.bytes_column:
                 line[self.bytes_column] = row.nbytes
             line |= {f"us {self.op}": row.seconds[row.ours] * 1e6, "gb_per_s": row.bytes_per_second / 1e9}
@@ -331,6 +345,11 @@ class Benchmark:
         facts = hardware.conditions()
         figure.suptitle(f"{self.subject}: {facts['cpu']}, {facts['isa']}, torch {facts['torch']}")
         figure.savefig(path, dpi=120)
+
+
+def without_threads(titles: Mapping[str, str]) -> dict[str, str]:
+    """The titles of a line on a device that has no threads."""
+    return {name: title for name, title in titles.items() if name != "threads"}
 
 
 def run(benchmark: Benchmark, out: Path | None = None) -> list[Row]:

@@ -13,11 +13,13 @@ from torch.nn import functional as F
 
 from .. import hardware, ops
 from . import peers, timing
-from .driver import Benchmark, Maker, Peer, WrongResult, dtype_name
+from .driver import Benchmark, Maker, Peer, WrongResult, dtype_name, without_threads
+from .timing import CUDA
 
 OURS = "kv_cache_attention"
 READ = "plain read"
-SDPA_FP32, SDPA_BF16 = "sdpa fp32", "sdpa bf16"
+COPY = "device copy"
+SDPA_FP32, SDPA_BF16, SDPA_FP16 = "sdpa fp32", "sdpa bf16", "sdpa fp16"
 DEQUANTIZE = "dequantize + sdpa"
 
 _TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-2, torch.bfloat16: 6e-2}
@@ -43,15 +45,16 @@ class KVCache(Benchmark):
     titles: ClassVar = {
         "threads": "threads", "heads": "heads", "kv_heads": " kv", "head_dim": "head_dim", "context": "context",
     }  # fmt: skip
-    groups = ("threads", "context")
+    groups: ClassVar[tuple[str, ...]] = ("threads", "context")
     axis = "context"
     bytes_column = "cache_bytes"
     roof = READ
-    peers = (SDPA_FP32, SDPA_BF16, DEQUANTIZE)
+    peers: ClassVar[tuple[str, ...]] = (SDPA_FP32, SDPA_BF16, DEQUANTIZE)
 
     @property
     def stem(self) -> str:
-        return f"kv_cache_{dtype_name(self.dtype)}_{hardware.cpu_isa()}"
+        where = hardware.cpu_isa() if self.device.type == "cpu" else self.device.type
+        return f"kv_cache_{dtype_name(self.dtype)}_{where}"
 
     @property
     def subject(self) -> str:
@@ -85,7 +88,7 @@ class KVCache(Benchmark):
             WrongResult: it differs from its reference.
         """
         caches = self._caches(kv_heads, head_dim, context)
-        query = torch.randn(1, heads, 1, head_dim).to(self.dtype)
+        query = torch.randn(1, heads, 1, head_dim, device=self.device).to(self.dtype)
         found, expected = (
             attention(query, caches[0], context).double()
             for attention in (ops.kv_cache_attention, ops.reference.kv_cache_attention)
@@ -94,12 +97,16 @@ class KVCache(Benchmark):
         if not error <= _TOLERANCE[self.dtype]:
             raise WrongResult(f"{OURS} is off by {error:.2g} at {heads} heads, head_dim {head_dim}, context {context}")
         nbytes = sum(tensor.nbytes for tensor in caches[0])
-        return Peer(lambda _: lambda i: ops.kv_cache_attention(query, caches[i % len(caches)], context), nbytes)
+
+        def call(i: int) -> Tensor:
+            return ops.kv_cache_attention(query, caches[i % len(caches)], context)
+
+        return Peer(lambda _: call, nbytes, len(caches))
 
     def dequantize_and_attend(self, heads: int, kv_heads: int, head_dim: int, context: int) -> Peer:
         """Dequantize the packed cache, then torch's attention."""
         caches = self._caches(kv_heads, head_dim, context)
-        query = torch.randn(1, kv_heads, heads // kv_heads, head_dim).to(self.dtype)
+        query = torch.randn(1, kv_heads, heads // kv_heads, head_dim, device=self.device).to(self.dtype)
 
         def call(i: int) -> Tensor:
             key_codes, key_scales, value_codes, value_scales = caches[i % len(caches)]
@@ -107,13 +114,43 @@ class KVCache(Benchmark):
             values = ops.kv_cache_dequantize(value_codes, value_scales, context, head_dim, self.dtype)
             return F.scaled_dot_product_attention(query, keys, values)
 
-        return Peer(lambda _: call)
+        return Peer(lambda _: call, copies=len(caches))
 
     def _caches(self, kv_heads: int, head_dim: int, context: int) -> list[ops.KVStorage]:
-        x = torch.randn(2, 1, kv_heads, context, head_dim)
-        keys, values = (ops.empty_kv_cache(1, kv_heads, context, head_dim) for _ in x)
+        x = torch.randn(2, 1, kv_heads, context, head_dim, device=self.device)
+        keys, values = (ops.empty_kv_cache(1, kv_heads, context, head_dim, self.device) for _ in x)
         for tensor, (codes, scales) in zip(x, (keys, values), strict=True):
             ops.kv_cache_append(tensor, codes, scales, 0)
         storage = ops.KVStorage(*keys, *values)
-        copies = timing.copies_needed(sum(tensor.nbytes for tensor in storage))
+        copies = timing.copies_needed(sum(tensor.nbytes for tensor in storage), self.device)
         return [ops.KVStorage(*(tensor.clone() for tensor in storage)) for _ in range(copies)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CudaKVCache(KVCache):
+    """On another device: on a GPU as CUDA graphs over caches of four times L2."""
+
+    device: torch.device = CUDA
+    threads: tuple[int | None, ...] = (None,)
+    dtype: torch.dtype = torch.float16
+
+    titles: ClassVar = without_threads(KVCache.titles)
+    groups = ("context",)
+    roof = COPY
+    peers = (SDPA_FP16, DEQUANTIZE)
+
+    def comments(self) -> list[str]:
+        return [timing.GRAPHS] if self.device.type == "cuda" else []
+
+    def competitors(self) -> dict[str, Maker]:
+        return {
+            OURS: self.ours,
+            COPY: self.copy,
+            SDPA_FP16: partial(peers.sdpa, torch.float16, device=self.device),
+            DEQUANTIZE: self.dequantize_and_attend,
+        }
+
+    def copy(self, heads: int, kv_heads: int, head_dim: int, context: int) -> Peer:
+        """A copy of as many bytes as the packed cache has."""
+        keys = ops.empty_kv_cache(1, kv_heads, context, head_dim, "meta")
+        return peers.device_copy(2 * sum(tensor.nbytes for tensor in keys), self.device)

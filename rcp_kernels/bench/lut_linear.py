@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,11 +12,10 @@ import torch
 
 from .. import extras, hardware, ops
 from ..formats import PackedWeight, num_groups, row_bytes
-from ..ops import cuda_library
 from . import peers, timing
-from .driver import Benchmark, Maker, Peer, Row, dtype_name, mean
+from .driver import Benchmark, Maker, Peer, Row, dtype_name, mean, without_threads
 from .ggml import Ggml
-from .timing import CPU, CUDA, Call
+from .timing import CUDA
 
 OURS = "lut_linear"
 UNIFORM = "lut_linear, uniform groups"
@@ -76,7 +75,6 @@ class LutLinear(Benchmark):
     sizes: tuple[tuple[int, int], ...] = (*LARGE_SHAPES, (1536, 576), (49152, 576))
     batches: tuple[int, ...] = (1, 8, 32, 128)
     ggml: Path | None = None
-    device: torch.device = CPU
 
     op = OURS
     variants = (OURS,)
@@ -92,7 +90,7 @@ class LutLinear(Benchmark):
 
     @property
     def stem(self) -> str:
-        where = "cuda" if self.device.type == "cuda" else hardware.cpu_isa()
+        where = hardware.cpu_isa() if self.device.type == "cpu" else self.device.type
         return f"lut_linear_w{self.bits}a{self.act_bits}_{where}"
 
     @property
@@ -161,7 +159,7 @@ class LutLinear(Benchmark):
 
 @dataclass(frozen=True, kw_only=True)
 class CudaLutLinear(LutLinear):
-    """On a GPU, as CUDA graphs over weights of four times L2."""
+    """On another device: on a GPU as CUDA graphs over weights of four times L2."""
 
     threads: tuple[int | None, ...] = (None,)
     dtype: torch.dtype = torch.float16
@@ -169,7 +167,7 @@ class CudaLutLinear(LutLinear):
     batches: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 128)
     device: torch.device = CUDA
 
-    titles: ClassVar = {name: title for name, title in LutLinear.titles.items() if name != "threads"}
+    titles: ClassVar = without_threads(LutLinear.titles)
     groups = ("batch",)
     roof = COPY
     peers = (CUBLAS, GEMLITE, HUMMING)
@@ -177,16 +175,7 @@ class CudaLutLinear(LutLinear):
     rate = "7.1f"
 
     def comments(self) -> list[str]:
-        gpu = torch.cuda.get_device_properties(self.device)
-        return [
-            f"{gpu.name}, compute capability {gpu.major}.{gpu.minor}, {gpu.multi_processor_count} SMs, "
-            f"L2 {gpu.L2_cache_size >> 20} MB, CUDA {torch.version.cuda}",
-            "CUDA graphs over weights of 4 x L2, L2 evicted before each",
-        ]
-
-    def constants(self) -> dict[str, Any]:
-        gpu = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "none"
-        return {"gpu": gpu} | super().constants()
+        return [timing.GRAPHS] if self.device.type == "cuda" else []
 
     def competitors(self) -> dict[str, Maker]:
         return {
@@ -205,18 +194,3 @@ class CudaLutLinear(LutLinear):
             out_features, in_features, self.bits, group_size_for(in_features, self.group_size)
         )
         return peers.device_copy(weight.nbytes, self.device)
-
-    def timer(self, calls: Mapping[str, tuple[Call, int]], rounds: int) -> dict[str, float]:
-        return timing.graph_seconds(calls, rounds)
-
-
-def missing_gpu() -> str | None:
-    """``skipped: no GPU`` where there is none.
-
-    Raises:
-        RuntimeError: there is a GPU, and the CUDA kernels are missing.
-    """
-    if not torch.cuda.is_available():
-        return "skipped: no GPU"
-    cuda_library.require("bench")
-    return None

@@ -161,20 +161,20 @@ def memcpy() -> Peer:
     return Peer(bind)
 
 
-def dense_matmul(name: str, size: int, dtype: torch.dtype) -> Peer | None:
+def dense_matmul(name: str, size: int, dtype: torch.dtype, device: torch.device = CPU) -> Peer | None:
     """The product with the size x size matrix. None where memory does not hold the matrix."""
     available = hardware.memory_available_bytes()
     # Two int8 matrices while it is made, then float32 and dtype side by side.
     if available is not None and 10 * size**2 > available:
         return None
-    matrix = hadamard_matrix(size).float().mul_(size**-0.5).to(dtype)
+    matrix = hadamard_matrix(size).float().mul_(size**-0.5).to(device, dtype)
     return transform(name, lambda x: lambda i: F.linear(x, matrix))
 
 
-def torch_butterfly(name: str, size: int, dtype: torch.dtype) -> Peer:
+def torch_butterfly(name: str, size: int, dtype: torch.dtype, device: torch.device = CPU) -> Peer:
     """The fast transform in plain torch: log2(2^k) passes over x, and a product with the m x m matrix for m > 1."""
     m, power = factor_size(size, name)
-    base = base_matrix(m).to(dtype) if m > 1 else None
+    base = base_matrix(m).to(device, dtype) if m > 1 else None
 
     def butterfly(x: Tensor) -> Tensor:
         stride = 1
@@ -237,10 +237,16 @@ def is_power_of_two(size: int) -> bool:
 # Attention of one query token on a cache of `context` positions, batch 1.
 
 
-def sdpa(dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int, context: int) -> Peer:
+def sdpa(
+    dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int, context: int, device: torch.device = CPU
+) -> Peer:
     """torch's attention on a float cache. Query heads that share a key-value head are queries of that head."""
-    keys, values = (torch.randn(1, kv_heads, context, head_dim).to(dtype) for _ in range(2))
+    keys, values = (torch.randn(1, kv_heads, context, head_dim, device=device).to(dtype) for _ in range(2))
     nbytes = keys.nbytes + values.nbytes
-    copies = [(keys.clone(), values.clone()) for _ in range(copies_needed(nbytes))]
-    query = torch.randn(1, kv_heads, heads // kv_heads, head_dim).to(dtype)
-    return Peer(lambda _: lambda i: F.scaled_dot_product_attention(query, *copies[i % len(copies)]), nbytes)
+    copies = [(keys.clone(), values.clone()) for _ in range(copies_needed(nbytes, device))]
+    query = torch.randn(1, kv_heads, heads // kv_heads, head_dim, device=device).to(dtype)
+
+    def call(i: int) -> Tensor:
+        return F.scaled_dot_product_attention(query, *copies[i % len(copies)])
+
+    return Peer(lambda _: call, nbytes, len(copies))

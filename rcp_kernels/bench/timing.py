@@ -34,6 +34,8 @@ _PAUSE_SECONDS = 2e-3
 _LEAST_ROUNDS = 3
 
 READ_STREAMS = 8
+GRAPHS = "CUDA graphs over data of 4 x L2, L2 evicted before each"
+"""How :func:`graph_seconds` measures, for the header of a benchmark."""
 
 
 def rotated_bytes() -> int:
@@ -71,16 +73,20 @@ def torch_threads(threads: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def calls_per_turn(call: Call) -> int:
+def calls_per_turn(call: Call, device: torch.device = CPU) -> int:
     """Calls that take about 2 ms, at least one. Calls 0 (a warm-up) and 1 tell."""
     call(0)
+    hardware.synchronize(device)
     start = time.perf_counter()
     call(1)
+    hardware.synchronize(device)
     return max(1, math.ceil(_TURN_SECONDS / (time.perf_counter() - start)))
 
 
-def median_seconds(calls: Mapping[str, Call], rounds: int, budget: float = math.inf) -> dict[str, float]:
-    """Median seconds per call of each competitor on the CPU.
+def median_seconds(
+    calls: Mapping[str, Call], rounds: int, budget: float = math.inf, device: torch.device = CPU
+) -> dict[str, float]:
+    """Median seconds per call of each competitor by the clock of the CPU.
 
     A turn is a pause, one untimed call that wakes the thread pool, and calls for about 2 ms. The mean of these calls is
     one sample.
@@ -89,8 +95,9 @@ def median_seconds(calls: Mapping[str, Call], rounds: int, budget: float = math.
         calls: competitors by name.
         rounds: turns of each competitor.
         budget: seconds of timed calls after which a competitor takes no further turn. Each takes at least three.
+        device: that the calls compute on. A turn ends when it is done.
     """
-    per_turn = {name: calls_per_turn(call) for name, call in calls.items()}
+    per_turn = {name: calls_per_turn(call, device) for name, call in calls.items()}
     count = dict.fromkeys(calls, 2)
     samples: dict[str, list[float]] = {name: [] for name in calls}
     for done in range(rounds):
@@ -99,11 +106,13 @@ def median_seconds(calls: Mapping[str, Call], rounds: int, budget: float = math.
                 continue
             time.sleep(_PAUSE_SECONDS)
             call(count[name])
+            hardware.synchronize(device)
             first = count[name] + 1
             count[name] = first + per_turn[name]
             start = time.perf_counter()
             for i in range(first, count[name]):
                 call(i)
+            hardware.synchronize(device)
             samples[name].append((time.perf_counter() - start) / per_turn[name])
     return {name: statistics.median(values) for name, values in samples.items()}
 

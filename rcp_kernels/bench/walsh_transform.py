@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from .. import extras, hardware, ops
-from . import peers
-from .driver import Benchmark, Maker, Peer, Row, dtype_name, mean
+from . import peers, timing
+from .driver import Benchmark, Maker, Peer, Row, dtype_name, mean, without_threads
+from .timing import CUDA, Call
 
 MEMCPY = "memcpy"
 DENSE = "dense matmul"
@@ -35,15 +36,16 @@ class WalshTransform(Benchmark):
     shape = ("size",)
     load = "rows"
     titles: ClassVar = {"threads": "threads", "rows": "rows", "size": "     n", "order": "   order", "place": "place"}
-    groups = ("threads", "rows")
+    groups: ClassVar[tuple[str, ...]] = ("threads", "rows")
     axis = "size"
-    peers = (MEMCPY, DENSE, BUTTERFLY, HADAMARD_TRANSFORM, PYFWHT)
+    peers: ClassVar[tuple[str, ...]] = (MEMCPY, DENSE, BUTTERFLY, HADAMARD_TRANSFORM, PYFWHT)
     # A dense product of size 16384 takes seconds.
     budget = 1.0
 
     @property
     def stem(self) -> str:
-        return f"walsh_transform_{dtype_name(self.dtype)}_{hardware.cpu_isa()}"
+        where = hardware.cpu_isa() if self.device.type == "cpu" else self.device.type
+        return f"walsh_transform_{dtype_name(self.dtype)}_{where}"
 
     @property
     def subject(self) -> str:
@@ -76,8 +78,8 @@ class WalshTransform(Benchmark):
     def competitors(self) -> dict[str, Maker]:
         return {name: partial(self.ours, name) for name in self.variants} | {
             MEMCPY: lambda size: peers.memcpy(),
-            DENSE: lambda size: peers.dense_matmul(DENSE, size, self.dtype),
-            BUTTERFLY: lambda size: peers.torch_butterfly(BUTTERFLY, size, self.dtype),
+            DENSE: lambda size: peers.dense_matmul(DENSE, size, self.dtype, self.device),
+            BUTTERFLY: lambda size: peers.torch_butterfly(BUTTERFLY, size, self.dtype, self.device),
             HADAMARD_TRANSFORM: partial(peers.hadamard_transform, HADAMARD_TRANSFORM),
             PYFWHT: partial(peers.pyfwht, PYFWHT),
         }
@@ -96,7 +98,7 @@ class WalshTransform(Benchmark):
 
     def argument(self, shape: tuple[int, ...], load: int | None) -> Tensor:
         assert load is not None
-        return torch.randn(load, *shape).to(self.dtype)
+        return torch.randn(load, *shape, device=self.device).to(self.dtype)
 
     def nbytes(self, ours: Peer, argument: Tensor) -> int:
         """x read once and written once."""
@@ -119,3 +121,38 @@ class WalshTransform(Benchmark):
 
     def plotted(self, rows: Sequence[Row]) -> Sequence[Row]:
         return [row for row in rows if row.case["order"] == "sequency"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CudaWalshTransform(WalshTransform):
+    """On another device: on a GPU as CUDA graphs over inputs of four times L2."""
+
+    device: torch.device = CUDA
+    threads: tuple[int | None, ...] = (None,)
+    dtype: torch.dtype = torch.float16
+
+    titles: ClassVar = without_threads(WalshTransform.titles)
+    groups = ("rows",)
+    peers = (MEMCPY, DENSE, BUTTERFLY)
+
+    def comments(self) -> list[str]:
+        return [timing.GRAPHS] if self.device.type == "cuda" else []
+
+    def competitors(self) -> dict[str, Maker]:
+        makers = super().competitors()
+        return {name: partial(self._over_copies, makers[name]) for name in (*self.variants, *self.peers)}
+
+    def copies(self, peer: Peer, argument: Tensor) -> int:
+        return timing.copies_needed(argument.nbytes, self.device)
+
+    def _over_copies(self, make: Maker, size: int) -> Peer | None:
+        """A competitor whose calls cycle through copies of x: one x would stay in L2."""
+        peer = make(size)
+        if peer is None:
+            return None
+
+        def bind(x: Tensor) -> Call:
+            calls = [peer.bind(x.clone()) for _ in range(self.copies(peer, x))]
+            return lambda i: calls[i % len(calls)](i)
+
+        return Peer(bind)

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from .. import __version__, extras
-from . import bench, demo, evaluate, generate, info, quantize
+from . import bench, check, demo, evaluate, generate, info, quantize
 
 app = typer.Typer(
     name="rcp-kernels",
@@ -48,6 +48,7 @@ app.command("eval", epilog=evaluate.EXAMPLES)(evaluate.evaluate)
 app.command(epilog=generate.EXAMPLES)(generate.generate)
 app.command(epilog=demo.EXAMPLES)(demo.demo)
 app.command(epilog="Example:\n\nrcp-kernels bench --shape 4096x4096 --batch 1 --bits 2")(bench.bench)
+app.command(epilog=check.EXAMPLES)(check.check)
 app.command(epilog=info.EXAMPLES)(info.info)
 
 

@@ -16,28 +16,18 @@ from .. import extras, hardware
 from ..bench import timing
 from ..bench.driver import run
 from ..bench.ggml import find_library
-from ..bench.kv_cache import KVCache
-from ..bench.lut_linear import CudaLutLinear, LutLinear, missing_gpu
-from ..bench.walsh_transform import WalshTransform
+from ..bench.kv_cache import CudaKVCache, KVCache
+from ..bench.lut_linear import CudaLutLinear, LutLinear
+from ..bench.walsh_transform import CudaWalshTransform, WalshTransform
+from .console import Device, DType, torch_dtype
 
 __all__ = ["bench"]
-
-
-class DType(str, enum.Enum):
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
 
 
 class Op(str, enum.Enum):
     lut_linear = "lut_linear"
     walsh_transform = "walsh_transform"
     kv_cache = "kv_cache"
-
-
-class Device(str, enum.Enum):
-    cpu = "cpu"
-    cuda = "cuda"
 
 
 class Clock(str, enum.Enum):
@@ -55,11 +45,11 @@ class Isa(str, enum.Enum):
 # Options that need --model, and options that exclude it.
 _MODEL_OPTIONS = "layers context new_tokens save compile clock".split()
 _NOT_MODEL_OPTIONS = "shape batch dtype rounds ggml".split()
-# A CUDA graph runs without the CPU.
-_NOT_CUDA_OPTIONS = "model threads isa ggml".split()
+# Options of the CPU.
+_CPU_OPTIONS = "threads isa ggml".split()
 # Options that do not apply to every op.
 _OWN_OPTIONS = {
-    Op.lut_linear: ["device", "model", "bits", "act_bits", "group_size", "shape", "batch", "ggml", *_MODEL_OPTIONS],
+    Op.lut_linear: ["model", "bits", "act_bits", "group_size", "shape", "batch", "ggml", *_MODEL_OPTIONS],
     Op.walsh_transform: ["size", "batch"],
     Op.kv_cache: ["positions"],
 }
@@ -69,9 +59,7 @@ _OWN_OPTIONS = {
 def bench(
     ctx: typer.Context,
     op: Annotated[Op, typer.Option(help="Op to time.")] = Op.lut_linear,
-    device: Annotated[
-        Device, typer.Option(help="cuda compares with cuBLAS and installed low-bit kernels.")
-    ] = Device.cpu,
+    device: Device = None,
     model: Annotated[
         str | None,
         typer.Option(help="Decode a whole model: demo, or llama-2-7b, llama-2-13b, llama-3-8b with random weights."),
@@ -82,7 +70,8 @@ def bench(
     dtype: Annotated[
         DType | None,
         typer.Option(
-            help="Dtype of x. The default is bfloat16 for lut_linear, float16 on cuda, and float32 for the other ops."
+            help="Dtype of x. The default is bfloat16 for lut_linear and float32 for the other ops on the CPU, and "
+            "float16 elsewhere."
         ),
     ] = None,
     shape: Annotated[
@@ -117,8 +106,9 @@ def bench(
     """Time an op against torch, other libraries and the speed of memory, or a whole decoder with --model."""
     for other in set(Op) - {op}:
         _refuse(ctx, sorted(set(_OWN_OPTIONS[other]) - set(_OWN_OPTIONS[op])), f"does not apply to --op {op.value}")
-    if device is Device.cuda:
-        _refuse(ctx, _NOT_CUDA_OPTIONS, "does not apply with --device cuda")
+    where = hardware.choose_device(device)
+    if where.type != "cpu":
+        _refuse(ctx, _CPU_OPTIONS, f"does not apply on {where}; pass --device cpu")
     if model is None:
         _refuse(ctx, _MODEL_OPTIONS, "applies only with --model")
     else:
@@ -151,6 +141,7 @@ def bench(
                 compiled=compile_,
                 clock=clock.value,
                 save=save,
+                device=where,
                 log=lambda text: print(text, file=sys.stderr, flush=True),
             )
         print(decode.text(result))
@@ -158,18 +149,19 @@ def bench(
             path = out / f"{model}_w{bits}a{act_bits}.json"
             path.write_text(json.dumps(result.to_dict(), indent=2) + "\n")
         return
-    options = {"threads": threads, "rounds": rounds, "dtype": getattr(torch, dtype.value) if dtype else None}
+    options = {"threads": threads, "rounds": rounds, "dtype": torch_dtype(dtype), "device": where}
+    cpu = where.type == "cpu"
+    if not cpu:
+        hardware.require_kernels(where, "bench")
     if op is Op.walsh_transform:
-        run(WalshTransform(**_given(**options, sizes=size, rows=batch)), out)
+        run((WalshTransform if cpu else CudaWalshTransform)(**_given(**options, sizes=size, rows=batch)), out)
     elif op is Op.kv_cache:
-        run(KVCache(**_given(**options, contexts=positions)), out)
-    elif device is Device.cpu:
+        run((KVCache if cpu else CudaKVCache)(**_given(**options, contexts=positions)), out)
+    elif cpu:
         library = find_library(ggml)
         if library is None and ggml is not None:
             raise FileNotFoundError(f"no libggml-cpu*.so below {ggml}")
         run(LutLinear(**_given(**options, **weight, sizes=sizes, batches=batch, ggml=library)), out)
-    elif (reason := missing_gpu()) is not None:
-        print(reason)
     else:
         run(CudaLutLinear(**_given(**options, **weight, sizes=sizes, batches=batch)), out)
 

@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 
 from .. import extras
-from .console import JsonPath, Phases, Threads, writable, write_json
+from .console import Device, JsonPath, Phases, Threads, writable, write_json
 
 __all__ = ["EXAMPLES", "demo"]
 
@@ -30,6 +30,7 @@ def demo(
         Path | None,
         typer.Option(metavar="FILE", callback=writable, help="Also draw the results into this PNG.", dir_okay=False),
     ] = None,
+    device: Device = None,
     threads: Threads = None,
 ) -> None:
     """Pack the linear layers of SmolLM2-135M and compare memory, speed and perplexity with torch. Works offline."""
@@ -40,7 +41,9 @@ def demo(
     from ..demo import run as implementation
 
     with Phases() as phases:
-        report = implementation.run(phases, tokens=tokens, window=window, new_tokens=new_tokens, calibrate=calibrate)
+        report = implementation.run(
+            phases, tokens=tokens, window=window, new_tokens=new_tokens, calibrate=calibrate, device=device
+        )
     console = Console()
     console.print(shown.texts(report), markup=False, highlight=False)
     console.print()

@@ -42,8 +42,8 @@ def generate(
     """Continue a prompt: with the likeliest tokens, or with sampled ones if a sampling option is given."""
     if not prompt:
         raise typer.BadParameter("--prompt needs a text, got an empty one; pass what to continue")
-    from ..pipeline.evaluate import check_sampling
-    from ..pipeline.evaluate import generate as run
+    from ..pipeline.generate import check_sampling
+    from ..pipeline.generate import generate as run
 
     try:
         check_sampling(temperature, top_p, seed)

@@ -103,7 +103,7 @@ def _table(title: str, caption: str, headings: Sequence[str]) -> Table:
 def _configuration_table(report: Report) -> Table:
     conditions = report.conditions
     rows = _table(
-        title=f"{report.model} on {conditions['cpu']}, {conditions['isa']}, {report.threads} threads",
+        title=f"{report.model} on {_machine(report)}",
         caption=(
             f"Perplexity: {report.perplexity_tokens} tokens of pydoc_data.topics (Python {conditions['python']}) in "
             f"windows of {report.perplexity_window}. Decode: median of {report.decode_new_tokens} tokens after "
@@ -171,6 +171,12 @@ def _calibrated_table(report: Report) -> Table:
     return rows
 
 
+def _machine(report: Report) -> str:
+    """What measured: the device that is not the CPU, or the CPU with its instruction set and threads."""
+    found = report.conditions
+    return str(found.get("device") or f"{found['cpu']}, {found['isa']}, {report.threads} threads")
+
+
 def _perplexity_text(value: float) -> str:
     return f"{value:.2f}" if value < 1e4 else f"{value:.2e}"
 
@@ -195,5 +201,5 @@ def plot(report: Report, path: Path) -> None:
         axes.tick_params(axis="x", rotation=30)
         axes.spines[["top", "right"]].set_visible(False)
     axes.set_yscale("log")
-    figure.suptitle(f"{report.model}, {report.conditions['cpu']}, {report.threads} threads")
+    figure.suptitle(f"{report.model}, {_machine(report)}")
     figure.savefig(path, dpi=150)

@@ -92,7 +92,11 @@ def _bytes(module: nn.Module) -> int:
 
 
 def convert(
-    base: nn.Module, config: Config, ids: Tensor | None = None, progress: Progress = lambda *_: None
+    base: nn.Module,
+    config: Config,
+    ids: Tensor | None = None,
+    progress: Progress = lambda *_: None,
+    device: torch.device | None = None,
 ) -> tuple[nn.Module, Result]:
     """A copy of a float32 model stored as ``config`` says, and a Result with its size and the time of the conversion.
 
@@ -101,21 +105,23 @@ def convert(
         config: see there.
         ids: int64 [windows, tokens], for a recipe that calibrates.
         progress: see :data:`rcp_kernels.data.by_name.Progress`.
+        device: of the copy, and to convert on. None: the device of the model.
     """
     model = copy.deepcopy(base)
     started = time.perf_counter(), time.process_time()
     bits = 8.0 * config.dtype.itemsize
     if config.recipe is not None:
         recipe = config.recipe.resolve(model)
-        rotate(model, recipe)
+        rotate(model, recipe, device)
         quantize_layers(
             model,
             recipe,
             ids,
+            device=device,
             progress=lambda _, done, total, name: progress(f"{config.name}: {recipe.method}", done, total, name),
         )
         bits = storage_report(model).bits_per_weight
-    model.to(config.dtype)
+    model.to(device, config.dtype)
     return model, Result(
         name=config.name,
         bits_per_weight=bits,
@@ -127,7 +133,13 @@ def convert(
 
 
 def run(
-    progress: Progress, *, tokens: int = 2048, window: int = 512, new_tokens: int = 64, calibrate: bool = True
+    progress: Progress,
+    *,
+    tokens: int = 2048,
+    window: int = 512,
+    new_tokens: int = 64,
+    calibrate: bool = True,
+    device: str | torch.device | None = None,
 ) -> Report:
     """Load the model and measure every configuration.
 
@@ -137,11 +149,13 @@ def run(
         window: tokens of a window of that text.
         new_tokens: decode steps timed for each configuration.
         calibrate: also quantize with GPTQ, which takes most of the time.
+        device: as :func:`rcp_kernels.hardware.choose_device` takes it.
 
     Raises:
         MissingExtra: a package of the extra ``demo`` is missing.
         ValueError: tokens or window cannot be measured.
     """
+    device = hardware.choose_device(device)
     progress("reading the model", 0, 1, MODEL_NAME)
     start = time.perf_counter()
     base, tokenizer = load_float(DEMO)
@@ -153,7 +167,7 @@ def run(
     if calibrate:
         text = docstring_corpus(("stdlib",)).text
         calibration = split_windows(encode(tokenizer, text), WINDOW)[:WINDOWS]
-    return measure(base, tokenizer, ids, calibration, progress, load_seconds, window, new_tokens)
+    return measure(base, tokenizer, ids, calibration, progress, load_seconds, window, new_tokens, device)
 
 
 def measure(
@@ -165,6 +179,7 @@ def measure(
     load_seconds: float,
     window: int,
     new_tokens: int,
+    device: torch.device | None = None,
     configs: Sequence[Config] = CONFIGS,
     rotated: Sequence[Config] = ROTATED,
 ) -> Report:
@@ -177,6 +192,7 @@ def measure(
         calibration: int64 [windows, tokens] for the third table; None leaves it out.
         progress, window, new_tokens: as for :func:`run`.
         load_seconds: for the report.
+        device: that the configurations are made and measured on. None: the device of the model.
         configs: the first table.
         rotated: the rows of the second table.
     """
@@ -189,7 +205,7 @@ def measure(
         decode_new_tokens=new_tokens,
         load_seconds=load_seconds,
         threads=torch.get_num_threads(),
-        conditions=hardware.conditions(),
+        conditions=hardware.conditions(device),
         prompt=PROMPT,
         long_prompt=LONG_PROMPT,
         calibration_windows=0 if calibration is None else len(calibration),
@@ -198,7 +214,7 @@ def measure(
     judge = _Judge(ids, window, report.perplexity_tokens, progress)
     models: dict[str, nn.Module] = {}
     for config in configs:
-        models[config.name], result = convert(base, config, None, progress)
+        models[config.name], result = convert(base, config, None, progress, device)
         result.perplexity = judge(config.name, models[config.name])
         result.text = _answer(models[config.name], tokenizer, PROMPT, TEXT_TOKENS)
         report.results.append(result)
@@ -208,9 +224,9 @@ def measure(
             result.seconds_per_token = medians[result.name]
     models.clear()
     for config in rotated:
-        report.rotated[config.name] = _rotated_row(base, config, judge, progress)
+        report.rotated[config.name] = _rotated_row(base, config, judge, progress, device)
     for config in CALIBRATED if calibration is not None else ():
-        model, result = convert(base, config, calibration, progress)
+        model, result = convert(base, config, calibration, progress, device)
         result.perplexity = judge(config.name, model)
         result.text = _answer(model, tokenizer, LONG_PROMPT, LONG_TEXT_TOKENS)
         report.calibrated.append(result)
@@ -233,7 +249,9 @@ class _Judge:
         return self.known[name]
 
 
-def _rotated_row(base: nn.Module, config: Config, judge: _Judge, progress: Progress) -> dict[str, float]:
+def _rotated_row(
+    base: nn.Module, config: Config, judge: _Judge, progress: Progress, device: torch.device | None
+) -> dict[str, float]:
     """The perplexity of a configuration with each rotation."""
     assert config.recipe is not None
     row = {}
@@ -241,7 +259,7 @@ def _rotated_row(base: nn.Module, config: Config, judge: _Judge, progress: Progr
         name = config.name if rotation == "none" else f"{config.name} {rotation}"
         if name not in judge.known:
             recipe = dataclasses.replace(config.recipe, rotation=rotation)
-            judge(name, convert(base, Config(name, config.dtype, recipe), None, progress)[0])
+            judge(name, convert(base, Config(name, config.dtype, recipe), None, progress, device)[0])
         row[rotation] = judge.known[name]
     return row
 

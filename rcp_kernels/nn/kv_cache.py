@@ -6,7 +6,6 @@ Importing this module imports transformers and registers the attention implement
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,15 +14,16 @@ from torch import Tensor
 from .. import extras
 from ..models.hf import cache_argument
 from ..ops.checks import check_clip, check_int
-from ..ops.kv_cache import KVStorage, empty_kv_cache, kv_cache_append, kv_cache_attention, kv_cache_dequantize
 from .online_rotation import OnlineRotation
 
 extras.require("transformers")
 
 from transformers import AttentionInterface  # noqa: E402
-from transformers.cache_utils import Cache, CacheLayerMixin  # noqa: E402
+from transformers.cache_utils import Cache  # noqa: E402
 from transformers.integrations.sdpa_attention import sdpa_attention_forward  # noqa: E402
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask  # noqa: E402
+from transformers.masking_utils import AttentionMaskInterface, causal_mask_function, sdpa_mask  # noqa: E402
+
+from .kv_layer import ATTENTION, HANDLE, QuantizedKVLayer, SharedLength, StaticQuantizedKVLayer  # noqa: E402
 
 __all__ = [
     "ATTENTION",
@@ -34,163 +34,16 @@ __all__ = [
     "use_packed_attention",
 ]
 
-ATTENTION = "rcp_kv4"
-
-# Storage grows by this many positions. Growing then copies 1/256 of the cache per token, and wastes fewer than 256
-# positions.
-_GROWTH = 256
+# Positions that are reserved with the first tokens.
+_CAPACITY = 256
 
 MOST_QUERIES = 16
 """The most query tokens that read the cache packed. For more, dequantizing the cache once is faster, as torch's
 attention has tiles for many queries."""
 
-_HANDLE = "_rcp_kv_layer"
-
 
 class UnsupportedAttention(ValueError):
     """The model's attention has a part that ``"rcp_kv4"`` does not have."""
-
-
-class QuantizedKVLayer(CacheLayerMixin):
-    """Keys and values of one layer, packed.
-
-    Attributes:
-        length: positions held, for every sequence of the batch.
-        unread: whether keys were returned under ``"rcp_kv4"`` and have not reached its attention function.
-        storage: the packed tensors. There is none before the first tokens.
-    """
-
-    storage: KVStorage
-
-    is_croppable = True
-    supports_early_init = False
-
-    def __init__(
-        self, packed: Callable[[], bool], clip: float, capacity: int, key_rotation: OnlineRotation | None
-    ) -> None:
-        super().__init__()
-        self.is_initialized = False
-        self._packed = packed
-        self._clip = clip
-        self._capacity = capacity
-        self.key_rotation = key_rotation
-        self.length = 0
-        self.unread = False
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        batch, heads, _, self.head_dim = key_states.shape
-        if value_states.shape != key_states.shape:
-            raise ValueError(
-                f"QuantizedKVCache: keys and values must have one shape, got {tuple(key_states.shape)} and "
-                f"{tuple(value_states.shape)}; models with another head_dim for values need another cache"
-            )
-        self.device = key_states.device
-        shape = (batch, heads, self._capacity, self.head_dim, self.device)
-        self.storage = KVStorage(*empty_kv_cache(*shape), *empty_kv_cache(*shape))
-        self.is_initialized = True
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Append keys and values [batch, kv_heads, tokens, head_dim]; return all keys and values, dequantized.
-
-        Under the attention implementation ``"rcp_kv4"`` nothing is dequantized. The returned keys then only carry a
-        reference to this layer, for the attention function.
-
-        Raises:
-            ValueError: a gradient is wanted, the shape differs from that of earlier tokens, there is NaN or Inf, or the
-                keys of the last call never reached the function of ``"rcp_kv4"``.
-        """
-        if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
-            raise ValueError(
-                "QuantizedKVCache: keys and values must not require grad, got some that do; call the model under "
-                "torch.no_grad(), or train with ops.fake_quantize_kv and no cache"
-            )
-        packed = self._packed()
-        if packed and self.unread:
-            raise ValueError(
-                f"QuantizedKVCache: under {ATTENTION!r} a model must pass the keys of the cache to its attention "
-                f'unchanged, got one that does not; use set_attn_implementation("sdpa")'
-            )
-        if not self.is_initialized or (self.length == 0 and self.storage.key_codes.shape[0] != key_states.shape[0]):
-            self.lazy_initialization(key_states, value_states)
-        tokens = key_states.shape[2]
-        self._reserve(self.length + tokens)
-        keys = key_states if self.key_rotation is None else self.key_rotation(key_states)
-        kv_cache_append(keys, *self.storage[:2], self.length, self._clip)
-        kv_cache_append(value_states, *self.storage[2:], self.length, self._clip)
-        self.length += tokens
-        if packed:
-            self.unread = True
-            handle = key_states.detach()
-            setattr(handle, _HANDLE, self)
-            return handle, value_states
-        return self.dequantize(key_states.dtype)
-
-    def dequantize(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """All keys, with the rotation undone, and values: [batch, kv_heads, length, head_dim]."""
-        keys = kv_cache_dequantize(*self.storage[:2], self.length, self.head_dim, dtype)
-        values = kv_cache_dequantize(*self.storage[2:], self.length, self.head_dim, dtype)
-        return keys if self.key_rotation is None else self.key_rotation.inverse(keys), values
-
-    def attention(self, query: Tensor, scale: float | None, causal: bool, window: int, mask: Tensor | None) -> Tensor:
-        """``ops.kv_cache_attention`` of query [batch, heads, queries, head_dim] on all positions held."""
-        if self.key_rotation is not None:
-            query = self.key_rotation(query)
-        return kv_cache_attention(query, self.storage, self.length, scale, causal, window, mask)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of storage, the positions reserved for later tokens included."""
-        return sum(tensor.nbytes for tensor in self.storage) if self.is_initialized else 0
-
-    def get_seq_length(self) -> int:
-        return self.length
-
-    def get_max_length(self) -> int:
-        return -1
-
-    get_max_cache_shape = get_max_length
-
-    def get_mask_sizes(self, query_length: int | Tensor) -> tuple[int, int]:
-        # Some releases of transformers pass the positions of the queries.
-        queries = query_length if isinstance(query_length, int) else query_length.shape[0]
-        return self.length + queries, 0
-
-    def reset(self) -> None:
-        """Forget all positions. Later tokens of the same batch size use the storage again."""
-        self.length = 0
-        self.unread = False
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last ``-tokens_to_remove`` positions. A positive number is the number of positions to keep."""
-        if tokens_to_remove < 0:
-            self.length = max(0, self.length + tokens_to_remove)
-        elif tokens_to_remove > 0:
-            self.length = min(self.length, tokens_to_remove)
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        self._map(lambda x: x.index_select(0, beam_idx.to(x.device)))
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        self._map(lambda x: x.repeat_interleave(repeats, dim=0))
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        self._map(lambda x: x[indices])
-
-    def offload(self) -> None:
-        self._map(lambda x: x.to("cpu", non_blocking=True))
-
-    def prefetch(self) -> None:
-        self._map(lambda x: x.to(self.device, non_blocking=True))
-
-    def _map(self, f: Callable[[Tensor], Tensor]) -> None:
-        if self.is_initialized:
-            self.storage = KVStorage(*(f(tensor).contiguous() for tensor in self.storage))
-
-    def _reserve(self, length: int) -> None:
-        have = self.storage.key_codes.shape[2]
-        if length > have:
-            more = (length - have + _GROWTH - 1) // _GROWTH * _GROWTH
-            self._map(lambda x: torch.cat([x, x.new_zeros(*x.shape[:2], more, x.shape[3])], dim=2))
 
 
 def _reads_packed(config: Any) -> bool:
@@ -213,8 +66,10 @@ class QuantizedKVCache(Cache):
         self,
         config: Any = None,
         clip: float = 1.0,
-        capacity: int = _GROWTH,
+        capacity: int = _CAPACITY,
         key_rotation: OnlineRotation | None = None,
+        *,
+        static: bool = False,
     ) -> None:
         """An empty cache.
 
@@ -222,9 +77,12 @@ class QuantizedKVCache(Cache):
             config: ``model.config``. Each call reads the attention implementation from it. Without a config, or if
                 the implementation is not ``"rcp_kv4"``, each call dequantizes keys and values.
             clip: in (0, 1]. QuaRot uses 0.95.
-            capacity: positions to reserve with the first tokens. Beyond it storage grows by 256.
+            capacity: positions to reserve with the first tokens. Beyond it storage doubles, or raises if static.
             key_rotation: R3, of size head_dim. Queries and keys are rotated before the keys are quantized; returned
                 keys are rotated back. Leave it out for a model that rotates queries and keys itself.
+            static: keep the capacity, and the length in a tensor on the device. A step can then be compiled or captured
+                once for all lengths. ``get_seq_length()`` gives that tensor, as transformers' StaticCache does. A full
+                cache raises on the CPU; on CUDA its attention gives NaN.
 
         Raises:
             ValueError: a clip outside (0, 1], or a capacity below 1.
@@ -233,7 +91,7 @@ class QuantizedKVCache(Cache):
         check_int("QuantizedKVCache", "capacity", capacity, remedy="pass the expected number of positions")
         text_config = config.get_text_config(decoder=True) if config is not None else None
         make: Any = functools.partial(
-            QuantizedKVLayer,
+            functools.partial(StaticQuantizedKVLayer, SharedLength()) if static else QuantizedKVLayer,
             packed=functools.partial(_reads_packed, text_config),
             clip=clip,
             capacity=capacity,
@@ -276,14 +134,16 @@ def _packed_attention(
                 f"{ATTENTION}: attention must have no {name}, which the kernel does not compute, got one; use "
                 f'set_attn_implementation("eager") with the same cache'
             )
-    layer = getattr(key, _HANDLE, None)
+    layer = getattr(key, HANDLE, None)
     if layer is not None:
         layer.unread = False
     boolean = attention_mask is None or attention_mask.dtype == torch.bool
     if layer is None or query.shape[2] > MOST_QUERIES or not boolean:
         if layer is not None:
             key, value = layer.dequantize(query.dtype)
-            if attention_mask is None and layer.length > query.shape[2] > 1:
+            if attention_mask is not None:
+                attention_mask = attention_mask[..., : layer.length]
+            elif layer.length > query.shape[2] > 1:
                 # torch's causal mask assumes that queries start at the first position.
                 own = torch.arange(layer.length - query.shape[2], layer.length, device=query.device)
                 attention_mask = torch.arange(layer.length, device=query.device) <= own[:, None]
@@ -292,7 +152,9 @@ def _packed_attention(
             module, query, key, value, attention_mask, dropout, scaling, is_causal=is_causal, **kwargs
         )
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    mask = None if attention_mask is None else attention_mask[..., : layer.length]
+    mask = attention_mask
+    if mask is not None and not isinstance(layer, StaticQuantizedKVLayer):
+        mask = mask[..., : layer.length]
     # A mask includes the window. The kernel gets the window too, and does not read the positions outside of it.
     out = layer.attention(query, scaling, causal and attention_mask is None, sliding_window or 0, mask)
     return out.transpose(1, 2).contiguous(), None
@@ -329,5 +191,13 @@ def use_packed_attention(model: Any) -> str | None:
     return reason
 
 
+def _packed_mask(attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
+    """transformers' mask interface: no mask for one query that sees all positions before it, as the kernel says so."""
+    plain = kwargs.get("mask_function", causal_mask_function) is causal_mask_function
+    if attention_mask is None and plain and kwargs.get("q_length") == 1:
+        return None
+    return sdpa_mask(attention_mask=attention_mask, **kwargs)
+
+
 AttentionInterface.register(ATTENTION, _packed_attention)
-AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+AttentionMaskInterface.register(ATTENTION, _packed_mask)

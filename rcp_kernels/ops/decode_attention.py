@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -9,7 +11,14 @@ __all__ = ["decode_attention", "decode_attention_reference"]
 
 
 def decode_attention(
-    qkv: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, length: int, scale: float
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    length: int,
+    scale: float,
+    held: Tensor | None = None,
 ) -> Tensor:
     """Attention of one new token of each sequence to itself and all earlier tokens, on the CPU.
 
@@ -23,8 +32,10 @@ def decode_attention(
             a multiple of kv_heads; query head h reads head ``h // (heads // kv_heads)``.
         cos, sin: qkv.dtype [batch or 1, 1, head_dim], of the token's position.
         keys, values: qkv.dtype [batch, kv_heads, capacity, head_dim], contiguous; written at position length.
-        length: positions that the storage holds before the call, below capacity.
+        length: positions that the storage holds before the call, below capacity; counted from ``held`` if that is
+            given.
         scale: of the scores, for example ``head_dim ** -0.5``.
+        held: int64 without dimensions, on the CPU.
 
     Returns:
         qkv.dtype [batch, 1, heads * head_dim].
@@ -32,7 +43,7 @@ def decode_attention(
     Raises:
         ValueError: a wrong dtype or shape, an odd head_dim, or no room for the token.
     """
-    out = torch.ops.rcp_kernels.decode_attention.default(qkv, cos, sin, keys, values, length, scale)
+    out = torch.ops.rcp_kernels.decode_attention.default(qkv, cos, sin, keys, values, length, scale, held)
     # torch's stable ABI cannot tell autograd that the storage has changed.
     if not torch.compiler.is_compiling():
         for tensor in (keys, values):
@@ -42,12 +53,19 @@ def decode_attention(
 
 
 @torch.library.register_fake("rcp_kernels::decode_attention")
-def _fake(qkv: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, length: int, scale: float) -> Tensor:
+def _fake(qkv: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, *rest: Any, **keywords: Any) -> Tensor:
     return qkv.new_empty((qkv.shape[0], 1, qkv.shape[2] - 2 * keys.shape[1] * keys.shape[3]))
 
 
 def decode_attention_reference(
-    qkv: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, length: int, scale: float
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    length: int,
+    scale: float,
+    held: Tensor | None = None,
 ) -> Tensor:
     """:func:`decode_attention` in plain torch: the embedding in the dtype of qkv, the rest in float64.
 
@@ -56,6 +74,7 @@ def decode_attention_reference(
     Returns:
         float64 [batch, 1, heads * head_dim].
     """
+    length += 0 if held is None else int(held)
     batch, kv_heads, _, dim = keys.shape
     tokens = qkv.view(batch, -1, dim)
     heads = tokens.shape[1] - 2 * kv_heads

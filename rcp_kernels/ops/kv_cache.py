@@ -44,7 +44,9 @@ def empty_kv_cache(
     return codes, torch.zeros(batch, kv_heads, capacity, 2, dtype=torch.float16, device=device)
 
 
-def kv_cache_append(x: Tensor, codes: Tensor, scales: Tensor, position: int, clip: float = 1.0) -> None:
+def kv_cache_append(
+    x: Tensor, codes: Tensor, scales: Tensor, position: int, clip: float = 1.0, held: Tensor | None = None
+) -> None:
     """Quantize keys or values to 4 bits and write them into the storage, from ``position`` on.
 
     Each vector of head_dim entries has its own scale and zero-point, as :func:`fake_quantize_kv` says. Not
@@ -53,14 +55,17 @@ def kv_cache_append(x: Tensor, codes: Tensor, scales: Tensor, position: int, cli
     Args:
         x: float32, float16 or bfloat16 [batch, kv_heads, tokens, head_dim], any strides.
         codes, scales: contiguous, of :func:`empty_kv_cache`; written in place.
-        position: of the first token.
+        position: of the first token, counted from ``held`` if that is given.
         clip: in (0, 1].
+        held: int64 without dimensions, on the device of x. With it a captured call appends to other positions when
+            the number in this tensor has changed.
 
     Raises:
         ValueError: shapes that do not match, no room, another dtype or clip. On the CPU also NaN, Inf or more than
-            65504 in x; the written positions are then undefined. On CUDA such a vector reads as NaN.
+            65504 in x; the written positions are then undefined. On CUDA such a vector reads as NaN. With ``held``,
+            CUDA does not raise for a lack of room: it writes nothing, and attention then gives NaN.
     """
-    torch.ops.rcp_kernels.kv_cache_append.default(x, codes, scales, position, clip)
+    torch.ops.rcp_kernels.kv_cache_append.default(x, codes, scales, position, clip, held)
     # torch's stable ABI cannot tell autograd that they have changed.
     if not (torch.compiler.is_compiling() or codes.is_inference() or scales.is_inference()):
         torch.autograd.graph.increment_version((codes, scales))
@@ -90,6 +95,7 @@ def kv_cache_attention(
     causal: bool = True,
     window: int = 0,
     mask: Tensor | None = None,
+    held: Tensor | None = None,
 ) -> Tensor:
     """Attention of one or a few query tokens on a packed cache, which is read once and never dequantized to memory.
 
@@ -101,23 +107,27 @@ def kv_cache_attention(
         query: float32, float16 or bfloat16 [batch, heads, queries, head_dim], any strides; heads a multiple of
             kv_heads.
         storage: of the layer, contiguous.
-        length: positions appended so far. With causal or a window, the last query is at the last position.
+        length: positions appended so far, counted from ``held`` if that is given. With causal or a window, the last
+            query is at the last position.
         scale: of the scores; None is head_dim**-0.5.
         causal: each query sees its own position and those before it.
         window: each query sees only this many positions, its own the last; 0 for all.
         mask: bool [batch or 1, heads or 1, queries, length], True for positions that a query sees. It hides more
-            positions; it does not show those that causal and window hide.
+            positions; it does not show those that causal and window hide. With ``held`` it has the capacity in place
+            of length.
+        held: int64 without dimensions, on the device of query. The launch is then the same for every length. On CUDA
+            the result may differ by rounding from that without ``held``, as the work is split by the capacity.
 
     Returns:
         As query in shape and dtype.
 
     Raises:
         ValueError: shapes that do not match, a length beyond the capacity, more queries than positions, or another
-            dtype. On the CPU also NaN or Inf in query.
+            dtype. On the CPU also NaN or Inf in query. With ``held``, CUDA gives NaN for a length beyond the capacity.
     """
     if scale is None:
         scale = query.shape[-1] ** -0.5
-    return torch.ops.rcp_kernels.kv_cache_attention.default(query, *storage, length, scale, causal, window, mask)
+    return torch.ops.rcp_kernels.kv_cache_attention.default(query, *storage, length, scale, causal, window, mask, held)
 
 
 def fake_quantize_kv(x: Tensor, bits: int = 4, clip: float = 1.0) -> Tensor:
@@ -191,7 +201,18 @@ def _check_four(op: str, name: str, x: Tensor) -> None:
         raise ValueError(f"{op}: {name} must have four dimensions, got shape {tuple(x.shape)}; reshape it")
 
 
-def check_append(x: Tensor, codes: Tensor, scales: Tensor, position: int, clip: float) -> None:
+def _check_held(op: str, held: Tensor, device: torch.device) -> None:
+    if held.dtype != torch.int64 or held.dim() != 0 or held.device != device:
+        raise ValueError(
+            f"{op}: held must be int64 without dimensions on {device}, got {held.dtype} {tuple(held.shape)} on "
+            f"{held.device}; use torch.tensor(0, device=...)"
+        )
+
+
+def check_append(
+    x: Tensor, codes: Tensor, scales: Tensor, position: int, clip: float, held: Tensor | None = None
+) -> None:
+    """Check the arguments of kv_cache_append. With ``held`` the room is not checked, as that needs its number."""
     op = "kv_cache_append"
     _check_four(op, "x", x)
     check_clip(op, clip)
@@ -201,16 +222,25 @@ def check_append(x: Tensor, codes: Tensor, scales: Tensor, position: int, clip: 
             f"{op}: x must have the batch and kv_heads of codes, {tuple(codes.shape[:2])}, got shape {tuple(x.shape)}; "
             f"append to the cache of the same layer and batch"
         )
-    if position < 0 or position + x.shape[2] > codes.shape[2]:
+    if held is not None:
+        _check_held(op, held, x.device)
+    elif position < 0 or position + x.shape[2] > codes.shape[2]:
         raise ValueError(
-            f"{op}: position + tokens must be {x.shape[2]} to {codes.shape[2]}, got {position + x.shape[2]}; allocate "
-            f"a larger cache"
+            f"{op}: position + tokens must be {x.shape[2]} to {codes.shape[2]}, got {position + x.shape[2]}; position "
+            f"must not be negative, and a full cache must be allocated with a larger capacity"
         )
 
 
 def check_attention(
-    query: Tensor, key_codes: Tensor, key_scales: Tensor, value_codes: Tensor, value_scales: Tensor, length: int
+    query: Tensor,
+    key_codes: Tensor,
+    key_scales: Tensor,
+    value_codes: Tensor,
+    value_scales: Tensor,
+    length: int,
+    held: Tensor | None = None,
 ) -> None:
+    """Check the arguments of kv_cache_attention. With ``held`` the length is not checked, as that needs its number."""
     op = "kv_cache_attention"
     _check_four(op, "query", query)
     check_storage(op, "key_", key_codes, key_scales, query.shape[3])
@@ -220,7 +250,9 @@ def check_attention(
             f"{op}: query must have the batch of the cache and a multiple of its heads, {tuple(key_codes.shape)}, got "
             f"shape {tuple(query.shape)}; pass the cache of the same layer"
         )
-    if not 0 <= length <= key_codes.shape[2]:
+    if held is not None:
+        _check_held(op, held, query.device)
+    elif not 0 <= length <= key_codes.shape[2]:
         raise ValueError(
             f"{op}: length must be 0 to {key_codes.shape[2]}, got {length}; pass the number of positions appended so "
             f"far"
@@ -242,12 +274,17 @@ def _fake_attention(query: Tensor, *rest: Any, **keywords: Any) -> Tensor:
     return query.new_empty(query.shape)
 
 
-def kv_cache_append_reference(x: Tensor, codes: Tensor, scales: Tensor, position: int, clip: float = 1.0) -> None:
+def kv_cache_append_reference(
+    x: Tensor, codes: Tensor, scales: Tensor, position: int, clip: float = 1.0, held: Tensor | None = None
+) -> None:
     """:func:`kv_cache_append` in plain torch: the same float32 steps, and so the same bits.
 
     Raises:
         ValueError: as the operator does on the CPU, on every device.
     """
+    if held is not None:
+        _check_held("kv_cache_append", held, x.device)
+        position += int(held)
     check_append(x, codes, scales, position, clip)
     q, scale, zero = _quantize(x, 4, clip)
     if not bool((torch.isfinite(x) & torch.isfinite(scale) & torch.isfinite(zero)).all()) or bool(
@@ -284,8 +321,13 @@ def kv_cache_attention_reference(
     causal: bool = True,
     window: int = 0,
     mask: Tensor | None = None,
+    held: Tensor | None = None,
 ) -> Tensor:
     """:func:`kv_cache_attention` in float64; returns float64 [batch, heads, queries, head_dim]."""
+    if held is not None:
+        _check_held("kv_cache_attention", held, query.device)
+        length += int(held)
+        mask = None if mask is None else mask[..., :length]
     check_attention(query, *storage, length)
     head_dim, groups = query.shape[3], query.shape[1] // storage[0].shape[1]
     keys, values = (

@@ -9,7 +9,8 @@ Quantize a model from Python::
 """
 
 from .dry_run import DryRun, dry_run
-from .evaluate import evaluate, generate
+from .evaluate import evaluate
+from .generate import generate
 from .quantize import quantize
 from .recipe import Recipe
 

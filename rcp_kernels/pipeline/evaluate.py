@@ -1,9 +1,8 @@
-"""``rcp-kernels eval`` and ``rcp-kernels generate``: the perplexity of a model, and its continuation of a prompt."""
+"""``rcp-kernels eval``: the perplexity of a model, and where its greedy decoding leaves another model's."""
 
 from __future__ import annotations
 
 import dataclasses
-import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -24,7 +23,15 @@ from ..models.hf import cache_keyword
 from ..models.load import encode
 from .load import load_any
 
-__all__ = ["GreedyDivergence", "Measured", "check_sampling", "evaluate", "generate", "with_quantized_cache"]
+__all__ = [
+    "GreedyDivergence",
+    "Measured",
+    "attend_packed",
+    "check_positions",
+    "evaluate",
+    "say",
+    "with_quantized_cache",
+]
 
 _PROMPTS = 16
 _PROMPT_TOKENS = 64
@@ -77,7 +84,7 @@ def with_quantized_cache(model: nn.Module, kv_bits: int, kv_clip: float = 1.0) -
     return lambda ids: model(to_device_of(model, ids), **{keyword: FakeQuantKV(kv_bits, kv_clip)}, use_cache=False)
 
 
-def _say(text: str) -> None:
+def say(text: str) -> None:
     """Print to standard error: standard output holds results only."""
     print(text, file=sys.stderr, flush=True)
 
@@ -91,7 +98,7 @@ def _reading_packed(
     """
     from ..nn.kv_cache import MOST_QUERIES, QuantizedKVCache
 
-    _attend_packed(model, log)
+    attend_packed(model, log)
     keyword = cache_keyword(model)
 
     def call(ids: Tensor) -> SimpleNamespace:
@@ -104,7 +111,7 @@ def _reading_packed(
     return call
 
 
-def _attend_packed(model: nn.Module, log: Callable[[str], None]) -> None:
+def attend_packed(model: nn.Module, log: Callable[[str], None]) -> None:
     """Let a model read its 4-bit cache packed. Log a line if its attention cannot."""
     from ..nn.kv_cache import use_packed_attention
 
@@ -114,7 +121,7 @@ def _attend_packed(model: nn.Module, log: Callable[[str], None]) -> None:
         log(f"{reason}; attention {config._attn_implementation!r} dequantizes the 4-bit cache instead")
 
 
-def _check_positions(where: str, model: nn.Module, tokens: int, what: str, log: Callable[[str], None]) -> None:
+def check_positions(where: str, model: nn.Module, tokens: int, what: str, log: Callable[[str], None]) -> None:
     """Log a line if a sequence is longer than the model's max_position_embeddings."""
     config: Any = model.config
     positions = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
@@ -138,7 +145,7 @@ def evaluate(
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
     progress: Progress = lambda *_: None,
-    log: Callable[[str], None] = _say,
+    log: Callable[[str], None] = say,
 ) -> Measured:
     """The perplexity of a quantized or float model, with the key/value cache that its config asks for.
 
@@ -177,7 +184,7 @@ def evaluate(
             f"smaller window"
         )
     check_vocabulary(model, ids, "eval")
-    _check_positions("eval", model, window, "window", log)
+    check_positions("eval", model, window, "window", log)
     kv_bits, clip = (16, 1.0) if config is None else (config.kv_bits, config.kv_clip)
     called = with_quantized_cache(model, kv_bits, clip)
     used = ids.numel() // max(1, window) * window
@@ -202,7 +209,7 @@ def evaluate(
         return measured
     prompts = prompt_windows(ids, _PROMPTS, min(_PROMPT_TOKENS, max(1, ids.numel() // _PROMPTS)))
     length = prompts.shape[1]
-    _check_positions("eval", model, length + new_tokens, "prompt and new tokens", log)
+    check_positions("eval", model, length + new_tokens, "prompt and new tokens", log)
     reference = _reference(str(divergence_from), words, ids, device, dtype)
     expected = greedy_tokens(reference, prompts, new_tokens, lambda done: progress("decoding", done, new_tokens, ""))
     if kv_bits != 16:
@@ -230,100 +237,3 @@ def _reference(
             f"from {name}; pass the model that it was made of"
         )
     return model
-
-
-def check_sampling(temperature: float | None, top_p: float | None, seed: int | None) -> None:
-    """Refuse sampling options that are out of range; None is allowed for each.
-
-    Raises:
-        ValueError: names the option.
-    """
-    if temperature is not None and not 0.0 < temperature < math.inf:
-        raise ValueError(
-            f"generate: temperature must be a finite number above 0, got {temperature}; leave it out to take the "
-            f"likeliest token each time"
-        )
-    if top_p is not None and not 0.0 < top_p <= 1.0:
-        raise ValueError(f"generate: top_p must be in (0, 1], got {top_p}; 1 keeps all tokens")
-    if seed is not None and not 0 <= seed < 2**64:
-        raise ValueError(f"generate: seed must be 0 to 2**64 - 1, got {seed}; pass another")
-
-
-def _prompt_ids(tokenizer: Any, prompt: str, chat: bool) -> Tensor:
-    """A prompt as int64 [1, tokens], in the chat template if asked for and there is one."""
-    if chat and tokenizer.chat_template:
-        messages = [{"role": "user", "content": prompt}]
-        found = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
-    else:
-        # Unlike `encode`, with the special tokens that the model was trained to begin a text with.
-        found = tokenizer(prompt, return_tensors="pt")
-    ids: Tensor = found["input_ids"]
-    if not ids.numel():
-        raise ValueError(f"generate: the prompt must have a token at least, got {prompt!r}; pass what to continue")
-    return ids
-
-
-def generate(
-    name: str | Path,
-    prompt: str,
-    *,
-    new_tokens: int = 64,
-    chat: bool = True,
-    temperature: float | None = None,
-    top_p: float | None = None,
-    seed: int | None = None,
-    device: str | torch.device | None = None,
-    dtype: torch.dtype | None = None,
-    log: Callable[[str], None] = _say,
-) -> str:
-    """The continuation of a prompt, with the key/value cache that the model's config asks for.
-
-    Decoding is greedy unless temperature, top_p or seed is given; then the tokens are sampled.
-
-    Args:
-        name: as for :func:`evaluate`.
-        prompt: text.
-        new_tokens: at most so many tokens are added.
-        chat: put the prompt into the model's chat template, if it has one.
-        temperature: logits are divided by it before a token is sampled. None: 1.
-        top_p: sample among the likeliest tokens that together have this probability, in (0, 1]. None: 1.
-        seed: the same seed samples the same tokens on the same device. None: other tokens each time.
-        device, dtype: as for :func:`rcp_kernels.pipeline.load.load_any`.
-        log: called with a warning if the text may become longer than the model's max_position_embeddings, or if its
-            attention cannot read the packed cache. The default prints to standard error.
-
-    Raises:
-        MissingExtra, ValueError, OSError: as loading raises them; an option out of range; a prompt without a token.
-    """
-    check_sampling(temperature, top_p, seed)
-    if new_tokens < 1:
-        raise ValueError(f"generate: new_tokens must be at least 1, got {new_tokens}; ask for one token")
-    model, tokenizer, config = load_any(str(name), device, dtype)
-    ids = _prompt_ids(tokenizer, prompt, chat)
-    _check_positions("generate", model, ids.shape[1] + new_tokens, "prompt and new tokens", log)
-    options: dict[str, Any] = {
-        "max_new_tokens": new_tokens,
-        "do_sample": (temperature, top_p, seed) != (None, None, None),
-        # None overrides the model's generation_config and transformers' own top_k of 50.
-        "temperature": None if temperature is None else float(temperature),
-        "top_p": None if top_p is None else float(top_p),
-        "top_k": None,
-    }
-    if config is not None and config.kv_bits != 16:
-        from ..nn.kv_cache import QuantizedKVCache
-
-        _attend_packed(model, log)
-        options[cache_keyword(model)] = QuantizedKVCache(model.config, clip=config.kv_clip)
-        # The model's generation_config may ask for another cache, or for none.
-        options.update(cache_implementation=None, use_cache=True)
-    ids = to_device_of(model, ids)
-    others = [] if ids.device.type == "cpu" else [ids.device]
-    with torch.random.fork_rng(others, device_type=ids.device.type), torch.inference_mode():
-        if seed is None:
-            torch.seed()
-        else:
-            torch.manual_seed(seed)
-        output = model.generate(ids, attention_mask=torch.ones_like(ids), **options)  # type: ignore[operator]
-    return str(tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True))

@@ -117,7 +117,7 @@ def quantize(
         device=str(device),
         rcp_kernels=__version__,
         transformers=importlib.metadata.version("transformers"),
-        conditions=hardware.conditions(),
+        conditions=hardware.conditions(device),
     )
     config = _stored_config(recipe, rotated)
     save_quantized(model, out, config, tokenizer=tokenizer, files=_reports(recipe, facts, work))
@@ -307,7 +307,6 @@ def rotate(model: nn.Module, recipe: ResolvedRecipe, device: torch.device | None
     """
     if recipe.rotation == "none":
         return None
-    model.to(device)
     blocks = None
     try:
         factor_size(describe(model).intermediate_size)
@@ -321,6 +320,7 @@ def rotate(model: nn.Module, recipe: ResolvedRecipe, device: torch.device | None
         r4_group_size=blocks,
         seed=recipe.seed,
         untie=recipe.untie_head,
+        device=device,
     )
 
 
@@ -351,10 +351,9 @@ def quantize_layers(
     def layer_done(done: int, total: int, name: str) -> None:
         progress("layers", done, total, name)
 
-    model.to(device)
     bits, group_size = recipe.w_bits, recipe.group_size
     if recipe.method == "rtn":
-        quantize_model(model, bits, group_size, recipe.a_bits, recipe.levels, progress=layer_done)
+        quantize_model(model, bits, group_size, recipe.a_bits, recipe.levels, progress=layer_done, device=device)
         return {}
     assert ids is not None
     if recipe.method == "gptq":
@@ -367,6 +366,7 @@ def quantize_layers(
             kv_bits=recipe.kv_bits,
             levels=recipe.levels,
             progress=layer_done,
+            device=device,
         )
         return {"layers": [dataclasses.asdict(error) for error in layers.errors]}
     if recipe.method == "laquant":
@@ -377,8 +377,10 @@ def quantize_layers(
             recipe.laquant,
             directory=work,
             progress=lambda layer, step, loss: layer_done(layer, count, f"step {step}, loss {loss:.4g}"),
+            device=device,
         )
         return {"layers": result.losses, "lookahead": recipe.laquant.lookahead}
+    model.to(device)
     return _train(model, recipe.rcp, ids, work, progress, shard)
 
 

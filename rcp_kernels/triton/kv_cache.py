@@ -34,11 +34,13 @@ _MOST_SPLITS = 64
 _PROGRAMS = 512
 
 
-@triton.jit
+# Triton compiles a kernel again for an argument of 1 or a multiple of 16. Numbers that grow with the text are excluded.
+@triton.jit(do_not_specialize=["tokens", "position"])
 def _append_kernel(
     x_ptr,
     codes_ptr,
     scales_ptr,
+    held_ptr,
     heads,
     tokens,
     stride_batch,
@@ -49,11 +51,17 @@ def _append_kernel(
     clip,
     HEAD_DIM: tl.constexpr,
     PAIRS: tl.constexpr,
+    HELD: tl.constexpr,
 ):
     index = tl.program_id(0).to(tl.int64)
     vector, token = index // tokens, index % tokens
     x_ptr += vector // heads * stride_batch + vector % heads * stride_head + token * stride_token
-    at = vector * capacity + position + token
+    place = position.to(tl.int64) + token
+    if HELD:
+        place += tl.load(held_ptr)
+    # The host does not know `held`. A full cache keeps its vectors, and attention on it then gives NaN.
+    room = (place >= 0) & (place < capacity)
+    at = vector * capacity + place
     pair = tl.arange(0, PAIRS)
     # Two loads, because one load and a split would move values between threads. The row is in L1.
     even = tl.load(x_ptr + 2 * pair, mask=2 * pair < HEAD_DIM, other=0.0).to(tl.float32)
@@ -74,9 +82,9 @@ def _append_kernel(
     code_odd = tl.where(2 * pair + 1 < HEAD_DIM, code_odd, 0.0)
     BYTES: tl.constexpr = (HEAD_DIM + 1) // 2
     packed = code_even.to(tl.int32) | (code_odd.to(tl.int32) << 4)
-    tl.store(codes_ptr + at * BYTES + pair, packed.to(tl.uint8), mask=pair < BYTES)
-    tl.store(scales_ptr + at * 2, stored_scale)
-    tl.store(scales_ptr + at * 2 + 1, stored_zero)
+    tl.store(codes_ptr + at * BYTES + pair, packed.to(tl.uint8), mask=(pair < BYTES) & room)
+    tl.store(scales_ptr + at * 2, stored_scale, mask=room)
+    tl.store(scales_ptr + at * 2 + 1, stored_zero, mask=room)
 
 
 @triton.jit
@@ -85,7 +93,7 @@ def _round(x):
     return (x + 8388608.0) - 8388608.0
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length"])
 def _dequantize_kernel(codes_ptr, scales_ptr, out_ptr, length, capacity, HEAD_DIM: tl.constexpr, PAIRS: tl.constexpr):
     index = tl.program_id(0).to(tl.int64)
     at = index // length * capacity + index % length
@@ -111,7 +119,7 @@ def _query_part(row_ptr, here, part, HEAD_DIM: tl.constexpr, PART: tl.constexpr)
 
 
 # More than 60 lines: a Triton kernel keeps its state in local variables, which a helper would need all of.
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "queries", "length", "split_size", "mask_batch", "mask_head", "mask_query"])
 def _attention_kernel(
     query_ptr,
     key_codes_ptr,
@@ -119,6 +127,7 @@ def _attention_kernel(
     value_codes_ptr,
     value_scales_ptr,
     mask_ptr,
+    held_ptr,
     partial_ptr,
     rows,
     queries,
@@ -126,7 +135,6 @@ def _attention_kernel(
     groups,
     capacity,
     length,
-    first,
     split_size,
     scale,
     window,
@@ -141,7 +149,9 @@ def _attention_kernel(
     CAUSAL: tl.constexpr,
     WINDOW: tl.constexpr,
     MASK: tl.constexpr,
+    HELD: tl.constexpr,
     OPERAND: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """partial [kv heads of all batches, splits, rows, 2 * PAIRS + 2]: values of even and odd k, maximum, sum."""
     head = tl.program_id(0).to(tl.int64)
@@ -155,6 +165,8 @@ def _attention_kernel(
     for part in tl.static_range(0, PAIRS, PART):
         even, odd = _query_part(query_ptr, here, part, HEAD_DIM, PART)
         total += tl.sum(even.to(tl.float32) + odd.to(tl.float32), axis=1)
+    if HELD:
+        length += tl.load(held_ptr).to(tl.int32)
     own = length - queries + row % queries
     mask_row = head // kv_heads * mask_batch + (head % kv_heads * groups + row // queries) * mask_head
     mask_row += row % queries * mask_query
@@ -164,8 +176,13 @@ def _attention_kernel(
     offset = tl.zeros((ROWS,), tl.float32)
     value_even = tl.zeros((ROWS, PAIRS), tl.float32)
     value_odd = tl.zeros((ROWS, PAIRS), tl.float32)
-    begin = first + split * split_size
-    end = tl.minimum(begin + split_size, length)
+    begin = split * split_size
+    if WINDOW:
+        begin += tl.maximum(0, length - queries - window + 1) // BLOCK * BLOCK
+    if HELD:
+        # The host does not know whether the last append had room. NaN shows that it had none.
+        offset = tl.where((length > capacity) & here, float("nan"), 0.0)
+    end = tl.minimum(begin + split_size, tl.minimum(length, capacity))
     for start in range(begin, end, POSITIONS):
         at = start + tl.arange(0, POSITIONS)
         inside = at < end
@@ -224,7 +241,7 @@ def _attention_kernel(
     tl.store(partial_ptr + 2 * PAIRS + 1, weights, mask=here)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "splits"])
 def _join_kernel(partial_ptr, out_ptr, rows, splits, HEAD_DIM: tl.constexpr, PAIRS: tl.constexpr):
     index = tl.program_id(0).to(tl.int64)
     WIDTH: tl.constexpr = 2 * PAIRS + 2
@@ -292,8 +309,10 @@ def splits_of(programs: int, positions: int) -> tuple[int, int]:
     return -(-positions // size), size
 
 
-def kv_cache_append(x: Tensor, codes: Tensor, scales: Tensor, position: int, clip: float = 1.0) -> None:
-    check_append(x, codes, scales, position, clip)
+def kv_cache_append(
+    x: Tensor, codes: Tensor, scales: Tensor, position: int, clip: float = 1.0, held: Tensor | None = None
+) -> None:
+    check_append(x, codes, scales, position, clip, held)
     _check_contiguous("kv_cache_append", codes, scales)
     batch, heads, tokens, head_dim = x.shape
     if x.numel() == 0:
@@ -303,8 +322,8 @@ def kv_cache_append(x: Tensor, codes: Tensor, scales: Tensor, position: int, cli
     strides = (x.stride(0), x.stride(1), x.stride(2))
     with on_device_of(x):
         _append_kernel[(batch * heads * tokens,)](
-            x, codes, scales, heads, tokens, *strides, codes.shape[2], position, clip, head_dim, pairs(head_dim),
-            num_warps=1,
+            x, codes, scales, codes if held is None else held, heads, tokens, *strides, codes.shape[2], position, clip,
+            head_dim, pairs(head_dim), held is not None, num_warps=1,
         )  # fmt: skip
 
 
@@ -336,8 +355,9 @@ def kv_cache_attention(
     causal: bool = True,
     window: int = 0,
     mask: Tensor | None = None,
+    held: Tensor | None = None,
 ) -> Tensor:
-    check_attention(query, key_codes, key_scales, value_codes, value_scales, length)
+    check_attention(query, key_codes, key_scales, value_codes, value_scales, length, held)
     _check_contiguous("kv_cache_attention", key_codes, key_scales, value_codes, value_scales)
     batch, heads, queries, head_dim = query.shape
     kv_heads, capacity = key_codes.shape[1:3]
@@ -345,32 +365,37 @@ def kv_cache_attention(
     out = torch.empty_like(query)
     if query.numel() == 0:
         return out
-    if length == 0:
+    # With `held` the launch is the same for every length: it covers the capacity.
+    positions = length if held is None else capacity
+    if positions == 0:
         return out.zero_()
     groups, rows = heads // kv_heads, heads // kv_heads * queries
-    first = 0
     if window > 0:
+        # The kernel starts at a multiple of _POSITIONS.
+        reach = min(positions, window + queries - 1 + _POSITIONS - 1)
         first = max(0, length - queries - window + 1) // _POSITIONS * _POSITIONS
+        positions = length - first if held is None else reach
     cores = has_tensor_cores(query.device)
     operand_type = operand(query.dtype, cores and not INTERPRETED)
     tile = tile_config(head_dim, operand_type, cores)
     row_tiles = -(-rows // tile.rows)
-    splits, size = splits_of(batch * kv_heads * row_tiles, length - first)
+    splits, size = splits_of(batch * kv_heads * row_tiles, positions)
     width = 2 * pairs(head_dim) + 2
     partial = torch.empty(batch * kv_heads, splits, rows, width, dtype=torch.float32, device=query.device)
     mask_strides = (0, 0, 0)
     if mask is not None:
-        mask = mask.expand(batch, heads, queries, length)
+        mask = mask.expand(batch, heads, queries, length if held is None else capacity)
         if mask.stride(3) != 1:
             mask = mask.contiguous()
         mask_strides = (mask.stride(0), mask.stride(1), mask.stride(2))
         mask = mask.view(torch.uint8)
     with on_device_of(query):
         _attention_kernel[(batch * kv_heads, splits, row_tiles)](
-            query, key_codes, key_scales, value_codes, value_scales, key_codes if mask is None else mask, partial,
-            rows, queries, kv_heads, groups, capacity, length, first, size, scale * 1.4426950408889634, window,
-            *mask_strides, head_dim, pairs(head_dim), tile.part, tile.rows, tile.positions, causal, window > 0,
-            mask is not None, operand_type, num_warps=tile.warps,
+            query, key_codes, key_scales, value_codes, value_scales, key_codes if mask is None else mask,
+            key_codes if held is None else held, partial, rows, queries, kv_heads, groups, capacity, length, size,
+            scale * 1.4426950408889634, window, *mask_strides, head_dim, pairs(head_dim), tile.part, tile.rows,
+            tile.positions, causal, window > 0, mask is not None, held is not None, operand_type, _POSITIONS,
+            num_warps=tile.warps,
         )  # fmt: skip
         _join_kernel[(batch * heads * queries,)](partial, out, rows, splits, head_dim, pairs(head_dim), num_warps=1)
     return out

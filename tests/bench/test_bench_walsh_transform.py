@@ -81,7 +81,7 @@ def test_packages_are_left_out_where_they_cannot_do_it(no_packages):
 
 
 def test_the_dense_product_stays_out_of_a_small_memory(monkeypatch):
-    monkeypatch.setattr(hardware, "memory_available_bytes", lambda: 1 << 30)
+    monkeypatch.setattr(hardware, "memory_available_bytes", lambda *_: 1 << 30)
     assert peers.dense_matmul(DENSE, 16384, torch.float32) is None
     assert peers.dense_matmul(DENSE, 256, torch.float32) is not None
 

@@ -71,14 +71,14 @@ def test_json_without_matplotlib(run, monkeypatch, tmp_path):
 
 
 def test_a_model_that_does_not_fit(monkeypatch):
-    monkeypatch.setattr(hardware, "memory_available_bytes", lambda: 8 << 30)
+    monkeypatch.setattr(hardware, "memory_available_bytes", lambda *_: 8 << 30)
     with pytest.raises(MemoryError, match=r"13\.5 GB .* fewer --layers"):
         decode.measure("llama-2-7b", log=lambda text: None)
 
 
 def test_one_after_the_other_where_memory_is_short(monkeypatch):
     floats = 2 * sum(decode.weight_counts(TINY))
-    monkeypatch.setattr(hardware, "memory_available_bytes", lambda: (1 << 30) + floats + 1000)
+    monkeypatch.setattr(hardware, "memory_available_bytes", lambda *_: (1 << 30) + floats + 1000)
     result = decode.measure("tiny", context=2, new_tokens=2, log=lambda text: None)
     assert not result.interleaved
     assert result.speedup > 0
@@ -92,7 +92,7 @@ def test_layers_of_the_demo_cannot_be_left_out():
 
 def test_random_models_are_complete():
     """No parameter is left without memory, both models share their ends, and they decode finite logits."""
-    builders = decode._random_builders(TINY, 2, 64, 4)
+    builders = decode.random_builders(TINY, 2, 64, 4)
     ours, reference = (build() for build in builders.values())
     assert not any(tensor.is_meta for model in (ours, reference) for tensor in (*model.parameters(), *model.buffers()))
     assert ours.lm_head.weight is reference.lm_head.weight

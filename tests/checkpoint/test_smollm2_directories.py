@@ -17,7 +17,8 @@ from rcp_kernels.checkpoint import QuantizationConfig, cast_floats, load_quantiz
 from rcp_kernels.integrations.transformers import RcpConfig
 from rcp_kernels.methods.rotate import rotate_model
 from rcp_kernels.models.load import load_float
-from rcp_kernels.pipeline.evaluate import evaluate, generate
+from rcp_kernels.pipeline.evaluate import evaluate
+from rcp_kernels.pipeline.generate import generate
 
 pytestmark = pytest.mark.slow
 IDS = torch.arange(1000, 1024)[None]

@@ -18,7 +18,7 @@ from rcp_kernels import ops  # noqa: E402
 from rcp_kernels.checkpoint import load_quantized  # noqa: E402
 from rcp_kernels.evaluation import divergence as divergence_module  # noqa: E402
 from rcp_kernels.models.hf import cache_keyword, output_cache  # noqa: E402
-from rcp_kernels.nn import kv_cache  # noqa: E402
+from rcp_kernels.nn import kv_cache, kv_layer  # noqa: E402
 from rcp_kernels.pipeline import Recipe, evaluate, generate, quantize  # noqa: E402
 
 module = sys.modules[evaluate.__module__]
@@ -87,13 +87,13 @@ def counts(monkeypatch):
     """How often the cache is dequantized (two calls are one layer), read packed, and asked to append."""
     seen = SimpleNamespace(dequantize=0, attention=0, append=0)
     for name in vars(seen):
-        original = getattr(kv_cache, f"kv_cache_{name}")
+        original = getattr(kv_layer, f"kv_cache_{name}")
 
         def call(*args, _name=name, _original=original, **kwargs):
             setattr(seen, _name, getattr(seen, _name) + 1)
             return _original(*args, **kwargs)
 
-        monkeypatch.setattr(kv_cache, f"kv_cache_{name}", call)
+        monkeypatch.setattr(kv_layer, f"kv_cache_{name}", call)
     return seen
 
 

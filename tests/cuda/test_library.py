@@ -268,13 +268,17 @@ def test_ninja_file_survives_odd_paths(tmp_path: Path) -> None:
     assert (folder / "out").read_text() == "text"
 
 
-def test_benchmark_without_a_gpu_is_skipped_not_guessed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_benchmark_without_a_gpu_is_refused_not_guessed(monkeypatch: pytest.MonkeyPatch) -> None:
     from typer import testing as typer
 
     from rcp_kernels.cli import app as cli
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     done = typer.CliRunner().invoke(cli.app, ["bench", "--device", "cuda"])
-    assert (done.exit_code, done.output) == (0, "skipped: no GPU\n")
+    assert done.exit_code == 2
+    assert "cuda must be a device that torch sees" in " ".join(done.output.replace("│", " ").split())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     refused = typer.CliRunner().invoke(cli.app, ["bench", "--device", "cuda", "--isa", "avx2"])
     assert refused.exit_code == 2
+    assert "--isa does not apply on cuda" in " ".join(refused.output.replace("│", " ").split())

@@ -29,7 +29,7 @@ def test_byte_count():
     held = sum(t.nbytes for t in tensors if isinstance(t, torch.Tensor))
     assert held == cache.nbytes
     cache.update(x[:, :, :1], x[:, :, :1], 0)
-    assert cache.nbytes == numbers * 4.5 / 8 * (1024 + (1024 + 256)) / 2048
+    assert cache.nbytes == numbers * 4.5 / 8 * (1024 + 2 * 1024) / 2048
     odd = QuantizedKVCache(capacity=10)
     odd.update(random(1, 1, 3, 7), random(1, 1, 3, 7), 0)
     assert odd.nbytes == 2 * 10 * (4 + 4)

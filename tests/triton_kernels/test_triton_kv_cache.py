@@ -56,7 +56,7 @@ def compiled(kernel_name: str, dtype: torch.dtype, head_dim: int, architecture: 
     types = {name: "*u8" for name in kernel.arg_names if "codes" in name}
     types |= {name: "*fp16" for name in kernel.arg_names if "scales" in name}
     types |= {"x_ptr": "*" + NAMES[dtype], "query_ptr": "*" + NAMES[dtype], "out_ptr": "*" + NAMES[dtype]}
-    types |= {"partial_ptr": "*fp32", "mask_ptr": "*u8", "clip": "fp32", "scale": "fp32"}
+    types |= {"partial_ptr": "*fp32", "mask_ptr": "*u8", "held_ptr": "*i64", "clip": "fp32", "scale": "fp32"}
     operand = kernels.operand(dtype, architecture >= 80)
     tile = kernels.tile_config(head_dim, operand, architecture >= 80)
     constants = {
@@ -68,7 +68,9 @@ def compiled(kernel_name: str, dtype: torch.dtype, head_dim: int, architecture: 
         "CAUSAL": masked,
         "WINDOW": masked,
         "MASK": masked,
+        "HELD": masked,
         "OPERAND": operand,
+        "BLOCK": kernels._POSITIONS,
     }
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
     signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in kernel.arg_names}
@@ -117,4 +119,19 @@ def test_attention_of_other_sizes(head_dim, masked, architecture):
 @pytest.mark.parametrize("architecture", [75, 80, 90, 120])
 @pytest.mark.parametrize("kernel", ["_append_kernel", "_dequantize_kernel", "_join_kernel"])
 def test_others_as_compiled(kernel, architecture):
-    check(kernel, torch.bfloat16, 128, architecture)
+    for masked in (False, True) if kernel == "_append_kernel" else (False,):
+        check(kernel, torch.bfloat16, 128, architecture, masked)
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="Triton interprets kernels in this process")
+def test_numbers_that_grow_with_the_text_compile_no_second_kernel():
+    from rcp_kernels.triton import kv_cache as kernels
+
+    for name, numbers in (
+        ("_append_kernel", {"position", "tokens"}),
+        ("_dequantize_kernel", {"length"}),
+        ("_attention_kernel", {"length", "split_size", "rows", "queries", "mask_query"}),
+        ("_join_kernel", {"rows", "splits"}),
+    ):
+        parameters = getattr(kernels, name).params
+        assert numbers <= {parameter.name for parameter in parameters if parameter.do_not_specialize}

@@ -115,6 +115,51 @@ def test_empty():
     kernels.kv_cache_append(random(1, 2, 0, 8), *storage[:2], 1)
 
 
+def held(number: int) -> torch.Tensor:
+    return torch.tensor(number, device=DEVICE)
+
+
+@pytest.mark.parametrize("place", [0, 1, 5])
+def test_append_from_held_is_append_at_that_position(place):
+    x = random(2, 3, 2, 33)
+    found, expected = empty_kv_cache(2, 3, 8, 33, DEVICE), empty_kv_cache(2, 3, 8, 33, DEVICE)
+    reference.kv_cache_append(x, *expected, place + 1)
+    kernels.kv_cache_append(x, *found, 1, 1.0, held(place))
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("place", [-3, 7, 100])
+def test_append_without_room_writes_nothing(place):
+    """Three of four heads are followed by another head's positions, which stay as they are."""
+    codes, scales = empty_kv_cache(2, 2, 8, 33, DEVICE)
+    kernels.kv_cache_append(random(2, 2, 2, 33), codes, scales, 1, 1.0, held(place))
+    room = 0 <= place + 1 < 8 or 0 <= place + 2 < 8
+    assert room == bool((scales != 0).any())
+    assert not room or (scales != 0).any(-1).sum() == 4
+
+
+@pytest.mark.parametrize("length", [2, 63, 64, 65, 300])
+@pytest.mark.parametrize("window", [0, 70])
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_to_held_positions_is_the_reference(length, window, masked):
+    storage = filled(2, 2, 300, length, 32, length)
+    query = random(2, 6, 2, 32)
+    mask = None
+    if masked:
+        mask = random(2, 1, 2, 300, seed=3) < 0.5
+        mask[..., 0] = True
+    arguments = (2, 0.2, True, window, mask)
+    out = kernels.kv_cache_attention(query, *storage, *arguments, held(length - 2))
+    expected = reference.kv_cache_attention(query, KVStorage(*storage), *arguments, held(length - 2))
+    assert (out - expected).abs().max() < 1e-5
+
+
+def test_attention_beyond_the_capacity_is_nan():
+    storage = filled(1, 1, 70, 70, 32, 0)
+    assert kernels.kv_cache_attention(random(1, 3, 1, 32), *storage, 1, 0.2, held=held(69)).isfinite().all()
+    assert kernels.kv_cache_attention(random(1, 3, 1, 32), *storage, 1, 0.2, held=held(70)).isnan().all()
+
+
 @pytest.mark.skipif(DEVICE == "cpu", reason="CUDA tensors need a GPU")
 def test_dispatch():
     storage = filled(1, 2, 70, 64, 64, 0)
