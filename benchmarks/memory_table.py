@@ -1,6 +1,6 @@
 """The table of docs/memory.md: peak memory by method and model, from dry runs.
 
-    python benchmarks/memory_table.py
+python benchmarks/memory_table.py
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import os
 from collections.abc import Callable
@@ -14,11 +15,12 @@ from torch import nn
 
 from .. import extras
 from ..hardware import choose_device
-from ..methods.gptq.device_bytes import device_bytes as gptq_device_bytes
-from ..methods.laquant.device_bytes import device_bytes as laquant_device_bytes
+from ..methods.gptq import device_bytes as gptq_device_bytes
+from ..methods.laquant import device_bytes as laquant_device_bytes
+from ..methods.rotate.rotate_model import device_bytes as rotation_device_bytes
 from ..models import Architecture, describe
 from ..models.load import float_config, source_dtype
-from ..ops.nearest_codes import CHUNK_WEIGHTS
+from ..nn.quantize_model import device_bytes as rtn_device_bytes
 from ..ops.quantize_weight import quantize_weight
 from .rcp_memory import phase_one_bytes, phase_two_bytes
 from .recipe import Recipe, ResolvedRecipe
@@ -37,11 +39,6 @@ _RATES = {
 _DISK_RATE = 1e9
 # laquant_quantize_model's default for the two streams of hidden states in memory.
 _STREAM_BYTES = 4 << 30
-
-
-# quantize_weight on a device takes 11 bytes a weight in its check for NaN, and these in the choice of levels, for a part
-# of CHUNK_WEIGHTS at a time. Counted on a device of the tests, with groups of 128.
-_CHOICE_BYTES = {"uniform": 7.0, "clip": 40.4, "kmeans": 44.1}
 
 
 @dataclass(frozen=True)
@@ -118,7 +115,8 @@ class DryRun:
                 *lines,
                 f"GB are 1e9 bytes{each}. Not counted: CUDA's context (about 0.5 GB), scratch memory of libraries, the "
                 f"allocator's unused blocks, and the model that writes a text.",
-                f"time: about {_duration(self.seconds)} after the text and the initial levels, by a model and not measured: {self.flops:.2g} FLOP at "
+                f"time: about {_duration(self.seconds)} after the text and the initial levels, by a model and not measured: "
+                f"{self.flops:.2g} FLOP at "
                 f"{self.rate:.0e} FLOP/s, and {self.moved / 1e9:.1f} GB of files at 1 GB/s",
             ]
         )
@@ -131,6 +129,7 @@ def _duration(seconds: float) -> str:
     return f"{seconds:.0f} seconds"
 
 
+# More than 60 lines: 18 are the docstring.
 def dry_run(
     recipe: Recipe, *, device: str | torch.device | None = None, processes: int | None = None, shard: bool = False
 ) -> DryRun:
@@ -161,11 +160,16 @@ def dry_run(
     dtype = source_dtype(recipe.model) if recipe.dtype is None else getattr(torch, recipe.dtype)
     packed = _packed_bytes(resolved, architecture) * len(architecture.layers)
     out = packed + (everything - linears) * dtype.itemsize
-    head, embedding = (model.get_submodule(name).weight for name in (architecture.head, architecture.embed))
+    head, embedding = (model.get_parameter(f"{name}.weight") for name in (architecture.head, architecture.embed))
     if resolved.untie_head and head is embedding:
-        out += head.numel() * dtype.itemsize  # type: ignore[operator]
+        out += head.numel() * dtype.itemsize
     run = _Run(resolved, architecture, build, kind, processes, shard, everything, packed)
     parts = _PARTS[recipe.method](run)
+    if resolved.rotation != "none":
+        rotation = rotation_device_bytes(architecture, embedding.shape[0], resolved.rotation)
+        if rotation > sum(part.device for part in parts):
+            # The rotation comes first, and its peak is then the run's.
+            parts = [Part("rotation", device=rotation), *(dataclasses.replace(part, device=0) for part in parts)]
     parts.append(Part("output directory", disk=out))
     if kind == "cpu":
         parts = [Part(part.name, 0, part.host + part.device, part.disk) for part in parts]
@@ -244,10 +248,9 @@ def _flops(recipe: ResolvedRecipe, architecture: Architecture, linears: int, pro
 
 def _rtn(run: _Run) -> list[Part]:
     largest = max(rows * columns for rows, columns in run.architecture.shapes.values())
-    choice = _CHOICE_BYTES[run.recipe.levels] * min(largest, CHUNK_WEIGHTS)
     return [
         Part("float model", host=4 * run.everything),
-        Part("one weight", device=int(max(11 * largest, 4 * largest + choice))),
+        Part("one weight", device=rtn_device_bytes(largest, run.recipe.levels)),
         Part("packed weights", host=run.packed),
     ]
 

@@ -102,13 +102,13 @@ def reconstruct_blocks(
         )
     student.eval()
     ids = ids[: config.sequences]
-    hidden, keywords = first_layer_inputs(teacher, ids)
+    device = next(student.parameters()).device if device is None else device
+    hidden, keywords = first_layer_inputs(teacher, ids, device)
     if state is None:
         state = BlockState(0, hidden.to(torch.float32), hidden.to(torch.float32).clone())
-    device = hidden.device if device is None else device
     for index in range(state.next_layer, len(architecture.layers)):
         layer = architecture.layers[index]
-        extra = {name: _moved(value, device) for name, value in keywords[index].items()}
+        extra = keywords[index]
         module = teacher.get_submodule(layer.name)
         with _on_device(module, device), autocast():
             _advance(module, state.teacher, extra, config.batch, device)
@@ -133,13 +133,6 @@ def _on_device(module: nn.Module, device: torch.device) -> Iterator[None]:
         yield
     finally:
         module.to(home)
-
-
-def _moved(value: Any, device: torch.device) -> Any:
-    """A layer's argument on a device: a tensor, a tuple of tensors, or a value that has no device."""
-    if isinstance(value, tuple):
-        return tuple(_moved(part, device) for part in value)
-    return value.to(device) if isinstance(value, Tensor) else value
 
 
 @torch.no_grad()
