@@ -32,8 +32,8 @@ from rcp_kernels.methods.files import write_atomic
 from rcp_kernels.methods.rotate.rotate_model import ROTATIONS
 from rcp_kernels.models.load import encode, load_float
 from rcp_kernels.pipeline.evaluate import with_quantized_cache
-from rcp_kernels.pipeline.quantize import quantize_layers, rotate, windows_of
 from rcp_kernels.pipeline.recipe import Recipe
+from rcp_kernels.pipeline.steps import quantize_layers, rotate, windows_of
 
 __all__ = ["CLAIMS", "Cell", "Source", "cells", "checks", "measure", "read", "run", "table", "write"]
 
@@ -93,17 +93,8 @@ def cells(model: str = "demo", steps: int = 6, seed: int = 0) -> Iterator[Cell]:
     for name, (w_bits, a_bits, kv_bits) in FORMATS.items():
         for method in ("rtn", "gptq"):
             for rotation in ROTATIONS:
-                recipe = Recipe(
-                    model,
-                    method,
-                    rotation,
-                    w_bits,
-                    a_bits,
-                    kv_bits,
-                    levels="kmeans",
-                    samples=CALIBRATION,
-                    seed=seed,
-                )
+                fields: dict[str, Any] = {"levels": "kmeans", "samples": CALIBRATION, "seed": seed}
+                recipe = Recipe(model, method, rotation, w_bits, a_bits, kv_bits, **fields)
                 yield Cell(name, method, rotation, recipe)
     three_bits = Recipe(model, "gptq", "gsr", 3, 16, 16, levels="kmeans", samples=CALIBRATION, seed=seed)
     yield Cell("W3A16", "gptq", "gsr", three_bits)
@@ -116,21 +107,21 @@ def cells(model: str = "demo", steps: int = 6, seed: int = 0) -> Iterator[Cell]:
 class Source:
     """The float model and the texts, each read once for all cells."""
 
-    def __init__(self, name: str) -> None:
-        """Take the name of a model, as quantize does; nothing is read yet."""
-        self.name = name
+    def __init__(self, name: str, device: str | None = None) -> None:
+        """Take the name of a model and of a device, as quantize does; nothing is read yet."""
+        self.name, self.device = name, hardware.choose_device(device)
         self._windows: dict[tuple[str, int, int, int], tuple[Tensor, dict[str, Any]]] = {}
 
     @functools.cached_property
     def _loaded(self) -> tuple[nn.Module, Any]:
-        return load_float(self.name)
+        return load_float(self.name, self.device)
 
     def model(self) -> nn.Module:
         """A float model of one's own."""
         return copy.deepcopy(self._loaded[0])
 
     def windows(self, recipe: Recipe) -> tuple[Tensor, dict[str, Any]]:
-        """What ``quantize.windows_of`` gives for docstrings."""
+        """What ``windows_of`` gives for docstrings."""
         key = (recipe.method, recipe.window, recipe.samples, recipe.seed)
         if key not in self._windows:
             self._windows[key] = windows_of(recipe, self._loaded[1])
@@ -151,6 +142,7 @@ def run(
     steps: int = 6,
     tokens: int = 4096,
     seed: int = 0,
+    device: str | None = None,
     log: Callable[[str], None] = lambda _: None,
 ) -> None:
     """Measure the cells that are not there yet.
@@ -162,6 +154,7 @@ def run(
         steps: see :func:`cells`.
         tokens: of pydoc's topics that the perplexity is measured on, in windows of 512.
         seed: see :func:`cells`; other seeds' cells lie beside each other, and the table shows them all.
+        device: see :func:`rcp_kernels.hardware.choose_device`.
         log: called with a line after each cell.
 
     Raises:
@@ -176,7 +169,7 @@ def run(
             f"{', '.join(cell.name for cell in cells(model, steps, seed))}"
         )
     read(folder)  # what is no cell is found before hours of measuring
-    source = Source(model)
+    source = Source(model, device)
     for cell in chosen:
         path = folder / f"{cell.name}.json"
         if path.exists():
@@ -222,7 +215,7 @@ def measure(cell: Cell, source: Source, tokens: int) -> dict[str, Any]:
     facts: dict[str, Any] = {}
     kv_bits = 16
     if cell.recipe is not None:
-        recipe = cell.recipe.resolve(model)
+        recipe = cell.recipe.resolve(model, source.device)
         kv_bits = recipe.kv_bits
         rotate(model, recipe)
         result = quantize_layers(model, recipe, calibration)
@@ -244,7 +237,7 @@ def measure(cell: Cell, source: Source, tokens: int) -> dict[str, Any]:
         "seconds": time.perf_counter() - started[0],
         "cpu_seconds": time.process_time() - started[1],
         "torch_threads": torch.get_num_threads(),
-        "conditions": hardware.conditions(),
+        "conditions": hardware.conditions(source.device),
         "transformers": importlib.metadata.version("transformers"),
         **facts,
     }
@@ -378,12 +371,13 @@ def main(
     steps: Annotated[int, typer.Option(min=1, help="Updates of a trained cell.")] = 6,
     tokens: Annotated[int, typer.Option(min=WINDOW, help="Held-out tokens, in windows of 512.")] = 4096,
     seed: Annotated[int, typer.Option(help="Seed of calibration windows, random signs and training.")] = 0,
+    device: Annotated[str | None, typer.Option(help="As for rcp-kernels quantize.")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads. The default is torch's.")] = None,
 ) -> None:
     """Measure every method with every rotation. Cells whose file exists are not measured again."""
     if threads is not None:
         torch.set_num_threads(threads)
-    run(out, model=model, only=only, steps=steps, tokens=tokens, seed=seed, log=_log)
+    run(out, model=model, only=only, steps=steps, tokens=tokens, seed=seed, device=device, log=_log)
     print(table(out))
     if results is not None:
         write(out, results)

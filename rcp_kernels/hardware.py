@@ -15,21 +15,44 @@ from torch import Tensor, nn
 from . import extras
 from .ops import cuda_library
 
+__all__ = [
+    "ISA_NAMES",
+    "choose_device",
+    "conditions",
+    "cpu_count",
+    "cpu_isa",
+    "cpu_isa_supported",
+    "cpu_name",
+    "default_device",
+    "describe",
+    "device_name",
+    "fast_bfloat16",
+    "last_level_cache_bytes",
+    "memory_available_bytes",
+    "require_kernels",
+    "synchronize",
+    "to_device_of",
+]
+
 ISA_NAMES = ("scalar", "avx2", "avx512", "amx")
+
+
+def default_device() -> torch.device:
+    """The device where none is named: "cuda" where torch sees a GPU, else "cpu"."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def choose_device(device: str | torch.device | None = None) -> torch.device:
     """The device to compute on.
 
     Args:
-        device: any device string of torch, such as "cpu", "cuda" or "cuda:1". None: "cuda" where torch sees a GPU, else
-            "cpu".
+        device: any device string of torch, such as "cpu", "cuda" or "cuda:1". None: :func:`default_device`.
 
     Raises:
         ValueError: torch has no device of this name, or sees none of its type or index.
     """
     if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return default_device()
     try:
         found = torch.device(device)
         module = torch.get_device_module(found)
@@ -109,6 +132,21 @@ def cpu_name() -> str:
     except OSError:
         match = None
     return match.group(1).strip() if match else platform.processor() or platform.machine()
+
+
+def fast_bfloat16(device: torch.device | None = None) -> bool:
+    """Whether a device multiplies bfloat16 faster than float32.
+
+    A CPU does with AVX512-BF16, AMX or Arm's BF16, as Linux names them, and a GPU from compute capability 8.0. Other
+    CPUs convert every product to float32 and back. None stands for the CPU.
+    """
+    if device is not None and device.type != "cpu":
+        return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
+    try:
+        flags = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+    return re.search(r"\b(avx512_bf16|amx_bf16|bf16)\b", flags) is not None
 
 
 def cpu_count() -> int:

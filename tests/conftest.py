@@ -16,6 +16,14 @@ settings.register_profile("ci", settings.get_profile("default"), derandomize=Tru
 settings.load_profile("ci" if os.environ.get("CI") else "default")
 
 
+@pytest.fixture(autouse=True)
+def cpu_by_default(request, monkeypatch):
+    """A test that does not ask for ``device`` computes on the CPU, on a machine with a GPU too."""
+    hardware = sys.modules.get("rcp_kernels.hardware")  # tests/native runs without it
+    if hardware is not None and "device" not in request.fixturenames:
+        monkeypatch.setattr(hardware, "default_device", lambda: hardware.torch.device("cpu"))
+
+
 @pytest.fixture
 def run(monkeypatch, capsys):
     """Runs a command line: exit code, standard output, and standard error with the message of SystemExit."""

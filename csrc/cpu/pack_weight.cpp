@@ -57,7 +57,7 @@ Tensor dequantize_cpu(const Tensor& weight, int64_t out_features, int64_t in_fea
   const FloatType type = checked_dequantize_type(dtype);
   const float scale = checked_weight("dequantize", weight, shape);
   Tensor y = empty({shape.rows, shape.columns}, dtype);
-  rcp::dequantize(shape, data<uint8_t>(weight), scale, y.mutable_data_ptr(), type, torch_pool());
+  rcp::dequantize(shape, data<uint8_t>(weight), scale, y.mutable_data_ptr(), type, current_isa(), torch_pool());
   return y;
 }
 

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import extras, hardware
-from ..models.hf import cache_argument, tensor_state
+from ..evaluation.decoding import Decoder
+from ..models.hf import tensor_state
 from ..models.load import load_float
 from ..nn.quant_linear import QuantLinear
 from ..nn.quantize_model import quantize_model
@@ -47,34 +48,6 @@ _SLACK_BYTES = 1 << 30
 
 CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
 """cpu is the process's own time, which other processes disturb less. It means something for one thread only."""
-
-
-class Decoder:
-    """Greedy decoding through ``forward``, which may be compiled, with one of transformers' caches."""
-
-    def __init__(self, model: nn.Module, forward: Callable[..., Any], prompt: Tensor, cache: Any) -> None:
-        """Run the prompt, int64 [1, tokens] on any device, through the model, eagerly."""
-        prompt = hardware.to_device_of(model, prompt)
-        self._forward = forward
-        self._cache = cache_argument(model, cache)
-        self._position = prompt.shape[1]
-        with torch.inference_mode():
-            logits: Tensor = model(input_ids=prompt, logits_to_keep=1, **self._cache).logits
-            self._token = logits[:, -1].argmax(-1, keepdim=True)
-
-    @torch.inference_mode()
-    def step(self) -> None:
-        """Decode one token."""
-        position = torch.tensor([[self._position]], device=self._token.device)
-        logits: Tensor = self._forward(
-            input_ids=self._token, position_ids=position, logits_to_keep=1, **self._cache
-        ).logits
-        self._position += 1
-        self._token = logits[:, -1].argmax(-1, keepdim=True)
-
-    def wait(self) -> None:
-        """Return when the device has decoded the token."""
-        hardware.synchronize(self._token.device)
 
 
 @dataclass
@@ -238,11 +211,12 @@ def decode_seconds(
     decoders = {}
     for name, model in models.items():
         config: Any = model.config
-        decoders[f"{name} {EAGER}"] = Decoder(model, model, prompt, DynamicCache())
+        decoders[f"{name} {EAGER}"] = Decoder(model, prompt, cache=DynamicCache())
         if compiled:
             forward = torch.compile(model, fullgraph=True, backend=backend)
-            for way, function in ((EAGER_STATIC, model), (COMPILED, forward)):
-                decoders[f"{name} {way}"] = Decoder(model, function, prompt, StaticCache(config, max_cache_len=length))
+            for way, function in ((EAGER_STATIC, None), (COMPILED, forward)):
+                cache = StaticCache(config, max_cache_len=length)
+                decoders[f"{name} {way}"] = Decoder(model, prompt, cache=cache, forward=function)
             start = time.perf_counter()
             for _ in range(_COMPILING_STEPS):
                 decoders[f"{name} {COMPILED}"].step()

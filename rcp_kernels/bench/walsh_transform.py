@@ -32,7 +32,7 @@ class WalshTransform(Benchmark):
     rows: tuple[int, ...] = (1, 16, 128, 512)
 
     op = "walsh_transform"
-    variants = ("natural out", "natural in", "sequency out", "sequency in")
+    variants: ClassVar[tuple[str, ...]] = ("natural out", "natural in", "sequency out", "sequency in")
     shape = ("size",)
     load = "rows"
     titles: ClassVar = {"threads": "threads", "rows": "rows", "size": "     n", "order": "   order", "place": "place"}
@@ -133,7 +133,7 @@ class CudaWalshTransform(WalshTransform):
 
     titles: ClassVar = without_threads(WalshTransform.titles)
     groups = ("rows",)
-    peers = (MEMCPY, DENSE, BUTTERFLY)
+    peers: ClassVar[tuple[str, ...]] = (MEMCPY, DENSE, BUTTERFLY)
 
     def comments(self) -> list[str]:
         return [timing.GRAPHS] if self.device.type == "cuda" else []

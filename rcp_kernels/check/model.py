@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .. import extras
 from ..checkpoint import QuantizationConfig, load_quantized, save_quantized
-from ..evaluation.captured import WARM_UP, DecodeStep, captured
+from ..evaluation.captured import WARM_UP, DecodeStep, captured, static_cache
 from ..models.hf import cache_argument
 from ..nn.quant_linear import QuantLinear
 from ..nn.quantize_model import quantize_model
@@ -42,7 +42,8 @@ def model_cases() -> list[Case]:
             Case("quantize_model", kind, name, "1 of 1000 codes", partial(_quantized, bits, act_bits)),
             Case("save, load, decode", kind, name, _SAME, partial(_decoded, bits, act_bits, False)),
             Case("save, load, decode", kind, packed_name, _SAME, partial(_decoded, bits, act_bits, True)),
-            Case("captured decode", kind, name, _SAME, partial(_captured, bits, act_bits)),
+            Case("captured decode", kind, name, _SAME, partial(_captured, bits, act_bits, False)),
+            Case("captured decode", kind, packed_name, _SAME, partial(_captured, bits, act_bits, True)),
         ]
     return sorted(cases, key=lambda case: case.op == "captured decode")
 
@@ -148,15 +149,18 @@ def _greedy(model: nn.Module, cache: Any) -> tuple[Tensor, Tensor]:
     return torch.cat(tokens), torch.cat(logits)
 
 
-def _captured(bits: int, act_bits: int, device: torch.device) -> Iterator[Comparison]:
+def _captured(bits: int, act_bits: int, packed_cache: bool, device: torch.device) -> Iterator[Comparison]:
+    """Tokens of a replayed graph beside those of the same steps without a graph."""
     if device.type != "cuda":
         raise Skipped("not CUDA")
     _need_transformers()
     model = _pack(small_llama(), bits, act_bits).to(device)
+    if packed_cache:
+        _use_packed_cache(model)
     prompt = _prompt().to(device)
     sequences = []
     for capture in (False, True):
-        step = DecodeStep(model, prompt, _CAPACITY)
+        step = DecodeStep(model, prompt, static_cache(model, _CAPACITY, packed_cache))
         if capture:
             run = captured(step)
         else:

@@ -59,14 +59,17 @@ def _nvidia_smi(uuid: str) -> dict[str, str]:
     if program is None:
         return unknown
     command = [program, f"--query-gpu={','.join(_QUERIES.values())}", "--format=csv,noheader"]
-    # CUDA_VISIBLE_DEVICES renumbers torch's devices, but not those of nvidia-smi.
-    command += [f"--id=GPU-{uuid}"] if uuid else []
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return unknown
-    values = [value.strip() for value in done.stdout.strip().splitlines()[0].split(",")] if done.stdout.strip() else []
-    return dict(zip(_QUERIES, values, strict=True)) if len(values) == len(_QUERIES) else unknown
+    # CUDA_VISIBLE_DEVICES renumbers torch's devices, but not those of nvidia-smi. A container may hide the id: there
+    # the first card is the only one.
+    for chosen in ([f"--id=GPU-{uuid}"], []):
+        try:
+            done = subprocess.run([*command, *chosen], capture_output=True, text=True, timeout=20, check=True)
+        except (OSError, subprocess.SubprocessError):
+            continue
+        values = [value.strip() for value in done.stdout.partition("\n")[0].split(",")]
+        if len(values) == len(_QUERIES):
+            return dict(zip(_QUERIES, values, strict=True))
+    return unknown
 
 
 @dataclass(frozen=True)

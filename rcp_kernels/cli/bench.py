@@ -35,6 +35,10 @@ class Clock(str, enum.Enum):
     cpu = "cpu"
 
 
+class Peer(str, enum.Enum):
+    llama_cpp = "llama.cpp"
+
+
 class Isa(str, enum.Enum):
     scalar = "scalar"
     avx2 = "avx2"
@@ -43,10 +47,12 @@ class Isa(str, enum.Enum):
 
 
 # Options that need --model, and options that exclude it.
-_MODEL_OPTIONS = "layers context new_tokens save compile clock".split()
+_MODEL_OPTIONS = "layers context new_tokens save compile clock peer".split()
 _NOT_MODEL_OPTIONS = "shape batch dtype rounds ggml".split()
+# Options that exclude --peer, which compares its own list of formats.
+_NOT_PEER_OPTIONS = "bits act_bits group_size context save compile clock".split()
 # Options of the CPU.
-_CPU_OPTIONS = "threads isa ggml".split()
+_CPU_OPTIONS = "threads isa ggml peer".split()
 # Options that do not apply to every op.
 _OWN_OPTIONS = {
     Op.lut_linear: ["model", "bits", "act_bits", "group_size", "shape", "batch", "ggml", *_MODEL_OPTIONS],
@@ -102,6 +108,13 @@ def bench(
         bool, typer.Option("--compile", help="--model: also decode under torch.compile, which takes minutes.")
     ] = False,
     clock: Annotated[Clock, typer.Option(help="--model: wall, or cpu for one thread on a busy machine.")] = Clock.wall,
+    peer: Annotated[
+        Peer | None,
+        typer.Option(
+            help="--model: compare with llama.cpp (package xllamacpp): decoding, prefill, memory, disk. The model "
+            "may also be a .gguf file."
+        ),
+    ] = None,
 ) -> None:
     """Time an op against torch, other libraries and the speed of memory, or a whole decoder with --model."""
     for other in set(Op) - {op}:
@@ -113,7 +126,9 @@ def bench(
         _refuse(ctx, _MODEL_OPTIONS, "applies only with --model")
     else:
         _refuse(ctx, _NOT_MODEL_OPTIONS, "does not apply with --model")
-        if threads is not None and len(threads) > 1:
+        if peer is not None:
+            _refuse(ctx, _NOT_PEER_OPTIONS, "does not apply with --peer")
+        elif threads is not None and len(threads) > 1:
             raise typer.BadParameter("--model takes one --threads")
     if act_bits not in (4, 8, 16):
         raise typer.BadParameter(f"--act-bits must be 4, 8 or 16, got {act_bits}")
@@ -128,6 +143,15 @@ def bench(
         if folder is not None:
             _make_folder(folder)
     weight = {"bits": bits, "act_bits": act_bits, "group_size": group_size}
+    if model is not None and peer is not None:
+        from ..bench import whole_model
+
+        counts = tuple(threads or (1, 2))
+        rows = whole_model.measure(model, layers=layers, new_tokens=new_tokens, log=_say, threads=counts)
+        print(whole_model.table(rows))
+        if out is not None:
+            whole_model.write(rows, out)
+        return
     if model is not None:
         from ..bench import decode
 
@@ -142,7 +166,7 @@ def bench(
                 clock=clock.value,
                 save=save,
                 device=where,
-                log=lambda text: print(text, file=sys.stderr, flush=True),
+                log=_say,
             )
         print(decode.text(result))
         if out is not None:
@@ -164,6 +188,10 @@ def bench(
         run(LutLinear(**_given(**options, **weight, sizes=sizes, batches=batch, ggml=library)), out)
     else:
         run(CudaLutLinear(**_given(**options, **weight, sizes=sizes, batches=batch)), out)
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 def _refuse(ctx: typer.Context, names: list[str], why: str) -> None:

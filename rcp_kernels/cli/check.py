@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
 import typer
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
-from .console import Phases, write_json
+from .. import extras
+from ..hardware import choose_device
+from .console import Device, Phases, write_json
 
 if TYPE_CHECKING:
+    from ..bench.card import Measured
     from ..check import Report
 
 __all__ = ["EXAMPLES", "check"]
@@ -24,69 +28,118 @@ rcp-kernels check
 
 rcp-kernels check --device cuda --bench --out results"""
 
-# A machine that is lent for ten minutes builds in one, checks in one, and tests in two.
-_SECONDS = 300.0
-
-
-def _device(name: str | None) -> str:
-    """The device to check, by default the GPU. A device that is not there is wrong usage, exit status 2."""
-    if name is None:
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        found = torch.device(name)
-        module = torch.get_device_module(found)
-    except RuntimeError:
-        raise typer.BadParameter(
-            f"--device must be a device that torch knows, such as cpu or cuda, got {name!r}"
-        ) from None
-    if not module.is_available() or (found.index or 0) >= module.device_count():
-        raise typer.BadParameter(f"--device must be a device that torch sees, got {name!r}: there is no such GPU here")
-    return name
+_SECONDS = 240.0
 
 
 def check(
-    device: Annotated[
-        str | None,
+    device: Device = None,
+    bench: Annotated[
+        bool, typer.Option("--bench", help="Also time the operators and a LLaMA-2-7B with random weights.")
+    ] = False,
+    seconds: Annotated[
+        float | None,
         typer.Option(
-            metavar="NAME",
-            callback=_device,
-            help="The device to check, such as cpu, cuda or cuda:1; the default is cuda where torch sees a GPU, else "
-            "cpu.",
+            min=1.0,
+            help=f"--bench: budget of the timings in seconds; the default is {_SECONDS:.0f}. What it leaves out is "
+            "listed. On the CPU a budget below 120 takes small shapes.",
         ),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="Folder for check.json and check.md.", file_okay=False, metavar="DIR")
+        Path | None,
+        typer.Option(help="Folder for check.json and check.md, and check.png with --bench.", file_okay=False),
     ] = None,
 ) -> None:
     """Check every operator and a small model on a device against the references. Exit status 1 if anything is wrong."""
     from ..check import check_device
 
+    if seconds is not None and not bench:
+        raise typer.BadParameter("--seconds applies only with --bench")
+    where = choose_device(device)
     if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise typer.BadParameter(f"cannot create folder {out}: {error.strerror}") from None
+    measured: list[Measured] = []
     with Phases() as progress:
-        report = check_device(_device(device), progress)
-    _print(report)
-    if out is not None:
-        write_json(out / "check.json", report.to_dict())
-        (out / "check.md").write_text(report.to_markdown())
-    if report.failed:
+        report = check_device(where, progress)
+    _print_report(report)
+    # The outcomes are on the disk before minutes of timing.
+    _write(out, report, measured)
+    if bench:
+        from ..bench.card import measure_card
+
+        with Phases() as progress:
+            measured = measure_card(where, seconds or _SECONDS, progress)
+        for section in measured:
+            _print_section(section)
+        _write(out, report, measured)
+    if report.failed or any(section.error for section in measured):
         raise typer.Exit(1)
 
 
-def _print(report: Report) -> None:
+def _print_report(report: Report) -> None:
     """The summary, and below it every failure with its shape."""
     from ..check.report import COLUMNS
 
-    console = Console()
-    table = Table(
-        box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), title=f"rcp-kernels check: {report.card['card']}"
+    style = {"fail": "red", "skipped": "dim"}
+    _print_table(
+        f"rcp-kernels check: {report.card['card']}",
+        COLUMNS,
+        [line.cells for line in report.lines],
+        [style.get(line.status) for line in report.lines],
+        right=COLUMNS[2:5],
     )
-    for title in COLUMNS:
-        table.add_column(title, justify="right" if title in COLUMNS[2:5] else "left", no_wrap=title == COLUMNS[0])
-    for line in report.lines:
-        style = {"fail": "red", "pass": None, "skipped": "dim"}[line.status]
-        table.add_row(*line.cells, style=style)
-    console.print(table)
     for outcome in report.failed:
-        console.print(f"FAILED {outcome.op}, {outcome.case}: {outcome.note}", markup=False, soft_wrap=True)
-    console.print(report.verdict, markup=False, soft_wrap=True, highlight=False)
+        _say(f"FAILED {outcome.op}, {outcome.case}: {outcome.note}")
+    _say(report.verdict)
+
+
+def _print_section(section: Measured) -> None:
+    """The times of a section, and everything that has none."""
+    titles, rows = section.cells()
+    _print_table(section.title, titles, rows, [None] * len(rows), right=titles[1:])
+    for line in section.remarks():
+        _say(line)
+
+
+def _print_table(
+    title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], styles: Sequence[str | None], right: Any
+) -> None:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    for name in columns:
+        table.add_column(escape(name), justify="right" if name in right else "left", no_wrap=name == columns[0])
+    for cells, style in zip(rows, styles, strict=True):
+        table.add_row(*map(escape, cells), style=style)
+    _say(title)
+    Console().print(table)
+
+
+def _say(text: str) -> None:
+    Console().print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def _write(out: Path | None, report: Report, measured: Sequence[Measured]) -> None:
+    """check.json and check.md, and the plot of what was timed."""
+    if out is None:
+        return
+    from ..check.report import card_facts, markdown_table
+
+    facts: dict[str, Any] = {}
+    text = report.to_markdown()
+    if measured:
+        # Clocks just after the load, beside those before it.
+        facts = {"bench": [section.to_dict() for section in measured], "card_after_bench": card_facts(report.device)}
+        for section in measured:
+            titles, rows = section.cells()
+            remarks = "".join(f"- {line}\n" for line in section.remarks())
+            text += f"\n## {section.title}\n\n{markdown_table(titles, rows)}\n\n{remarks}"
+    write_json(out / "check.json", report.to_dict() | facts)
+    (out / "check.md").write_text(text)
+    if measured:
+        if extras.EXTRAS["matplotlib"].found:
+            from ..bench.card import write_plot
+
+            write_plot(measured, report.card["card"], out / "check.png")
+        else:
+            _say("check.png was not written: matplotlib is not installed")

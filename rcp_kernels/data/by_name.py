@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import __version__, extras
+from ..hardware import fast_bfloat16
 from ..models.load import encode
 from ..nn.model_digest import model_digest
 from . import corpus
@@ -163,7 +164,7 @@ def _reasoning(tokens: int, writer: _Writer) -> list[str]:
 
 @dataclass(frozen=True)
 class _Writer:
-    """A model that writes text on a device: a copy of it, in bfloat16."""
+    """A model that writes text on a device: a copy of it, in bfloat16 where that is fast, else in float32."""
 
     model: nn.Module
     tokenizer: Any
@@ -193,10 +194,13 @@ class _Writer:
         }
         if self.device.type != "cpu":  # the text of a CPU stays cached
             conditions["device"] = self.device.type
+        dtype = torch.bfloat16 if fast_bfloat16(self.device) else torch.float32
+        if dtype == torch.float32:
+            conditions["dtype"] = "float32"
 
         def write() -> list[str]:
             texts = generate_texts(
-                copy.deepcopy(self.model).to(torch.bfloat16).to(self.device),
+                copy.deepcopy(self.model).to(dtype).to(self.device),
                 self.tokenizer,
                 prompts,
                 batch_size=_BATCH,

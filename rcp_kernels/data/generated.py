@@ -75,7 +75,7 @@ def generate_texts(
     """Continue prompts with a model, each until its first special token or ``max_new_tokens``.
 
     Prompts are padded on the left to the longest one of their batch. The random numbers depend only on the seed and on
-    a prompt's place in the batches. The same arguments on the same machine give the same tokens. Another number of
+    a prompt's place in the batches. The same arguments on the same device give the same tokens. Another number of
     torch's threads changes float sums and, in the end, the text.
 
     Args:

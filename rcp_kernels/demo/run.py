@@ -25,7 +25,7 @@ from ..models import describe
 from ..models.load import DEMO, encode, load_float
 from ..nn import storage_report
 from ..pipeline import Recipe
-from ..pipeline.quantize import quantize_layers, rotate
+from ..pipeline.steps import quantize_layers, rotate
 from .report import Report, Result
 
 __all__ = ["CALIBRATED", "CONFIGS", "ROTATED", "ROTATIONS", "Config", "convert", "linear_layers", "measure", "run"]

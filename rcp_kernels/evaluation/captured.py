@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..models.hf import cache_argument
 
-__all__ = ["WARM_UP", "DecodeStep", "captured"]
+__all__ = ["WARM_UP", "DecodeStep", "captured", "static_cache"]
 
 WARM_UP = 3
 """Steps before a capture."""
@@ -19,19 +19,17 @@ WARM_UP = 3
 class DecodeStep:
     """One greedy decode step that is the same work on the same memory for every token.
 
-    The token and its position are tensors that the step itself replaces, and the cache has a static capacity.
+    The token and its position are tensors that the step itself replaces. The cache must have a static capacity and a
+    length on the device: transformers' StaticCache, or QuantizedKVCache with ``static=True``.
 
     Attributes:
         token: the newest token, int64 [1, 1].
     """
 
-    def __init__(self, model: nn.Module, prompt: Tensor, capacity: int) -> None:
-        """Run a prompt, int64 [1, tokens] on the model's device, with room for `capacity` positions."""
-        from transformers import StaticCache
-
+    def __init__(self, model: nn.Module, prompt: Tensor, cache: Any) -> None:
+        """Run a prompt, int64 [1, tokens] on the model's device, into an empty cache with room for it and all steps."""
         self._model = model
-        config: Any = model.config
-        self._cache = cache_argument(model, StaticCache(config, max_cache_len=capacity))
+        self._cache = cache_argument(model, cache)
         # A tensor of inference mode may be written in inference mode alone, and the step runs in it.
         with torch.inference_mode():
             logits: Tensor = model(prompt, use_cache=True, logits_to_keep=1, **self._cache).logits
@@ -44,6 +42,18 @@ class DecodeStep:
         output = self._model(self.token, position_ids=self._position, use_cache=True, logits_to_keep=1, **self._cache)
         self.token.copy_(output.logits[:, -1:].argmax(-1))
         self._position.add_(1)
+
+
+def static_cache(model: nn.Module, capacity: int, packed: bool = False) -> Any:
+    """An empty cache of a static capacity for :class:`DecodeStep`: in the model's dtype, or packed in 4 bits."""
+    config: Any = model.config
+    if packed:
+        from ..nn.kv_cache import QuantizedKVCache
+
+        return QuantizedKVCache(config, capacity=capacity, static=True)
+    from transformers import StaticCache
+
+    return StaticCache(config, max_cache_len=capacity)
 
 
 def captured(step: Callable[[], None]) -> Callable[[], None]:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 __all__ = [
     "attention_function",
     "cache_argument",
+    "cache_capacity",
     "cache_keyword",
     "cast",
     "file_names",
@@ -81,6 +82,17 @@ def cache_argument(module: nn.Module | Callable[..., Any], cache: Any) -> dict[s
 def output_cache(output: Any) -> Any:
     """The key/value cache in a model's output."""
     return output.cache if hasattr(output, "cache") else output.past_key_values
+
+
+def cache_capacity(cache: Any) -> int | None:
+    """The most positions that a cache holds, or None if it grows or rolls over."""
+    most = []
+    for layer in cache.layers:
+        # Before 5.24 the method has another name.
+        positions = (layer.get_max_length if hasattr(layer, "get_max_length") else layer.get_max_cache_shape)()
+        if positions is not None and positions >= 0 and not getattr(layer, "is_sliding", False):
+            most.append(positions)
+    return min(most, default=None)
 
 
 def untie_head(model: nn.Module, head: str) -> None:

@@ -20,11 +20,13 @@ from .gguf import gguf_config, load_gguf
 
 __all__ = [
     "DEMO",
+    "check_loading",
     "encode",
     "find_demo_model",
     "float_config",
     "group_size_of",
     "load_float",
+    "read_config",
     "source_bytes",
     "source_dtype",
 ]
@@ -98,7 +100,7 @@ def load_float(
                 name,
                 dtype=dtype,
                 output_loading_info=True,
-                ignore_mismatched_sizes=True,  # _check_loading names them
+                ignore_mismatched_sizes=True,  # check_loading names them
                 local_files_only=local,
             )
     except TypeError as error:  # transformers 5.0 does not check the fields of a config
@@ -108,7 +110,7 @@ def load_float(
             f"model: the weights of {name} must be whole safetensors files, got {error}; copy the model again"
         ) from None
     model, report = loaded
-    _check_loading(name, model, report)
+    check_loading(name, model, report)
     return model.to(device).eval(), tokenizer
 
 
@@ -129,7 +131,7 @@ def float_config(name: str) -> Any:
     if not Path(name).is_dir() and (Path(name).is_absolute() or name[:1] in (".", "~") or name.count("/") > 1):
         raise FileNotFoundError(f"model: {name} must be a model's directory, got no such directory; check the path")
     extras.require("transformers", "safetensors")
-    config = _config(name)
+    config = read_config(name)
     quantization = getattr(config, "quantization_config", None)
     if quantization is not None:
         method = quantization.get("quant_method") if isinstance(quantization, dict) else type(quantization).__name__
@@ -162,7 +164,7 @@ def _load_file(path: Path) -> tuple[nn.Module, Any]:
         ) from error
 
 
-def _check_loading(name: str, model: nn.Module, report: dict[str, Any]) -> None:
+def check_loading(name: str, model: nn.Module, report: dict[str, Any]) -> None:
     """Refuse files that do not fit their config.json; transformers would fill missing weights with random numbers."""
     mismatched = sorted(key if isinstance(key, str) else key[0] for key in report["mismatched_keys"])
     # Weights of more layers than config.json has. Other parts, such as an image encoder, may stay unused.
@@ -185,7 +187,7 @@ def _damaged_config(name: str, error: Exception) -> ValueError:
     return ValueError(f"model: config.json of {name} must have valid fields, got {found}; copy it again")
 
 
-def _config(name: str) -> Any:
+def read_config(name: str) -> Any:
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
@@ -206,7 +208,7 @@ def source_dtype(name: str) -> torch.dtype:
     """
     if name == DEMO or Path(name).suffix == ".gguf":
         return torch.bfloat16
-    dtype = _config(name).dtype
+    dtype = read_config(name).dtype
     if isinstance(dtype, str):
         dtype = getattr(torch, dtype, None)
     if not isinstance(dtype, torch.dtype):

@@ -40,7 +40,7 @@ def fuse_decoder(model: nn.Module, attention: bool = True) -> None:
         model: a causal language model of transformers, of a family in ``rcp_kernels.models.families``, with all seven
             linear layers of each decoder layer packed.
         attention: use :func:`rcp_kernels.ops.decode_attention` for one new token of each sequence on the CPU. It needs
-            implementation ``"sdpa"``, a plain DynamicCache, and no mask, window, softcap, norm of queries or R3; other
+            implementation ``"sdpa"``, a plain DynamicCache, and no mask, window, softcap or R3; other
             attention stays in transformers. False leaves all attention to transformers.
 
     Raises:
@@ -138,7 +138,7 @@ def _fused_attention(base: type[nn.Module]) -> type[nn.Module]:
         lead = hidden_states.shape[:-1]
         o = modules[plan.o]
         if plan.decodes and lead[1] == 1 and attention_mask is None and merged.device.type == "cpu":
-            output = _decode(self, merged, position_embeddings, kwargs.get(keyword))
+            output = _decode(self, plan, merged, position_embeddings, kwargs.get(keyword))
             if output is not None:
                 return apply_linear(o, output, o._parameters["bias"], residual=residual), None
         heads = merged.view(*lead, -1, self.head_dim).transpose(1, 2)
@@ -177,7 +177,7 @@ def _fused_attention(base: type[nn.Module]) -> type[nn.Module]:
     return type(f"Fused{base.__name__}", (base,), {"forward": forward, "__module__": base.__module__})
 
 
-def _decode(attention: Any, qkv: Tensor, tables: tuple[Tensor, Any], cache: Any) -> Tensor | None:
+def _decode(attention: Any, plan: AttentionPlan, qkv: Tensor, tables: tuple[Tensor, Any], cache: Any) -> Tensor | None:
     """The attention of one token by :func:`rcp_kernels.ops.decode_attention`, or None if it does not apply.
 
     The cache's keys and values become views of larger storage with room for later tokens. If other code replaces these
@@ -209,6 +209,11 @@ def _decode(attention: Any, qkv: Tensor, tables: tuple[Tensor, Any], cache: Any)
             return None
         storage = [_with_room(keys), _with_room(layer.values), None, None]
         layer.__dict__[_STORAGE] = storage
+    if plan.q_norm is not None and plan.k_norm is not None:
+        heads = qkv.view(*qkv.shape[:2], -1, attention.head_dim)
+        query, key, value = heads.split([size // attention.head_dim for size in plan.sizes], 2)
+        query, key = attention._modules[plan.q_norm](query), attention._modules[plan.k_norm](key)
+        qkv = torch.cat([query, key, value], 2).view(qkv.shape)
     output = decode_attention(qkv, cos, sin, storage[0], storage[1], length, attention.scaling)
     layer.keys = storage[2] = storage[0].narrow(2, 0, length + 1)
     layer.values = storage[3] = storage[1].narrow(2, 0, length + 1)

@@ -103,8 +103,7 @@ def plan_layer(
     )
     decode = (
         decode
-        and layer.q_norm is None
-        and layer.k_norm is None
+        and (layer.q_norm is None) == (layer.k_norm is None)
         and all(value is None for _, value in arguments)
         and attention.head_dim % 2 == 0
         and getattr(attention, "qk_rotation", None) is None

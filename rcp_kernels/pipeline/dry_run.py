@@ -115,9 +115,9 @@ class DryRun:
                 *lines,
                 f"GB are 1e9 bytes{each}. Not counted: CUDA's context (about 0.5 GB), scratch memory of libraries, the "
                 f"allocator's unused blocks, and the model that writes a text.",
-                f"time: about {_duration(self.seconds)} after the text and the initial levels, by a model and not measured: "
-                f"{self.flops:.2g} FLOP at "
-                f"{self.rate:.0e} FLOP/s, and {self.moved / 1e9:.1f} GB of files at 1 GB/s",
+                f"time: about {_duration(self.seconds)} after the text and the initial levels. This is a model and not "
+                f"measured: {self.flops:.2g} FLOP at {self.rate:.0e} FLOP/s, and {self.moved / 1e9:.1f} GB of "
+                f"files at 1 GB/s",
             ]
         )
 

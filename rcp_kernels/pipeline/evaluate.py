@@ -111,14 +111,15 @@ def _reading_packed(
     return call
 
 
-def attend_packed(model: nn.Module, log: Callable[[str], None]) -> None:
-    """Let a model read its 4-bit cache packed. Log a line if its attention cannot."""
+def attend_packed(model: nn.Module, log: Callable[[str], None]) -> bool:
+    """Let a model read its 4-bit cache packed. Log a line, and return False, if its attention cannot."""
     from ..nn.kv_cache import use_packed_attention
 
     reason = use_packed_attention(model)
     if reason is not None:
         config: Any = model.config
         log(f"{reason}; attention {config._attn_implementation!r} dequantizes the 4-bit cache instead")
+    return reason is None
 
 
 def check_positions(where: str, model: nn.Module, tokens: int, what: str, log: Callable[[str], None]) -> None:

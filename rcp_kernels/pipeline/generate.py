@@ -8,14 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from ..evaluation.decoding import decode_loop
 from ..hardware import to_device_of
 from ..models.hf import cache_keyword
 from .evaluate import attend_packed, check_positions, say
 from .load import load_any
 
 __all__ = ["check_sampling", "generate"]
+
+Log = Callable[[str], None]
 
 
 def check_sampling(temperature: float | None, top_p: float | None, seed: int | None) -> None:
@@ -51,6 +54,38 @@ def _prompt_ids(tokenizer: Any, prompt: str, chat: bool) -> Tensor:
     return ids
 
 
+def _make_cache(model: nn.Module, kv_bits: int, clip: float, capacity: int, alone: bool, log: Log) -> Any:
+    """The cache for a prompt and its continuation, or None for the one that transformers makes.
+
+    Args:
+        alone: one token is fed at a time, and no beams.
+    """
+    settings: Any = model.config
+    if kv_bits != 16:
+        from ..nn.kv_cache import QuantizedKVCache
+
+        packed = attend_packed(model, log)
+        # Where each step dequantizes the cache, it should be no larger than the text.
+        return QuantizedKVCache(settings, clip, capacity, static=packed)
+    # A GPU captures a step on a cache of fixed capacity. On the CPU attention would read the whole capacity.
+    if alone and next(model.parameters()).device.type != "cpu" and getattr(model, "_can_compile_fullgraph", False):
+        from transformers import StaticCache
+
+        return StaticCache(config=settings, max_cache_len=capacity)
+    return None
+
+
+def _fuse(model: nn.Module, log: Log) -> None:
+    """Fuse a quantized model's decoder layers. Log a line if that is not possible."""
+    from ..nn import fuse_decoder
+
+    try:
+        fuse_decoder(model)
+    except ValueError as error:
+        log(f"generate: the layers run unfused, which is slower: {str(error).partition('; ')[0]}")
+
+
+# More than 60 lines: 32 are the signature and the docstring.
 def generate(
     name: str | Path,
     prompt: str,
@@ -62,11 +97,12 @@ def generate(
     seed: int | None = None,
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
-    log: Callable[[str], None] = say,
+    log: Log = say,
 ) -> str:
     """The continuation of a prompt, with the key/value cache that the model's config asks for.
 
-    Decoding is greedy unless temperature, top_p or seed is given; then the tokens are sampled.
+    Decoding is greedy unless temperature, top_p or seed is given; then the tokens are sampled. The layers of a
+    quantized model are fused where :func:`rcp_kernels.nn.fuse_decoder` allows it.
 
     Args:
         name: as for :func:`evaluate`.
@@ -77,8 +113,9 @@ def generate(
         top_p: sample among the likeliest tokens that together have this probability, in (0, 1]. None: 1.
         seed: the same seed samples the same tokens on the same device. None: other tokens each time.
         device, dtype: as for :func:`rcp_kernels.pipeline.load.load_any`.
-        log: called with a warning if the text may become longer than the model's max_position_embeddings, or if its
-            attention cannot read the packed cache. The default prints to standard error.
+        log: called with a warning if the text may become longer than the model's max_position_embeddings, if its
+            attention cannot read the packed cache, or if its layers cannot be fused. The default prints to standard
+            error.
 
     Raises:
         MissingExtra, ValueError, OSError: as loading raises them; an option out of range; a prompt without a token.
@@ -97,13 +134,17 @@ def generate(
         "top_p": None if top_p is None else float(top_p),
         "top_k": None,
     }
-    if config is not None and config.kv_bits != 16:
-        from ..nn.kv_cache import QuantizedKVCache
-
-        attend_packed(model, log)
-        options[cache_keyword(model)] = QuantizedKVCache(model.config, clip=config.kv_clip)
+    generation: Any = model.generation_config
+    alone = generation.get_generation_mode().value in ("greedy_search", "sample")
+    kv_bits, clip = (16, 1.0) if config is None else (config.kv_bits, config.kv_clip)
+    cache = _make_cache(model, kv_bits, clip, ids.shape[1] + new_tokens, alone, log)
+    if cache is not None:
         # The model's generation_config may ask for another cache, or for none.
-        options.update(cache_implementation=None, use_cache=True)
+        options.update({cache_keyword(model): cache, "cache_implementation": None, "use_cache": True})
+    if config is not None:
+        _fuse(model, log)
+    if alone:
+        options["custom_generate"] = decode_loop
     ids = to_device_of(model, ids)
     others = [] if ids.device.type == "cpu" else [ids.device]
     with torch.random.fork_rng(others, device_type=ids.device.type), torch.inference_mode():

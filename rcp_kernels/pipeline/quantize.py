@@ -16,38 +16,36 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from .. import __version__, extras, hardware
+from .. import __version__, hardware
 from ..checkpoint import QuantizationConfig, cast_floats, check_fits, check_output, save_quantized
-from ..data.by_name import Progress, check_text, training_text
-from ..data.corpus import split_windows
+from ..data.by_name import TEXTS, Progress, check_text
 from ..hardware import choose_device
-from ..methods.gptq.quantize_model import gptq_quantize_model
 from ..methods.laquant.layer_losses import losses_csv, losses_png
-from ..methods.laquant.quantize_model import laquant_quantize_model
 from ..methods.layers import check_vocabulary
-from ..methods.rcp import RcpConfig, load_trained, train
+from ..methods.rcp import load_trained
 from ..methods.rcp.training_state import write_curve
-from ..methods.rotate.rotate_model import Rotated, rotate_model
+from ..methods.rotate.rotate_model import Rotated
 from ..methods.student import export_student
 from ..models import describe
-from ..models.load import encode, load_float, source_bytes, source_dtype
-from ..nn import quantize_model, storage_report
-from ..ops.walsh_matrices import factor_size
+from ..models.lazy import values_of
+from ..models.load import load_float, source_bytes, source_dtype
+from ..models.load_lazily import can_load_lazily, load_lazily
+from ..nn import storage_report
 from .recipe import Recipe, ResolvedRecipe, recipe_text
+from .steps import quantize_layers, rotate, windows_of
 from .summary import Summary
 
-__all__ = ["quantize", "quantize_layers", "rotate", "windows_of"]
+__all__ = ["quantize"]
 
-_VALIDATION_WINDOWS = 16
 # The file in OUT.training that shows a training which has not ended.
 _STATES = {"rcp": "state.pt", "laquant": "run.json"}
 # Every file that a training writes. The name of a file begins with a dot while it is written.
 _STATE_FILES = re.compile(r"\.?(state\.pt|best\.pt|log\.jsonl|curve\.csv|run\.json|layer_\d+\.safetensors)(\.\w+)?")
 
 
-# More than 60 lines: 31 are the docstring.
+# More than 60 lines: 32 are the docstring.
 def quantize(
     recipe: Recipe,
     out: str | Path,
@@ -74,16 +72,19 @@ def quantize(
 
     Raises:
         MissingExtra, ValueError, OSError, Diverged: as the steps raise them. ``out`` is then as it was before.
+        RuntimeError: activations are quantized on a CUDA device, and the CUDA kernels are missing.
     """
     out = Path(out).resolve()
     work = out.with_name(out.name + ".training")
-    device = choose_device(device)
+    device = _device_of_process(choose_device(device))
+    if recipe.bits[1] != 16:  # activations are quantized by our kernels, after minutes of other work
+        hardware.require_kernels(device, "quantize")
     _check_arguments(recipe, out, work, resume, shard)
     started = time.perf_counter(), time.process_time()
     model, tokenizer = _load(recipe, progress)
     dtype = source_dtype(recipe.model) if recipe.dtype is None else getattr(torch, recipe.dtype)
     bytes_before = dtype.itemsize * sum(parameter.numel() for parameter in model.parameters())
-    recipe = recipe.resolve(model)
+    recipe = recipe.resolve(model, device)
     progress("recipe", 0, 0, f"{recipe}, on {device}")
     facts: dict[str, Any] = {}
     ids = None
@@ -126,13 +127,27 @@ def quantize(
     return dataclasses.replace(summary, bytes_after=sum(path.stat().st_size for path in out.glob("*.safetensors")))
 
 
+def _device_of_process(device: torch.device) -> torch.device:
+    """The device of this process: under torchrun the GPU of its rank on this machine."""
+    if device.type == "cpu" or os.environ.get("WORLD_SIZE", "1") == "1":
+        return device
+    if device != torch.device(device.type):
+        raise ValueError(
+            f"quantize: under torchrun each process takes the GPU of its rank, and the device must have no index, got "
+            f"{device}; pass {device.type}"
+        )
+    return torch.device(device.type, int(os.environ.get("LOCAL_RANK", "0")))
+
+
 def _load(recipe: Recipe, progress: Progress) -> tuple[nn.Module, Any]:
     progress("reading the model", 0, 1, recipe.model)
-    model, tokenizer = load_float(recipe.model)
+    # A model that is trained as a whole, or writes its text, has to be in memory.
+    lazily = recipe.method != "rcp" and recipe.text not in TEXTS and can_load_lazily(recipe.model)
+    model, tokenizer = load_lazily(recipe.model) if lazily else load_float(recipe.model)
     progress("reading the model", 1, 1, recipe.model)
     for name, parameter in model.named_parameters():
         # No method reads all weights, so NaN and Inf could first show in the quantized model.
-        if not bool(torch.isfinite(parameter).all()):
+        if not bool(torch.isfinite(values_of(parameter)).all()):
             raise ValueError(f"quantize: {name} must be finite, got NaN or Inf; check the checkpoint for overflow")
     return model, tokenizer
 
@@ -251,171 +266,3 @@ def _reports(recipe: ResolvedRecipe, facts: dict[str, Any], work: Path) -> dict[
         if importlib.util.find_spec("matplotlib") is not None:
             files["curve.png"] = losses_png({f"lookahead {facts['lookahead']}": facts["layers"]})
     return files
-
-
-def windows_of(
-    recipe: Recipe,
-    tokenizer: Any,
-    model: nn.Module | None = None,
-    progress: Progress = lambda *_: None,
-    device: torch.device | None = None,
-) -> tuple[Tensor, dict[str, Any]]:
-    """Calibration or training windows, int64 [windows, tokens], shuffled; and the report's fields about the text.
-
-    Args:
-        recipe: its ``text`` names the text.
-        tokenizer: of the model.
-        model: the float model. It writes a part of "mixed" and all of "generated" and "reasoning".
-        progress: see :data:`rcp_kernels.data.by_name.Progress`.
-        device: that a copy of the model writes on. None: the device that the model is on.
-
-    Raises:
-        ValueError: the text is too short.
-    """
-    needed = recipe.samples
-    training = recipe.training_config(128)
-    if isinstance(training, RcpConfig):
-        needed = training.steps * training.batch + _VALIDATION_WINDOWS
-    progress("reading the text", 0, 1, recipe.text or "docstrings")
-    text, facts = training_text(
-        recipe.text,
-        needed * recipe.window,
-        model=model,
-        tokenizer=tokenizer,
-        seed=recipe.seed,
-        device=device,
-        progress=progress,
-    )
-    ids = encode(tokenizer, text)
-    facts["tokens"] = ids.numel()
-    progress("reading the text", 1, 1, f"{ids.numel()} tokens")
-    windows = split_windows(ids, recipe.window, seed=recipe.seed)
-    if recipe.method == "rcp":
-        return windows, facts
-    if len(windows) < recipe.samples:
-        raise ValueError(
-            f"quantize: the text must give {recipe.samples} windows of {recipe.window} tokens, got {len(windows)}; "
-            f"pass more text, --samples or --sequence"
-        )
-    return windows[: recipe.samples], facts
-
-
-def rotate(model: nn.Module, recipe: ResolvedRecipe, device: torch.device | None = None) -> Rotated | None:
-    """Rotate a float model in place as a recipe says; None without a rotation.
-
-    R4 mixes blocks of group_size where intermediate_size has no Hadamard matrix.
-    """
-    if recipe.rotation == "none":
-        return None
-    blocks = None
-    try:
-        factor_size(describe(model).intermediate_size)
-    except ValueError:
-        blocks = recipe.group_size
-    return rotate_model(
-        model,
-        recipe.rotation,
-        group_size=recipe.group_size,
-        r3=recipe.kv_bits != 16,
-        r4_group_size=blocks,
-        seed=recipe.seed,
-        untie=recipe.untie_head,
-        device=device,
-    )
-
-
-def quantize_layers(
-    model: nn.Module,
-    recipe: ResolvedRecipe,
-    ids: Tensor | None,
-    work: Path | None = None,
-    progress: Progress = lambda *_: None,
-    shard: bool = False,
-    device: torch.device | None = None,
-) -> dict[str, Any]:
-    """Quantize the linear layers of a float model, rotated or not, in place.
-
-    Args:
-        model: float32.
-        recipe: resolved for this model.
-        ids: int64 [windows, tokens] of the calibration or training text; None with rtn.
-        work: folder for the training's state; None keeps no state.
-        progress: see :data:`rcp_kernels.data.by_name.Progress`.
-        shard: see :func:`quantize`. The model holds only a shard of the weights afterwards.
-        device: to compute on. None: the device that the model is on.
-
-    Returns:
-        Fields of report.json about the layers or the training.
-    """
-
-    def layer_done(done: int, total: int, name: str) -> None:
-        progress("layers", done, total, name)
-
-    bits, group_size = recipe.w_bits, recipe.group_size
-    if recipe.method == "rtn":
-        quantize_model(model, bits, group_size, recipe.a_bits, recipe.levels, progress=layer_done, device=device)
-        return {}
-    assert ids is not None
-    if recipe.method == "gptq":
-        layers = gptq_quantize_model(
-            model,
-            ids,
-            bits=bits,
-            group_size=group_size,
-            act_bits=recipe.a_bits,
-            kv_bits=recipe.kv_bits,
-            levels=recipe.levels,
-            progress=layer_done,
-            device=device,
-        )
-        return {"layers": [dataclasses.asdict(error) for error in layers.errors]}
-    if recipe.method == "laquant":
-        count = len(describe(model).layers)
-        result = laquant_quantize_model(
-            model,
-            ids,
-            recipe.laquant,
-            directory=work,
-            progress=lambda layer, step, loss: layer_done(layer, count, f"step {step}, loss {loss:.4g}"),
-            device=device,
-        )
-        return {"layers": result.losses, "lookahead": recipe.laquant.lookahead}
-    model.to(device)
-    return _train(model, recipe.rcp, ids, work, progress, shard)
-
-
-def _train(
-    model: nn.Module, config: RcpConfig, ids: Tensor, work: Path | None, progress: Progress, shard: bool
-) -> dict[str, Any]:
-    if len(ids) <= _VALIDATION_WINDOWS:
-        raise ValueError(
-            f"quantize: the text must give more than {_VALIDATION_WINDOWS} windows of {ids.shape[1]} tokens, the "
-            f"number held out for validation, got {len(ids)}; pass more text or a shorter --sequence"
-        )
-    accelerator = None
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        extras.require("accelerate")
-        from accelerate import Accelerator  # type: ignore[import-untyped]
-
-        accelerator = Accelerator(cpu=not torch.cuda.is_available())
-        model.to(accelerator.device)
-    result = train(
-        model,
-        ids[_VALIDATION_WINDOWS:],
-        ids[:_VALIDATION_WINDOWS],
-        config,
-        directory=work,
-        accelerator=accelerator,
-        shard=shard,
-        progress=progress,
-    )
-    if accelerator is not None:
-        # The first process goes on alone and deletes files, so the others must have read them. A process that ends
-        # while the threads of its group run may abort with "terminate called without an active exception".
-        accelerator.wait_for_everyone()
-        torch.distributed.destroy_process_group()
-    if not shard:
-        model.to("cpu")
-        export_student(model)
-    passes = config.steps * config.batch / (len(ids) - _VALIDATION_WINDOWS)
-    return {"training": dataclasses.asdict(result), "passes_over_the_text": round(passes, 3)}

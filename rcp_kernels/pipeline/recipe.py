@@ -9,9 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from .. import extras
+from ..hardware import fast_bfloat16
 from ..methods.laquant.quantize_model import LaquantConfig
 from ..methods.rcp.block_reconstruction import BlockConfig
 from ..methods.rcp.config import PRESETS, RcpConfig
@@ -56,7 +58,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
 
 @dataclass(frozen=True)
 class Recipe:
-    """A model and how to quantize it. The same recipe on the same machine gives the same bits.
+    """A model and how to quantize it. The same recipe on the same machine and device gives the same bits.
 
     Attributes:
         model: a transformers directory, a hub id, a .gguf file, or "demo".
@@ -144,8 +146,12 @@ class Recipe:
             return self.sequence
         return int(PRESETS[self.preset]["sequence"]) if self.method == "rcp" else 512
 
-    def training_config(self, group_size: int) -> RcpConfig | LaquantConfig | None:
+    def training_config(self, group_size: int, bf16: bool = True) -> RcpConfig | LaquantConfig | None:
         """The training that preset, overrides and the recipe's own fields describe; None for rtn and gptq.
+
+        Args:
+            group_size: of the weights.
+            bf16: compute in bfloat16, where ``training`` does not say.
 
         Raises:
             ValueError: ``training`` has a field that is unknown, that the recipe states itself, or of another type; or
@@ -155,11 +161,11 @@ class Recipe:
         own: dict[str, Any] = {"bits": w_bits, "group_size": group_size, "seed": self.seed}
         if self.method == "laquant":
             _check_fields("recipe: training", LaquantConfig, self.training)
-            return LaquantConfig(**{"dtype": "bfloat16", **self.training, **own})
+            return LaquantConfig(**{"dtype": "bfloat16" if bf16 else "float32", **self.training, **own})
         if self.method != "rcp":
             return None
         _check_fields("recipe: training", RcpConfig, self.training)
-        fields = {**PRESETS[self.preset], **self.training}
+        fields = {"bf16": bf16, **PRESETS[self.preset], **self.training}
         del fields["sequence"]
         blocks = fields.pop("blocks", {})
         if blocks is not None:
@@ -169,14 +175,17 @@ class Recipe:
             blocks = BlockConfig(**blocks)
         return RcpConfig(**fields, **own, blocks=blocks, act_bits=a_bits, kv_bits=kv_bits)
 
-    def resolve(self, model: nn.Module) -> ResolvedRecipe:
+    def resolve(self, model: nn.Module, device: torch.device | None = None) -> ResolvedRecipe:
         """This recipe with a value in every field that decides the result for a model.
+
+        A training computes in float32 on a device without fast bfloat16, unless the recipe says otherwise. device is
+        that of the training; None stands for the CPU.
 
         Another version may choose other defaults; a resolved recipe makes the same model there.
         """
         group_size = group_size_of(model, self.group_size)
         w_bits, a_bits, kv_bits = self.bits
-        training = self.training_config(group_size)
+        training = self.training_config(group_size, fast_bfloat16(device))
         text = self.text
         if text is None and self.method == "rcp" and os.environ.get("WORLD_SIZE", "1") == "1":
             text = "mixed"
@@ -224,10 +233,13 @@ class ResolvedRecipe(Recipe):
 
     def __str__(self) -> str:
         levels = f", {self.levels} levels" if self.method in ("rtn", "gptq") else ""
+        fields = self.training
+        float32 = fields.get("bf16") is False or fields.get("dtype") == "float32"
         rotation = "no rotation" if self.rotation == "none" else f"rotation {self.rotation}"
         return (
             f"method {self.method}, {self.w_bits}-bit weights in groups of {self.group_size}{levels}, "
             f"{self.a_bits}-bit activations, {self.kv_bits}-bit keys and values, {rotation}"
+            f"{', training in float32' if float32 else ''}"
         )
 
 

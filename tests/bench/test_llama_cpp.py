@@ -105,3 +105,19 @@ def test_a_table_of_all_competitors(monkeypatch, tmp_path):
     assert "llama.cpp Q4_0" in whole_model.table(rows)
     with pytest.raises(ValueError, match=r"\.gguf"):
         whole_model.measure("some/model", log=lambda _: None)
+
+
+def test_the_command(run, monkeypatch, tmp_path):
+    rows = [whole_model.Row("W2A4", 1, 10.0, 9.0, 100.0, 90.0, 1000, 2000)]
+    given = {}
+    monkeypatch.setattr(whole_model, "measure", lambda model, **options: given.update(options, model=model) or rows)
+    command = ("bench", "--model", "demo", "--peer", "llama.cpp", "--device", "cpu")
+    code, out, _ = run(*command, "--threads", 1, "--threads", 2, "--out", tmp_path)
+    assert code == 0
+    assert "W2A4" in out
+    assert given["threads"] == (1, 2)
+    assert given["model"] == "demo"
+    assert (tmp_path / "whole_model.csv").exists()
+    code, _, err = run(*command, "--bits", 3)
+    assert code == 2
+    assert "--bits" in err

@@ -1,16 +1,18 @@
 """``rcp-kernels check``: it passes here, and it cannot pass with a wrong kernel."""
 
 import json
+import os
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rcp_kernels import ops
-from rcp_kernels.check import check_device, model, run, within
-from rcp_kernels.check.cases import Case, exactly, run_case
+from rcp_kernels.check import check_device, model, run
+from rcp_kernels.check.cases import Case, exactly, run_case, within
 from rcp_kernels.check.report import UNKNOWN, Report, card_facts
-from rcp_kernels.evaluation.captured import DecodeStep
+from rcp_kernels.evaluation.captured import DecodeStep, static_cache
+from rcp_kernels.nn.kv_cache import use_packed_attention
 
 CPU = torch.device("cpu")
 
@@ -221,6 +223,39 @@ def test_facts_of_a_card_that_cannot_be_read(device):
         assert facts == {"device": str(device), "card": UNKNOWN}
 
 
+class Properties:
+    """Of torch.cuda.get_device_properties."""
+
+    name, major, minor, multi_processor_count, L2_cache_size, total_memory = "A card", 9, 0, 132, 60 << 20, 141 * 10**9
+    uuid = "12-34"
+
+
+NVIDIA_SMI = """#!/bin/sh
+case "$*" in
+  *--id=GPU-12-34*) [ -n "$HIDES_THE_ID" ] && exit 6 ;;
+esac
+case "$*" in
+  *--query-gpu=driver_version,clocks.sm,*noheader*) echo "580.1, 1980 MHz, 1980 MHz, 3201 MHz, 700.00 W, 41" ;;
+  *) exit 2 ;;
+esac
+"""
+
+
+@pytest.mark.parametrize("hides_the_id", ["", "1"])
+def test_driver_and_clocks_come_from_nvidia_smi(monkeypatch, tmp_path, hides_the_id):
+    program = tmp_path / "nvidia-smi"
+    program.write_text(NVIDIA_SMI)
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setenv("HIDES_THE_ID", hides_the_id)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties)
+    facts = card_facts(torch.device("cuda"))
+    assert (facts["card"], facts["compute_capability"], facts["l2_mb"]) == ("A card", "9.0", "60")
+    assert (facts["driver"], facts["sm_clock"], facts["temperature"]) == ("580.1", "1980 MHz", "41")
+    program.write_text("#!/bin/sh\nexit 9\n")
+    assert card_facts(torch.device("cuda"))["driver"] == UNKNOWN
+
+
 # A step that a CUDA graph can hold.
 
 
@@ -237,10 +272,13 @@ class NoSynchronization(TorchDispatchMode):
         return result
 
 
-def test_a_decode_step_reads_nothing_back(device):
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_decode_step_reads_nothing_back(device, packed):
     llama = model.small_llama().to(device)
+    if packed:
+        assert use_packed_attention(llama) is None
     prompt = torch.arange(5, device=device)[None]
-    step = DecodeStep(llama, prompt, 16)
+    step = DecodeStep(llama, prompt, static_cache(llama, 16, packed))
     step()
     addresses = step.token.data_ptr()
     with NoSynchronization():
@@ -251,7 +289,7 @@ def test_a_decode_step_reads_nothing_back(device):
 def test_a_decode_step_decodes_greedily():
     llama = model.small_llama()
     ids = torch.arange(5)[None]
-    step = DecodeStep(llama, ids, 16)
+    step = DecodeStep(llama, ids, static_cache(llama, 16))
     for _ in range(8):
         with torch.inference_mode():
             ids = torch.cat([ids, llama(ids).logits[:, -1:].argmax(-1)], 1)

@@ -152,7 +152,7 @@ def test_a_training_that_stopped_goes_on_with_resume(run, model, text, tmp_path,
     arguments += ["--threads", 1]
     assert run(*arguments, "-o", tmp_path / "whole")[0] == 0
 
-    command = sys.modules["rcp_kernels.pipeline.quantize"]
+    command = sys.modules["rcp_kernels.pipeline.steps"]
 
     def stop(*_):
         raise Diverged("stopped before it was written")

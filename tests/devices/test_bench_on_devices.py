@@ -9,9 +9,12 @@ import torch
 from rcp_kernels.bench import decode, kv_cache, lut_linear, timing, walsh_transform
 
 OPS = {
-    "lut_linear": (["--shape", "64x128"], ["us lut_linear", "us device copy", "us cuBLAS fp16"]),
+    "lut_linear": (["--shape", "64x128"], ["us lut_linear", "device_copy_gb_per_s", "us cuBLAS fp16"]),
     "walsh_transform": (["--size", 64, "--size", 96], ["us walsh_transform", "us memcpy", "us dense matmul"]),
-    "kv_cache": (["--positions", 40], ["us kv_cache_attention", "us sdpa fp16", "us dequantize + sdpa"]),
+    "kv_cache": (
+        ["--positions", 40],
+        ["us kv_cache_attention", "device_copy_gb_per_s", "us sdpa fp16", "us dequantize + sdpa"],
+    ),
 }
 
 

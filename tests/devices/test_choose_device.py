@@ -1,11 +1,19 @@
 """Devices by name."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
-from rcp_kernels.hardware import choose_device, to_device_of
+from rcp_kernels.hardware import choose_device, fast_bfloat16, to_device_of
 
 
+def test_a_test_that_asks_for_no_device_runs_on_the_cpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert choose_device() == torch.device("cpu")
+
+
+@pytest.mark.usefixtures("device")
 def test_the_default_is_a_gpu_where_there_is_one(monkeypatch):
     assert choose_device().type == ("cuda" if torch.cuda.is_available() else "cpu")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -46,3 +54,26 @@ def test_ids_of_a_function_or_an_offloaded_module_stay(device):
     assert to_device_of(lambda ids: ids, ids) is ids
     assert to_device_of(torch.nn.Linear(1, 1, device="meta"), ids) is ids
     assert to_device_of(torch.nn.Linear(1, 1), ids).device.type == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("flags", "fast"),
+    [
+        ("flags : avx2 avx512f avx512_bf16", True),
+        ("flags : avx512f amx_bf16 amx_tile", True),
+        ("Features : asimd bf16", True),
+        ("flags : avx2 avx512f", False),
+        (None, False),
+    ],
+)
+def test_a_cpu_multiplies_bfloat16_fast_where_it_has_the_instructions(device, monkeypatch, flags, fast):
+    def read_text(path):
+        assert path == Path("/proc/cpuinfo")
+        if flags is None:
+            raise FileNotFoundError(path)
+        return flags
+
+    monkeypatch.setattr(Path, "read_text", read_text)
+    assert fast_bfloat16() is fast_bfloat16(torch.device("cpu")) is fast
+    if device.type != "cuda":
+        assert fast_bfloat16(device)

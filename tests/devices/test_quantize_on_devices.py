@@ -1,6 +1,7 @@
 """quantize on a device that is not the CPU: every method writes the CPU's directory."""
 
 import json
+import sys
 
 import pytest
 import torch
@@ -13,8 +14,12 @@ from safetensors.torch import load_file  # noqa: E402
 
 from rcp_kernels.data import by_name, corpus  # noqa: E402
 from rcp_kernels.models.load import load_float  # noqa: E402
-from rcp_kernels.pipeline import Recipe  # noqa: E402
-from rcp_kernels.pipeline.quantize import windows_of  # noqa: E402
+from rcp_kernels.ops import cuda_library  # noqa: E402
+from rcp_kernels.pipeline import Recipe, quantize  # noqa: E402
+from rcp_kernels.pipeline.quantize import _device_of_process  # noqa: E402
+from rcp_kernels.pipeline.steps import windows_of  # noqa: E402
+
+command = sys.modules[quantize.__module__]
 
 TRAINING = {
     "steps": 2,
@@ -105,3 +110,21 @@ def test_the_model_writes_its_text_on_the_device(device, model, tmp_path, monkey
         assert ids.device.type == "cpu"
     assert devices == [device, torch.device("cpu")]
     assert next(loaded.parameters()).device.type == "cpu"
+
+
+def test_missing_cuda_kernels_are_named_before_a_model_is_read(monkeypatch, tmp_path):
+    monkeypatch.setattr(command, "choose_device", lambda device: torch.device("cuda"))
+    monkeypatch.setattr(command, "_load", lambda *_: pytest.fail("read the model"))
+    monkeypatch.setattr(cuda_library, "MISSING", "no kernels here")
+    with pytest.raises(RuntimeError, match=r"^quantize: .*no kernels here"):
+        quantize(Recipe("no such model", "rtn", a_bits=8), tmp_path / "out", device="cuda")
+
+
+def test_under_torchrun_each_process_takes_the_device_of_its_rank(device, monkeypatch):
+    assert _device_of_process(torch.device("cuda", 1)) == torch.device("cuda", 1)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert _device_of_process(torch.device("cpu")) == torch.device("cpu")
+    assert _device_of_process(torch.device(device.type)) == torch.device(device.type, 1)
+    with pytest.raises(ValueError, match=f"no index.*got {device}; pass {device.type}"):
+        _device_of_process(device)

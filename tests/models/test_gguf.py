@@ -287,3 +287,17 @@ def test_the_demos_model(monkeypatch):
         if transformers.__version__ >= "5.20":
             assert ids == theirs(text).input_ids
             assert tokenizer.backend_tokenizer.to_str() == theirs.backend_tokenizer.to_str()
+
+
+def test_a_dtype_casts_the_weights_and_not_the_tables_of_rope(tmp_path):
+    """As from_pretrained does for a directory. A head that is tied stays tied."""
+    path = tmp_path / "tiny.gguf"
+    write_gguf(path, "llama")
+    exact, _ = load_float(str(path))
+    model, _ = load_float(str(path), "cpu", torch.bfloat16)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    for name, parameter in exact.named_parameters():
+        assert torch.equal(model.get_parameter(name), parameter.bfloat16())
+    for name, buffer in exact.named_buffers():
+        assert torch.equal(model.get_buffer(name), buffer)
+    assert model.config.dtype == torch.bfloat16

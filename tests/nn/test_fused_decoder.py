@@ -197,7 +197,7 @@ def decoded(model, cache, split=6, ids=IDS, **options):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["llama", "llama_tied", "qwen2", "gemma"])
+@pytest.mark.parametrize("name", ["llama", "llama_tied", "qwen2", "qwen3", "gemma"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_decode_attention_is_that_of_transformers(name, dtype, calls):
     """16-bit activations: nothing amplifies the rounding of the attention."""
@@ -288,7 +288,7 @@ def test_a_storage_report_is_the_same():
 @torch.no_grad()
 @pytest.mark.parametrize("name", NAMES)
 def test_generate_takes_the_default_cache(name, calls):
-    """Left padding, windows and norms of queries go through transformers; all give what attention=False gives."""
+    """Left padding and windows go through transformers; all give what attention=False gives."""
     model = quantized(name, act_bits=16)
     ids = torch.cat([torch.tensor([[0, 0, 0], [5, 6, 7]]), IDS], 1)
     for mask in (torch.ones_like(ids), (ids != 0).long()):
@@ -296,7 +296,7 @@ def test_generate_takes_the_default_cache(name, calls):
         for beams in (1, 3):
             del calls[:]
             tokens = fused(model, attention=True).generate(ids, **options, num_beams=beams)
-            plain = name in ("llama", "llama_tied", "qwen2", "gemma") and bool(mask.all())
+            plain = name in ("llama", "llama_tied", "qwen2", "qwen3", "gemma") and bool(mask.all())
             assert bool(calls) == plain
             assert torch.equal(tokens, fused(model).generate(ids, **options, num_beams=beams))
 

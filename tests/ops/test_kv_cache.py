@@ -260,22 +260,21 @@ class FakeQuantizedCache(transformers.DynamicCache):
 
 def tiny_model(head_dim: int = 16, model_type: str = "llama", **changes) -> transformers.PreTrainedModel:
     torch.manual_seed(0)
-    config = transformers.AutoConfig.for_model(
-        model_type,
-        vocab_size=97,
-        hidden_size=48,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=head_dim,
-        max_position_embeddings=1024,
-        initializer_range=0.2,
-        bos_token_id=1,
-        eos_token_id=None,
-        pad_token_id=0,
-        **changes,
-    )
+    fields = {
+        "vocab_size": 97,
+        "hidden_size": 48,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": head_dim,
+        "max_position_embeddings": 1024,
+        "initializer_range": 0.2,
+        "bos_token_id": 1,
+        "eos_token_id": None,
+        "pad_token_id": 0,
+    }
+    config = transformers.AutoConfig.for_model(model_type, **(fields | changes))
     return transformers.AutoModelForCausalLM.from_config(config).eval()
 
 

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rcp_kernels import PackedWeight, ops
+from rcp_kernels.ops.quantize_weight import quantize_weight
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
@@ -40,6 +41,20 @@ def test_dequantize_is_that_of_the_format(rows, columns, bits, group_size, dtype
     dense = ops.dequantize(ops.pack_weight(weight), weight.geometry, dtype)
     assert dense.dtype == dtype
     assert torch.equal(dense, weight.dequantize().to(dtype))
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("levels", ["kmeans", "uniform"])
+def test_dequantize_on_every_instruction_set(bits, levels):
+    weight = quantize_weight(torch.randn(21, 300), bits, 64, levels=levels)
+    blob, before = ops.pack_weight(weight), torch.ops.rcp_kernels.cpu_isa()
+    try:
+        for isa in range(torch.ops.rcp_kernels.cpu_isa_supported() + 1):
+            torch.ops.rcp_kernels.set_cpu_isa(isa)
+            for dtype in (torch.float32, torch.float16, torch.bfloat16):
+                assert torch.equal(ops.dequantize(blob, weight.geometry, dtype), weight.dequantize().to(dtype))
+    finally:
+        torch.ops.rcp_kernels.set_cpu_isa(before)
 
 
 @pytest.mark.parametrize("tensor_scale", [2.0**-60, 2.0**60])

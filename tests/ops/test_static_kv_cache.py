@@ -4,20 +4,26 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from rcp_kernels import OnlineRotation
+from rcp_kernels import OnlineRotation, quantize_model
 
 transformers = pytest.importorskip("transformers", reason="QuantizedKVCache is a transformers Cache")
 
 from test_kv_cache import generated, prompts, tiny_model  # noqa: E402
 
 from rcp_kernels.models.hf import cache_argument  # noqa: E402
-from rcp_kernels.nn import kv_layer  # noqa: E402
+from rcp_kernels.nn import fuse_decoder, kv_layer  # noqa: E402
 from rcp_kernels.nn.kv_cache import ATTENTION, QuantizedKVCache  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("error::FutureWarning")
 
 STEPS = 50
 FAMILIES = [("llama", {}), ("qwen3", {}), ("mistral", {"sliding_window": 8})]
+
+
+@pytest.fixture(autouse=True)
+def forget_compilations():
+    yield
+    torch._dynamo.reset()  # later tests count their own compilations
 
 
 @pytest.fixture
@@ -64,7 +70,7 @@ def decode_compiled(model, backend, dequantized):
 def test_one_compilation_serves_fifty_tokens(device, family, changes, dequantized):
     model = tiny_model(16, family, **changes).to(device)
     static = decode_compiled(model, "inductor" if device.type == "cuda" else "aot_eager", dequantized)
-    assert static.layers[0].storage.key_codes.device == device
+    assert static.layers[0].storage.key_codes.device == static.get_seq_length().device == device
     token = torch.zeros(2, 1, dtype=torch.int64, device=device)
     with torch.inference_mode():
         if device.type == "cuda":
@@ -72,6 +78,14 @@ def test_one_compilation_serves_fifty_tokens(device, family, changes, dequantize
         else:
             with pytest.raises(ValueError, match=r"must be 1 to 70, got 71.*larger capacity"):
                 model(token, **cache_argument(model, static))
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_fused_layers(device, family, dequantized):
+    model = tiny_model(16, family, hidden_size=64)
+    quantize_model(model, bits=4, group_size=32, act_bits=16, skip=("lm_head",))
+    fuse_decoder(model)
+    decode_compiled(model.to(device), "aot_eager", dequantized)
 
 
 def test_inductor_on_the_cpu(dequantized):

@@ -11,7 +11,8 @@ transformers = pytest.importorskip("transformers")
 from rcp_kernels.checkpoint import load_quantized  # noqa: E402
 from rcp_kernels.methods.rotate import rotation_of  # noqa: E402
 from rcp_kernels.pipeline import Recipe, evaluate, quantize  # noqa: E402
-from rcp_kernels.pipeline.quantize import rotate  # noqa: E402
+from rcp_kernels.pipeline import recipe as recipes  # noqa: E402
+from rcp_kernels.pipeline.steps import rotate  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +47,27 @@ def test_a_resolved_recipe_says_its_choices(linear):
         "method rtn, 4-bit weights in groups of 64, kmeans levels, 16-bit activations, 4-bit keys and values, "
         "no rotation"
     )
+
+
+@pytest.mark.parametrize(("method", "field", "slow"), [("rcp", "bf16", False), ("laquant", "dtype", "float32")])
+def test_a_training_computes_in_float32_where_bfloat16_is_slow(linear, monkeypatch, method, field, slow):
+    """By the device's capability; the recipe's own word counts more, and a resolved recipe keeps the choice."""
+    asked = []
+
+    def fast(device):
+        asked.append(device)
+        return device is not None
+
+    monkeypatch.setattr(recipes, "fast_bfloat16", fast)
+    there = Recipe("demo", method).resolve(linear, torch.device("cuda"))
+    assert there.training[field] != slow
+    assert "float32" not in str(there)
+    here = Recipe("demo", method).resolve(linear)
+    assert here.training[field] == slow
+    assert str(here).endswith(", training in float32")
+    assert asked == [torch.device("cuda"), None]
+    assert there.resolve(linear).training == there.training
+    assert here.resolve(linear, torch.device("cuda")).training == here.training
 
 
 def test_r4_mixes_blocks_where_intermediate_size_has_no_hadamard_matrix():

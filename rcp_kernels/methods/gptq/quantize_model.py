@@ -172,8 +172,11 @@ def gptq_quantize_model(
     for name, packed in result.items():
         linear = linears[name]
         if simulate:
-            with torch.no_grad():
-                linear.weight.copy_(packed.dequantize())
+            values = packed.dequantize().to(linear.weight.dtype)
+            if linear.weight.is_meta:
+                linear.weight = nn.Parameter(values, linear.weight.requires_grad)
+            else:
+                linear.weight.data.copy_(values)
         else:
             rotation = getattr(linear, "input_rotation", None)
             quantized = QuantLinear.from_packed(packed, linear.bias, act_bits, act_clip, rotation)

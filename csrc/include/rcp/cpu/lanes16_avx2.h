@@ -95,6 +95,16 @@ RCP_AVX2 RCP_INLINE void nibbles(const uint8_t* codes, int64_t bytes, Lanes& low
   high = {_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(odd)),
           _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_srli_si128(odd, 8)))};
 }
+RCP_AVX2 RCP_INLINE __m256 lookup8(__m256 low, __m256 high, __m128i codes) {
+  const __m256i code = _mm256_cvtepu8_epi32(codes);
+  const __m256 upper = _mm256_castsi256_ps(_mm256_slli_epi32(code, 28));  // bit 3 as the sign
+  return _mm256_blendv_ps(_mm256_permutevar8x32_ps(low, code), _mm256_permutevar8x32_ps(high, code), upper);
+}
+RCP_AVX2 RCP_INLINE Lanes lookup(const float values[16], const uint8_t codes[16]) {
+  const __m256 low = _mm256_loadu_ps(values), high = _mm256_loadu_ps(values + 8);
+  const __m128i raw = _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes));
+  return {lookup8(low, high, raw), lookup8(low, high, _mm_srli_si128(raw, 8))};
+}
 RCP_AVX2 RCP_INLINE __m256 halves(__m256i words) {
   const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(words, words), 0x08);
   return _mm256_cvtph_ps(_mm256_castsi256_si128(packed));

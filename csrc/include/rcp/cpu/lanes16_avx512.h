@@ -49,6 +49,10 @@ RCP_AVX512 RCP_INLINE void nibbles(const uint8_t* codes, int64_t bytes, Lanes& l
   low = _mm512_permutexvar_ps(wide, table);
   high = _mm512_permutexvar_ps(_mm512_srli_epi32(wide, 4), table);
 }
+RCP_AVX512 RCP_INLINE Lanes lookup(const float values[16], const uint8_t codes[16]) {
+  const __m512i wide = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes)));
+  return _mm512_permutexvar_ps(wide, _mm512_loadu_ps(values));
+}
 RCP_AVX512 RCP_INLINE void load_scales(const uint16_t* scales, Lanes& scale, Lanes& zero) {
   const __m512i raw = _mm512_loadu_si512(scales);
   scale = _mm512_cvtph_ps(_mm512_cvtepi32_epi16(raw));

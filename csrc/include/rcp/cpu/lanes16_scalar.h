@@ -78,6 +78,10 @@ RCP_INLINE void nibbles(const uint8_t* codes, int64_t bytes, Lanes& low, Lanes& 
   low = each([&](int i) { return FULL || i < bytes ? static_cast<float>(codes[i] & 15) : 0.0f; });
   high = each([&](int i) { return FULL || i < bytes ? static_cast<float>(codes[i] >> 4) : 0.0f; });
 }
+// values[codes[i]].
+RCP_INLINE Lanes lookup(const float values[16], const uint8_t codes[16]) {
+  return each([&](int i) { return values[codes[i]]; });
+}
 // The scales and zero-points of sixteen positions, which alternate in memory.
 RCP_INLINE void load_scales(const uint16_t* scales, Lanes& scale, Lanes& zero) {
   scale = each([&](int i) { return half_to_float(scales[2 * i]); });

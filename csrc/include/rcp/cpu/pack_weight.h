@@ -1,9 +1,14 @@
 // The canonical packed weight (docs/format.md) to the CPU's layout and back, and its values.
 #pragma once
 
+#include "rcp/cpu/lanes.h"
+#include "rcp/cpu/lanes16.h"
 #include "rcp/cpu/parallel.h"
 #include "rcp/cpu/weight_layout.h"
 #include "rcp/float_types.h"
+
+#define RCP_KERNELS "rcp/cpu/dequantize_vector.h"
+#include "rcp/cpu/each_isa.h"
 
 namespace rcp {
 
@@ -80,14 +85,15 @@ inline void unpack_weight(const WeightShape& shape, const uint8_t* packed, uint8
 
 // y [rows, columns] of `type`: (float32(level) * float32(scale)) * tensor_scale, rounded once more to a narrower type.
 inline void dequantize(const WeightShape& shape, const uint8_t* packed, float tensor_scale, void* y, FloatType type,
-                       const ThreadPool& pool) {
+                       Isa isa, const ThreadPool& pool) {
+  const auto kernel = RCP_FOR_ISA(isa, dequantize_row);
   detail::for_each_chunk_row(shape, packed, pool, [&](int64_t row, int64_t g, const ChunkRow& from) {
-    float values[16];
+    float values[16] = {};
     for (int c = 0; c < shape.levels(); ++c) {
       values[c] = static_cast<float>(from.level(c)) * half_to_float(from.scale()) * tensor_scale;
     }
-    const int64_t first = row * shape.columns + g * shape.group_size;
-    for (int64_t k = 0; k < shape.group_columns(g); ++k) store_float(y, type, first + k, values[from.code(k)]);
+    kernel(from.codes(), shape.bits, static_cast<int>(row % 16), values, shape.group_columns(g), type, y,
+           row * shape.columns + g * shape.group_size);
   });
 }
 
