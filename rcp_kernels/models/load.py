@@ -16,13 +16,14 @@ from torch import Tensor, nn
 
 from .. import extras
 from . import hf
-from .gguf import load_gguf
+from .gguf import gguf_config, load_gguf
 
 __all__ = [
     "DEMO",
     "check_loading",
     "encode",
     "find_demo_model",
+    "float_config",
     "group_size_of",
     "load_float",
     "read_config",
@@ -87,21 +88,10 @@ def load_float(
         if dtype != torch.float32:
             hf.cast(model, dtype)
         return model.to(device), tokenizer
-    # A hub id is NAME or OWNER/NAME. transformers would look for a mistyped path on the hub.
-    if not Path(name).is_dir() and (Path(name).is_absolute() or name[:1] in (".", "~") or name.count("/") > 1):
-        raise FileNotFoundError(f"model: {name} must be a model's directory, got no such directory; check the path")
-    extras.require("transformers", "safetensors")
+    float_config(name)
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    config = read_config(name)
-    quantization = getattr(config, "quantization_config", None)
-    if quantization is not None:
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else type(quantization).__name__
-        raise ValueError(
-            f"model: {name} must be a float model, got a quantized one (quant_method {method!r}); pass the float model "
-            f"that it was made of"
-        )
     local = Path(name).is_dir()
     tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=local)
     try:
@@ -124,10 +114,42 @@ def load_float(
     return model.to(device).eval(), tokenizer
 
 
-def _load_file(path: Path) -> tuple[nn.Module, Any]:
+def float_config(name: str) -> Any:
+    """The config of a float model of transformers. No weights are read.
+
+    Args:
+        name: as :func:`load_float` takes it. A directory needs no file but its config.json.
+
+    Raises:
+        MissingExtra, ValueError, OSError: as load_float.
+    """
+    file = _file_of(name)
+    if file is not None:
+        _check_file(file)
+        return gguf_config(file)
+    # A hub id is NAME or OWNER/NAME. transformers would look for a mistyped path on the hub.
+    if not Path(name).is_dir() and (Path(name).is_absolute() or name[:1] in (".", "~") or name.count("/") > 1):
+        raise FileNotFoundError(f"model: {name} must be a model's directory, got no such directory; check the path")
+    extras.require("transformers", "safetensors")
+    config = read_config(name)
+    quantization = getattr(config, "quantization_config", None)
+    if quantization is not None:
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else type(quantization).__name__
+        raise ValueError(
+            f"model: {name} must be a float model, got a quantized one (quant_method {method!r}); pass the float model "
+            f"that it was made of"
+        )
+    return config
+
+
+def _check_file(path: Path) -> None:
     if not path.is_file():
         raise FileNotFoundError(f"model: {path} must be a .gguf file, got no such file; check the path")
     extras.require("transformers", "gguf", "accelerate")
+
+
+def _load_file(path: Path) -> tuple[nn.Module, Any]:
+    _check_file(path)
     from transformers.utils import logging
 
     logging.set_verbosity_error()
