@@ -4,6 +4,8 @@ Supported: transformers 5.0 and later (pyproject.toml). The differences so far:
 
 - 5.24 renames the cache argument of models and layers from ``past_key_values`` to ``cache``; 5.40 drops the old name.
   A layer that gets the old name beside ``cache=None`` only warns and ignores it.
+- 5.0 computes positions on the host, from the cache's length, unless ``cache_position`` is passed. Later releases
+  compute them on the device, and have no such argument.
 - Later releases than 5.0 have ``AttentionInterface.get_interface``.
 - 5.24 lets a StaticCache take tokens back (``crop``).
 - 5.24 passes a layer's keyword arguments to ``Cache.update`` as ``kwargs``; 5.0 takes a dict of RoPE's tables.
@@ -31,6 +33,7 @@ __all__ = [
     "file_names",
     "float32_modules",
     "output_cache",
+    "position_argument",
     "skeleton",
     "tensor_state",
     "untie_head",
@@ -115,6 +118,19 @@ def cache_capacity(cache: Any) -> int | None:
         if positions is not None and positions >= 0 and not getattr(layer, "is_sliding", False):
             most.append(positions)
     return min(most, default=None)
+
+
+def position_argument(module: nn.Module, position: Tensor) -> dict[str, Tensor]:
+    """Keyword arguments that pass the positions of a step to a model, and keep it from reading the cache's length.
+
+    Args:
+        module: a causal language model.
+        position: int64 [1, tokens]. The result holds views of it.
+    """
+    parameters = inspect.signature(module.forward).parameters
+    if "cache_position" in parameters:
+        return {"cache_position": position[0]}
+    return {"position_ids": position} if "position_ids" in parameters else {}
 
 
 def untie_head(model: nn.Module, head: str) -> None:

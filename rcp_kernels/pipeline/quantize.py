@@ -99,7 +99,7 @@ def quantize(
         return None  # the first process writes
     if shard:
         model = _whole(recipe, work)
-    cast_floats(model.to("cpu"), dtype)
+    cast_floats(model, dtype)
     summary = Summary(
         out=out,
         storage=storage_report(model),
