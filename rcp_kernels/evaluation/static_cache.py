@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import nn
 
+from ..models.hf import croppable
+
 __all__ = ["static_cache"]
 
 
@@ -30,4 +32,4 @@ def static_cache(model: nn.Module, capacity: int, packed: bool = False) -> Any:
         return QuantizedKVCache(config, capacity=capacity, static=True)
     from transformers import StaticCache
 
-    return StaticCache(config, max_cache_len=capacity)
+    return croppable(StaticCache(config, max_cache_len=capacity))

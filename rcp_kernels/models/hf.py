@@ -7,6 +7,7 @@ Supported: transformers 5.0 and later (pyproject.toml). The differences so far:
 - 5.0 computes positions on the host, from the cache's length, unless ``cache_position`` is passed. Later releases
   compute them on the device, and have no such argument.
 - Later releases than 5.0 have ``AttentionInterface.get_interface``.
+- 5.24 lets a StaticCache take tokens back (``crop``).
 - 5.24 passes a layer's keyword arguments to ``Cache.update`` as ``kwargs``; 5.0 takes a dict of RoPE's tables.
 - ``_adjust_missing_and_unexpected_keys`` takes two sets and returns them in 5.0; it takes one report later.
 """
@@ -28,6 +29,7 @@ __all__ = [
     "cache_capacity",
     "cache_keyword",
     "cast",
+    "croppable",
     "file_names",
     "float32_modules",
     "output_cache",
@@ -85,6 +87,26 @@ def cache_argument(module: nn.Module | Callable[..., Any], cache: Any) -> dict[s
 def output_cache(output: Any) -> Any:
     """The key/value cache in a model's output."""
     return output.cache if hasattr(output, "cache") else output.past_key_values
+
+
+def croppable(cache: Any) -> Any:
+    """A StaticCache whose last tokens can be taken back. Before 5.24 its layers lack that, but count in a tensor."""
+    from transformers.cache_utils import StaticLayer
+
+    class CroppableStaticLayer(StaticLayer):
+        is_croppable = True
+
+        def crop(self, tokens_to_remove: int) -> None:
+            self.cumulative_length.sub_(abs(tokens_to_remove))
+
+    for layer in cache.layers:
+        if (
+            type(layer) is StaticLayer
+            and not getattr(layer, "is_croppable", False)
+            and isinstance(getattr(layer, "cumulative_length", None), Tensor)
+        ):
+            layer.__class__ = CroppableStaticLayer
+    return cache
 
 
 def cache_capacity(cache: Any) -> int | None:

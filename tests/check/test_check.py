@@ -6,13 +6,15 @@ import os
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.cache_utils import StaticLayer
 
 from rcp_kernels import ops
 from rcp_kernels.check import check_device, model, run
 from rcp_kernels.check.cases import Case, exactly, run_case, within
 from rcp_kernels.check.report import UNKNOWN, Report, card_facts
-from rcp_kernels.evaluation.decoding import Decoder
+from rcp_kernels.evaluation.decoding import Decoder, _can_capture
 from rcp_kernels.evaluation.static_cache import static_cache
+from rcp_kernels.models.hf import cache_argument
 
 CPU = torch.device("cpu")
 
@@ -281,6 +283,21 @@ def test_a_decode_step_reads_nothing_back(device, packed):
     with NoSynchronization():
         decoder.step()
     assert not decoder.captured
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_decoder_can_capture_the_cache(packed, monkeypatch):
+    """On every supported release of transformers: what a capture's warm-up decodes is taken back."""
+    # As before 5.24.
+    monkeypatch.setattr(StaticLayer, "is_croppable", False, raising=False)
+    llama, ids = model.small_llama(), torch.arange(6)[None]
+    cache = static_cache(llama, 16, packed)
+    assert _can_capture(llama, cache)
+    with torch.inference_mode():
+        expected = llama(ids, **cache_argument(llama, cache)).logits[:, -1]
+        cache.crop(-1)
+        found = llama(ids[:, -1:], position_ids=torch.tensor([[5]]), **cache_argument(llama, cache)).logits[:, -1]
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
 
 
 def test_a_step_without_a_graph_is_no_captured_step(monkeypatch):
