@@ -105,7 +105,7 @@ class TokenReader {
   }
 
   // The token's largest magnitude, in every thread.
-  __device__ __forceinline__ float amax(uint32_t (&warp_values)[8]) {
+  __device__ __forceinline__ float amax(uint4 (&warp_values)[2]) {
     uint32_t largest = 0;
 #pragma unroll
     for (int i = 0; i < KEPT; ++i) {
