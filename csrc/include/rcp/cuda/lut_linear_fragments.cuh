@@ -260,7 +260,7 @@ struct OneTokenSums {
       bits[0] += c[0];
       bits[1] += c[2];
     } else if constexpr (PartType::slots == 4) {
-      const uint32_t selector = 0x10 + lane % 4 * 0x22;  // bytes 2q and 2q + 1
+      const uint32_t selector = 0x10 + (lane & 3) * 0x22;  // bytes 2q and 2q + 1
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         const uint4& four = part.scales[0];

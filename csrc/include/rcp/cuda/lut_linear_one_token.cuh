@@ -87,7 +87,7 @@ class Steps {
   // Loads a part of the step that is next to be loaded, if there is one.
   __device__ __forceinline__ void load(PartType& buffer, int part) {
     if (load_unit_ >= block_.unit_end) return;
-    const uint8_t* tables_at = load_at_ + (block_.lane / 4 - block_.lane) * 16;
+    const uint8_t* tables_at = load_at_ + ((block_.lane >> 2) - block_.lane) * 16;
     const int n = load_unit_ == p_.units - 1 ? p_.tail_sub_blocks : unit_sub_blocks;
     if (n == unit_sub_blocks) {
       buffer.template load<false>(load_at_, tables_at + unit_layout<BITS, GROUP>().table_area(n), part, n);
@@ -124,7 +124,7 @@ __device__ __forceinline__ void fetch_activation(const uint8_t* columns, const u
                                                  uint32_t (&activation)[unit_sub_blocks][1][8]) {
   using PartType = fragments::Part<BITS, GROUP>;
   constexpr int steps = PartType::steps_per_slot;
-  const uint8_t* at = columns + lane % 4 * 32;
+  const uint8_t* at = columns + (lane & 3) * 32;
 #pragma unroll
   for (int first = 0; first < 4 * unit_sub_blocks; first += steps) {
     const int slot = first / steps % PartType::slots;
@@ -221,8 +221,9 @@ __global__ void __launch_bounds__(32 * gemv_warps, one_token_blocks(BITS, GROUP)
   const TokenScale scale = token_scale(token.amax(warp_values), p.call.clip, p.qmax, p.qmax_inverse);
   const int chunks = (block.unit_end - block.unit_begin) * unit_chunks;
   token.visit(chunks, [&](int chunk, const float (&values)[chunk_columns]) {
-    const auto at = unit_layout<BITS, GROUP>().fragment_place(chunk % 16 * chunk_columns);
-    *reinterpret_cast<uint2*>(bytes + chunk / 16 * sub_block_columns + at.q * 32 + at.step * 8) =
+    const auto index = static_cast<unsigned>(chunk);  // cheaper to divide
+    const auto at = unit_layout<BITS, GROUP>().fragment_place(index % 16 * chunk_columns);
+    *reinterpret_cast<uint2*>(bytes + index / 16 * sub_block_columns + at.q * 32 + at.step * 8) =
         quantize_chunk(values, scale.reciprocal, p.call.clip < 1.0f, p.qmax);
   });
   __syncthreads();
