@@ -114,8 +114,6 @@ if [ $status = 0 ]; then
   say "| emulated device | passed | beside it |"
 else
   failed=1
-  # A killed compiler leaves torch's lock behind, for which the tests would wait for ever.
-  rm -f build/tests/emulated_device_*/lock
   say "| emulated device | FAILED: exit status $status | beside it |"
 fi
 
