@@ -35,7 +35,8 @@ OLDEST_VENV := $(VENV)-oldest
 OLDEST_TESTS := $(addprefix tests/,$(addprefix checkpoint/test_,writers_and_readers.py special_cases.py checkpoint.py \
   model_card.py) integrations/test_transformers.py $(addprefix nn/test_fused_decoder,.py _models.py) \
   $(addprefix ops/test_kv_cache,.py _arguments.py) $(addprefix methods/test_,rotate.py rotate_record.py gptq.py \
-  gptq_model.py laquant.py rcp.py rcp_refuses.py student.py) $(addprefix cli/test_,quantize.py refuses.py))
+  gptq_model.py laquant.py rcp.py rcp_refuses.py student.py) $(addprefix cli/test_,evaluate.py quantize.py refuses.py) \
+  evaluation/test_decoding.py ops/test_static_kv_cache.py)
 # Another torch is another environment: its name is part of the stamp's name.
 TORCH_STAMP := $(STAMPS)/torch-$(firstword $(shell printf '%s' '$(TORCH)' | cksum))
 BUILD_INPUTS := setup.py pyproject.toml $(wildcard tools/cuda_toolkit.*) $(shell find csrc -type f)

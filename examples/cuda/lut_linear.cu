@@ -1,7 +1,9 @@
 // One launch of lut_linear without torch: random weights and activations, checked against a double-precision loop.
 //
 //   nvcc -O3 -std=c++17 -arch=sm_80 -I csrc/include examples/cuda/lut_linear.cu -o lut_linear
-//   ./lut_linear [rows columns bits act_bits tokens [group_size]]
+//   ./lut_linear [rows columns bits act_bits tokens [group_size [row_tiles]]]
+//
+// row_tiles: of a block of the kernel for one token, instead of the plan's choice.
 //
 // Float32 activations. act_bits 16 only with -DWITH_ACT_BITS_16: without it the program consists of instructions that
 // simulators of PTX know.
@@ -100,7 +102,7 @@ cudaError_t launch(const rcp::cuda::LutLinearCall& call, const rcp::cuda::LutLin
 }
 
 // Packs the weight and multiplies on the device.
-bool run(const Layer& layer, int act_bits, std::vector<float>* y) {
+bool run(const Layer& layer, int act_bits, int row_tiles, std::vector<float>* y) {
   int device = 0, sm_count = 0, major = 0, minor = 0;
   if (!check(cudaGetDevice(&device), "cudaGetDevice") ||
       !check(cudaDeviceGetAttribute(&sm_count, cudaDevAttrMultiProcessorCount, device), "multiprocessors") ||
@@ -114,7 +116,14 @@ bool run(const Layer& layer, int act_bits, std::vector<float>* y) {
   call.x_type = rcp::FloatType::float32, call.clip = 1.0f;
   call.tokens = layer.tokens, call.rows = layer.layout.rows, call.columns = layer.layout.columns;
   call.bits = layer.layout.bits, call.group_size = static_cast<int>(layer.layout.group_size), call.act_bits = act_bits;
-  const rcp::cuda::LutLinearPlan plan = rcp::cuda::plan_lut_linear(call, sm_count, 10 * major + minor);
+  rcp::cuda::LutLinearPlan plan = rcp::cuda::plan_lut_linear(call, sm_count, 10 * major + minor);
+  if (row_tiles > 0) {
+    const bool early = plan.early_launch;
+    plan = rcp::cuda::plan_detail::gemv_plan(layer.layout, plan.kernel, 1, row_tiles, layer.layout.units());
+    plan.early_launch = early;
+  }
+  std::printf("%lld x %lld blocks of %d row tiles, %d multiprocessors\n", static_cast<long long>(plan.grid_x),
+              static_cast<long long>(plan.grid_y), plan.row_tiles, sm_count);
   const std::vector<unsigned> counters(plan.counter_bytes / 4 + 1, 0u);
   if (!to_device(layer.codes, &pack.codes) || !to_device(layer.tables, &pack.levels) ||
       !to_device(layer.scales, &pack.scales) || !to_device(layer.x, &call.x) || !to_device(*y, &call.y) ||
@@ -188,11 +197,14 @@ int main(int argc, char** argv) {
   const auto argument = [&](int i, int64_t otherwise) { return argc > i ? std::atoll(argv[i]) : otherwise; };
   const int64_t rows = argument(1, 2048), columns = argument(2, 4096), tokens = argument(5, 1);
   const int bits = static_cast<int>(argument(3, 2)), act_bits = static_cast<int>(argument(4, 4));
-  const int64_t group_size = argument(6, 128);
+  const int64_t group_size = argument(6, 128), row_tiles = argument(7, 0);
   const bool group_fits = group_size == 32 || group_size == 64 || group_size == 128 || group_size == columns;
   if (rows < 1 || columns < 1 || tokens < 1 || bits < 2 || bits > 4 || !group_fits ||
-      (act_bits != 4 && act_bits != 8 && act_bits != 16)) {
-    std::printf("lut_linear [rows columns bits 2|3|4 act_bits 4|8|16 tokens [group_size 32|64|128|columns]]\n");
+      (act_bits != 4 && act_bits != 8 && act_bits != 16) || row_tiles < 0 || row_tiles > 16 ||
+      (row_tiles > 0 && (tokens > 1 || act_bits == 16 || columns > 16384))) {
+    std::printf(
+        "lut_linear [rows columns bits 2|3|4 act_bits 4|8|16 tokens [group_size 32|64|128|columns\n"
+        "           [row_tiles 1..16: one token, act_bits 4 or 8, up to 16384 columns]]]\n");
     return 1;
   }
 #ifndef WITH_ACT_BITS_16
@@ -203,6 +215,6 @@ int main(int argc, char** argv) {
 #endif
   const Layer layer({rows, columns, group_size, bits}, tokens);
   std::vector<float> y(static_cast<size_t>(tokens * rows), NAN);
-  if (!run(layer, act_bits, &y)) return 2;
+  if (!run(layer, act_bits, static_cast<int>(row_tiles), &y)) return 2;
   return compare(layer, act_bits, y) <= 1.0 ? 0 : 1;
 }

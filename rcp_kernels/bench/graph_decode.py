@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import hardware
-from ..evaluation.captured import WARM_UP, DecodeStep, captured, static_cache
+from ..evaluation.decoding import Decoder
+from ..evaluation.static_cache import static_cache
 from ..formats import PackedWeight
 from ..nn.quant_linear import QuantLinear
 from .decode import SHAPES, _random_llama, weight_counts
@@ -53,8 +53,8 @@ def decode_seconds(
 ) -> Iterator[tuple[str, float]]:
     """Median seconds per token at batch 1 of the float model and of each packed model, after 128 tokens.
 
-    On CUDA a token is one replay of a CUDA graph, timed by events. The weights of a token outgrow L2. Elsewhere a token
-    is one eager step by the clock. Each model is built, measured and freed before the next.
+    On CUDA a token is a replay of one CUDA graph and the choice of the token, timed by events. The weights outgrow L2.
+    Elsewhere a token is an eager step by the clock. Each model is built, measured and freed before the next.
 
     Args:
         shape: arguments of LlamaConfig.
@@ -102,34 +102,31 @@ def _measure(
 ) -> float:
     model = _random_llama(shape, linear, {}).to(device=device, dtype=dtype)
     prompt: Tensor = torch.randint(0, 32, (1, _CONTEXT), device=device)
-    if packed_cache:
-        from ..nn.kv_cache import use_packed_attention
-
-        reason = use_packed_attention(model)
-        if reason is not None:
-            raise RuntimeError(reason)
-    # Beside the timed steps: one that raises the clock, or that finds its caches cold.
-    step = DecodeStep(model, prompt, static_cache(model, _CONTEXT + WARM_UP + 1 + new_tokens, packed_cache))
+    # Beside the timed steps: one that captures the graph, or finds its caches cold, and one that raises the clock.
+    decoder = Decoder(model, prompt, cache=static_cache(model, _CONTEXT + 2 + new_tokens, packed_cache))
+    for _ in range(2):
+        decoder.step()
+    decoder.wait()
     if device.type != "cuda":
-        return _clocked(step, new_tokens, device)
-    run = captured(step)
-    run()  # an idle card has a low clock
+        return _clocked(decoder, new_tokens)
+    if not decoder.captured:
+        raise RuntimeError("the decode step was not captured in a CUDA graph")
     events: list[tuple[Any, Any]] = []
     for _ in range(new_tokens):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
-        run()
+        decoder.step()
         end.record()
         events.append((start, end))
     torch.cuda.synchronize(device)
     return statistics.median(start.elapsed_time(end) / 1e3 for start, end in events)
 
 
-def _clocked(step: Callable[[], None], new_tokens: int, device: torch.device) -> float:
+def _clocked(decoder: Decoder, new_tokens: int) -> float:
     samples = []
-    for _ in range(new_tokens + 1):  # the first finds its caches cold
+    for _ in range(new_tokens):
         start = time.perf_counter()
-        step()
-        hardware.synchronize(device)
+        decoder.step()
+        decoder.wait()
         samples.append(time.perf_counter() - start)
-    return statistics.median(samples[1:])
+    return statistics.median(samples)

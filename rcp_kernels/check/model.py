@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from .. import extras
 from ..checkpoint import QuantizationConfig, load_quantized, save_quantized
-from ..evaluation.captured import WARM_UP, DecodeStep, captured, static_cache
+from ..evaluation.decoding import Decoder
+from ..evaluation.static_cache import static_cache
 from ..models.hf import cache_argument
 from ..nn.quant_linear import QuantLinear
 from ..nn.quantize_model import quantize_model
@@ -155,21 +156,16 @@ def _captured(bits: int, act_bits: int, packed_cache: bool, device: torch.device
         raise Skipped("not CUDA")
     _need_transformers()
     model = _pack(small_llama(), bits, act_bits).to(device)
-    if packed_cache:
-        _use_packed_cache(model)
-    prompt = _prompt().to(device)
     sequences = []
-    for capture in (False, True):
-        step = DecodeStep(model, prompt, static_cache(model, _CAPACITY, packed_cache))
-        if capture:
-            run = captured(step)
-        else:
-            run = step
-            for _ in range(WARM_UP):  # as captured() does. A capture itself computes nothing
-                step()
-        tokens = []
+    # A Decoder with a forward of its own does not capture it.
+    for forward in (model, None):
+        cache = static_cache(model, _PROMPT + _NEW_TOKENS, packed_cache)
+        decoder = Decoder(model, _prompt(), cache=cache, forward=forward)
+        tokens = [decoder.token]
         for _ in range(_NEW_TOKENS):
-            run()
-            tokens.append(step.token.clone())
+            decoder.step()
+            tokens.append(decoder.token)
         sequences.append(torch.cat(tokens))
+    if not decoder.captured:
+        raise RuntimeError("the decode step was not captured in a CUDA graph")
     yield exactly("tokens of the graph", sequences[1], sequences[0])

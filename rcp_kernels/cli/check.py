@@ -40,8 +40,8 @@ def check(
         float | None,
         typer.Option(
             min=1.0,
-            help=f"--bench: budget of the timings in seconds; the default is {_SECONDS:.0f}. What it leaves out is "
-            "listed. On the CPU a budget below 120 takes small shapes.",
+            help=f"The budget of the timings of --bench in seconds; the default is {_SECONDS:.0f}. What it leaves out "
+            "is listed. On the CPU a budget below 120 takes small shapes.",
         ),
     ] = None,
     out: Annotated[

@@ -47,10 +47,11 @@ def torch_dtype(dtype: DType | None) -> torch.dtype | None:
     return None if dtype is None else getattr(torch, dtype.value)
 
 
-def _check_device(name: str | None) -> str | None:
-    """Refuse a device that is not there before a model is loaded."""
+def _check_device(ctx: typer.Context, name: str | None) -> str | None:
+    """Refuse a device that is not there before a model is loaded. A dry run may be for another machine."""
     try:
-        choose_device(name)
+        if not ctx.params.get("dry_run"):
+            choose_device(name)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
     return name

@@ -123,6 +123,10 @@ def quantize(
     shard: Annotated[
         bool, typer.Option("--shard", help="Under torchrun, split model and optimizer of rcp over the processes.")
     ] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Print the memory, disk and time that the run would need, and stop."),
+    ] = False,
     device: Device = None,
     threads: Threads = None,
 ) -> None:
@@ -149,6 +153,11 @@ def quantize(
         chosen = Recipe(**fields)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
+    if dry_run:
+        from ..pipeline.dry_run import dry_run as needs
+
+        print(needs(chosen, device=device, shard=shard))
+        return
     with Phases() as phases:
         summary = run(chosen, out, resume=resume, shard=shard, device=device, progress=phases)
     if summary is not None:

@@ -6,7 +6,6 @@ of a token. The loop here runs the prompt, and then steps of one token that are 
 
 from __future__ import annotations
 
-import inspect
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..hardware import synchronize, to_device_of
-from ..models.hf import cache_argument, cache_capacity, cache_keyword, output_cache
+from ..models.hf import cache_argument, cache_capacity, cache_keyword, output_cache, position_argument
 
 __all__ = ["Decoder", "decode_loop", "decode_seconds", "greedy_tokens"]
 
@@ -55,9 +54,8 @@ class Decoder:
         self._held = prompts.shape[1]
         self._tokens = prompts[:, -1:].clone()
         self._arguments = {"use_cache": True, "logits_to_keep": 1, **cache_argument(model, self._cache)}
-        if "position_ids" in inspect.signature(model.forward).parameters:
-            self._position = torch.full((1, 1), self._held, device=prompts.device)
-            self._arguments["position_ids"] = self._position
+        self._position = torch.full((1, 1), self._held, device=prompts.device)
+        self._arguments |= position_argument(model, self._position)
         self._captures = prompts.is_cuda and forward is None and _can_capture(model, self._cache)
         self._graph: torch.cuda.CUDAGraph | None = None
 
@@ -65,6 +63,11 @@ class Decoder:
     def token(self) -> Tensor:
         """The likeliest next token of each prompt, int64 [prompts, 1]."""
         return self.logits.argmax(-1, keepdim=True)
+
+    @property
+    def captured(self) -> bool:
+        """Whether the last step was a replay of a CUDA graph."""
+        return self._graph is not None
 
     @torch.inference_mode()
     def step(self, tokens: Tensor | None = None) -> None:
@@ -97,8 +100,7 @@ class Decoder:
 
     def _run(self, tokens: Tensor) -> Tensor:
         logits: Tensor = self._forward(input_ids=tokens, **self._arguments).logits[:, -1]
-        if "position_ids" in self._arguments:
-            self._position.add_(1)
+        self._position.add_(1)
         return logits
 
     def _capture(self) -> torch.cuda.CUDAGraph:
@@ -109,8 +111,7 @@ class Decoder:
             for _ in range(_WARM_UP_STEPS):
                 self._run(self._tokens)
                 self._cache.crop(-1)
-                if "position_ids" in self._arguments:
-                    self._position.sub_(1)
+                self._position.sub_(1)
         torch.cuda.current_stream(self._tokens.device).wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import torch
@@ -11,9 +12,21 @@ from torch import Tensor, nn
 
 from ..hardware import to_device_of
 from ..models import Architecture, describe
+from ..models.lazy import has_values, values_of
 from ..nn.quant_linear import type_of
 
-__all__ = ["Diverged", "check_calibration_ids", "check_vocabulary", "first_layer_inputs", "float_linears", "run_layer"]
+__all__ = [
+    "Diverged",
+    "check_calibration_ids",
+    "check_vocabulary",
+    "device_of",
+    "first_layer_inputs",
+    "float_linears",
+    "on_device",
+    "placed",
+    "replaced_forward",
+    "run_layer",
+]
 
 
 class Diverged(RuntimeError):
@@ -65,7 +78,7 @@ def float_linears(model: nn.Module, architecture: Architecture, where: str) -> d
                 f"model"
             )
     for name, parameter in model.named_parameters():
-        if parameter.is_meta:
+        if not has_values(parameter):
             raise ValueError(
                 f"{where}: {name} must have values, got a parameter on the meta device, where accelerate keeps "
                 f"offloaded parameters; load the whole model into memory, without offloading"
@@ -73,16 +86,92 @@ def float_linears(model: nn.Module, architecture: Architecture, where: str) -> d
     return linears  # type: ignore[return-value]
 
 
+def device_of(model: nn.Module) -> torch.device:
+    """The device of a language model: that of its embedding."""
+    weight: Tensor = model.get_input_embeddings().weight  # type: ignore[operator]
+    return weight.device
+
+
+def on_device(
+    hidden: Tensor, device: torch.device, budget: int | None, needed: int, copies: int = 1
+) -> tuple[Tensor, int]:
+    """Hidden states on a device if a budget allows it.
+
+    Args:
+        hidden: any shape, on any device.
+        device: where the layers run.
+        budget: bytes on the device for activations between layers. None for 9/10 of the memory that is free there, less
+            ``needed``, and for 0 where torch cannot tell the free memory.
+        needed: bytes that the layers take on the device.
+        copies: tensors like ``hidden`` that have to fit together.
+
+    Returns:
+        The hidden states, and the bytes of the budget that are left.
+    """
+    if budget is None:
+        ask = None if device.type == "cpu" else getattr(torch.get_device_module(device), "mem_get_info", None)
+        budget = 0 if ask is None else max(0, ask(device)[0] * 9 // 10 - needed)
+    size = copies * hidden.nbytes
+    return (hidden, budget) if size > budget else (hidden.to(device), budget - size)
+
+
+@contextlib.contextmanager
+def placed(module: nn.Module, device: torch.device, skip: Collection[int] = ()) -> Iterator[None]:
+    """Put a module on a device inside the ``with`` block. Its own parameters and buffers come back unchanged.
+
+    Changes that are made on another device are therefore lost.
+
+    Args:
+        module: float. Parameters on the meta device are read from their source.
+        device: where the module runs.
+        skip: ``id`` of parameters that stay where they are.
+    """
+    kept: list[tuple[dict[str, Any], str, Tensor]] = []
+    try:
+        for inner in module.modules():
+            tables: tuple[dict[str, Any], ...] = inner._parameters, inner._buffers
+            for table in tables:
+                for name, tensor in table.items():
+                    if tensor is None or tensor.device == device or id(tensor) in skip:
+                        continue
+                    moved = values_of(tensor, device)
+                    if isinstance(tensor, nn.Parameter):
+                        moved = nn.Parameter(moved, requires_grad=tensor.requires_grad)
+                    kept.append((table, name, tensor))
+                    table[name] = moved
+        yield
+    finally:
+        for table, name, tensor in kept:
+            table[name] = tensor
+
+
+@contextlib.contextmanager
+def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Replace the ``forward`` of a module inside the ``with`` block."""
+    installed = vars(module).get("forward")  # by a hook, for example accelerate's
+    module.forward = forward
+    try:
+        yield
+    finally:
+        del module.forward
+        if installed is not None:
+            module.forward = installed
+
+
 @torch.no_grad()
-def first_layer_inputs(model: nn.Module, ids: Tensor) -> tuple[Tensor, list[dict[str, Any]]]:
+def first_layer_inputs(
+    model: nn.Module, ids: Tensor, device: torch.device | None = None
+) -> tuple[Tensor, list[dict[str, Any]]]:
     """The input of the first decoder layer, and the other arguments of each layer.
 
     The other arguments (attention mask, position embeddings, ...) depend only on the length of the sequences. One pass
-    of the first sequence through all layers records them. Their batch dimension is 1, so they serve any batch.
+    of the first sequence records them. Their batch dimension is 1, so they serve any batch. The decoder layers do not
+    run, so their weights may lie anywhere.
 
     Args:
         model: a causal language model that :func:`rcp_kernels.models.describe` knows, in eval mode.
-        ids: int64 [n, seq], full sequences without padding.
+        ids: int64 [n, seq] on any device, full sequences without padding.
+        device: of the other arguments. None for the model's.
 
     Returns:
         hidden [n, seq, hidden_size] in the dtype and on the device of the model, and for each layer a dictionary of
@@ -97,28 +186,45 @@ def first_layer_inputs(model: nn.Module, ids: Tensor) -> tuple[Tensor, list[dict
     hidden: list[Tensor] = []
     keywords: list[dict[str, Any]] = []
 
-    def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def recorder(module: nn.Module) -> Callable[..., Tensor]:
         names = list(inspect.signature(module.forward).parameters)
-        call = {**dict(zip(names, args, strict=False)), **kwargs}
-        x = call.pop(names[0])
-        if module is layers[0]:
-            hidden.append(x)
-        if len(keywords) < len(layers):
-            keywords.append(call)
-        if len(keywords) == len(layers):
-            raise _Stop
 
-    handles = [layer.register_forward_pre_hook(keep, with_kwargs=True) for layer in layers]
-    try:
+        def forward(*args: Any, **kwargs: Any) -> Tensor:
+            call = {**dict(zip(names, args, strict=False)), **kwargs}
+            x = call.pop(names[0])
+            if module is layers[0]:
+                hidden.append(x)
+            if len(keywords) < len(layers):
+                keywords.append(call)
+            if len(keywords) == len(layers):
+                raise _Stop
+            # Where a layer returns a tuple, the model takes the first row of this. No argument depends on it.
+            return hidden[0]
+
+        return forward
+
+    with contextlib.ExitStack() as stack:
+        for layer in layers:
+            stack.enter_context(replaced_forward(layer, recorder(layer)))
         for row in ids.split(1):
-            try:
+            with contextlib.suppress(_Stop):
                 model(input_ids=to_device_of(model, row), use_cache=False)
-            except _Stop:
-                pass
-    finally:
-        for handle in handles:
-            handle.remove()
-    return torch.cat(hidden), keywords
+    moved: dict[int, Tensor] = {}
+    device = device_of(model) if device is None else device
+    return torch.cat(hidden), [_moved(call, device, moved) for call in keywords]
+
+
+def _moved(value: Any, device: torch.device, seen: dict[int, Tensor]) -> Any:
+    """Arguments of a layer on a device. ``seen`` has the tensors that were moved: layers share them."""
+    if isinstance(value, Tensor):
+        if id(value) not in seen:
+            seen[id(value)] = value.to(device)
+        return seen[id(value)]
+    if isinstance(value, dict):
+        return {key: _moved(each, device, seen) for key, each in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_moved(each, device, seen) for each in value)
+    return value
 
 
 def run_layer(layer: Callable[..., Any], hidden: Tensor, keywords: dict[str, Any]) -> Tensor:

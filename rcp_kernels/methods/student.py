@@ -96,10 +96,12 @@ class FakeQuantLinear(nn.Module):
                 x = fake_quantize_activation(x, self.act_bits, self.act_clip)
             except ValueError as error:
                 raise ValueError(f"layer {self.name}: {error}") from None
-        autocast = torch.is_autocast_enabled(x.device.type)
-        dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
-        weight = self.quantizer(self.weight, dtype) if self._quantized is None else self._quantized
-        return functional.linear(x, weight, None if self.bias is None else self.bias.to(dtype))
+        weight = self._quantized
+        if weight is None:
+            kind = "cpu" if x.is_meta else x.device.type  # torch has no autocast for the meta device
+            autocast = torch.is_autocast_enabled(kind)
+            weight = self.quantizer(self.weight, torch.get_autocast_dtype(kind) if autocast else x.dtype)
+        return functional.linear(x, weight, None if self.bias is None else self.bias.to(weight.dtype))
 
     def export(self) -> QuantLinear:
         """The packed layer. Its weight is bit for bit the quantized weight of training."""

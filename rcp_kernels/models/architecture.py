@@ -68,6 +68,26 @@ class Architecture:
     head_dim: int
     gain_offset: float
 
+    @property
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """(out_features, in_features) of the linear layers of a decoder layer: q k v o gate up down."""
+        queries, values = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        hidden, intermediate = self.hidden_size, self.intermediate_size
+        return {
+            "q": (queries, hidden),
+            "k": (values, hidden),
+            "v": (values, hidden),
+            "o": (hidden, queries),
+            "gate": (intermediate, hidden),
+            "up": (intermediate, hidden),
+            "down": (hidden, intermediate),
+        }
+
+    @property
+    def layer_weights(self) -> int:
+        """Number of weights in the linear layers of a decoder layer."""
+        return sum(rows * columns for rows, columns in self.shapes.values())
+
 
 def describe(model: nn.Module) -> Architecture:
     """The architecture of a model, by its ``config.model_type``.

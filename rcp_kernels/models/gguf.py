@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-__all__ = ["load_gguf"]
+__all__ = ["gguf_config", "load_gguf"]
 
 # The model_type of transformers by the general.architecture of a file.
 _MODEL_TYPES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gemma2": "gemma2", "gemma3": "gemma3_text"}
@@ -78,8 +78,7 @@ def load_gguf(path: Path) -> tuple[nn.Module, Any]:
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    with path.open("rb") as file:
-        data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+    data = _mapped(path)
     # transformers reads a file of another version or byte order, or names its fault.
     if data[:4] == _MAGIC and struct.unpack_from("<I", data, 4)[0] in _VERSIONS:
         header = _read_header(data)
@@ -91,6 +90,28 @@ def load_gguf(path: Path) -> tuple[nn.Module, Any]:
     where = {"gguf_file": path.name, "local_files_only": True}
     tokenizer = AutoTokenizer.from_pretrained(path.parent, **where)
     return AutoModelForCausalLM.from_pretrained(path.parent, dtype=torch.float32, **where).eval(), tokenizer
+
+
+def gguf_config(path: Path) -> Any:
+    """The config of transformers of a GGUF file, without a look at its weights.
+
+    Raises:
+        ValueError, LookupError, TypeError, RuntimeError, struct.error: as :func:`load_gguf`.
+    """
+    from transformers import AutoConfig
+
+    data = _mapped(path)
+    config = None
+    if data[:4] == _MAGIC and struct.unpack_from("<I", data, 4)[0] in _VERSIONS:
+        config = _config(_read_header(data), path)
+    if config is None:
+        config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
+    return config
+
+
+def _mapped(path: Path) -> memoryview:
+    with path.open("rb") as file:
+        return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
 
 
 def _read_header(view: memoryview) -> _Header:

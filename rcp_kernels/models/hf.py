@@ -4,7 +4,10 @@ Supported: transformers 5.0 and later (pyproject.toml). The differences so far:
 
 - 5.24 renames the cache argument of models and layers from ``past_key_values`` to ``cache``; 5.40 drops the old name.
   A layer that gets the old name beside ``cache=None`` only warns and ignores it.
+- 5.0 computes positions on the host, from the cache's length, unless ``cache_position`` is passed. Later releases
+  compute them on the device, and have no such argument.
 - Later releases than 5.0 have ``AttentionInterface.get_interface``.
+- 5.24 lets a StaticCache take tokens back (``crop``).
 - 5.24 passes a layer's keyword arguments to ``Cache.update`` as ``kwargs``; 5.0 takes a dict of RoPE's tables.
 - ``_adjust_missing_and_unexpected_keys`` takes two sets and returns them in 5.0; it takes one report later.
 """
@@ -26,9 +29,11 @@ __all__ = [
     "cache_capacity",
     "cache_keyword",
     "cast",
+    "croppable",
     "file_names",
     "float32_modules",
     "output_cache",
+    "position_argument",
     "skeleton",
     "tensor_state",
     "untie_head",
@@ -84,6 +89,26 @@ def output_cache(output: Any) -> Any:
     return output.cache if hasattr(output, "cache") else output.past_key_values
 
 
+def croppable(cache: Any) -> Any:
+    """A StaticCache whose last tokens can be taken back. Before 5.24 its layers lack that, but count in a tensor."""
+    from transformers.cache_utils import StaticLayer
+
+    class CroppableStaticLayer(StaticLayer):
+        is_croppable = True
+
+        def crop(self, tokens_to_remove: int) -> None:
+            self.cumulative_length.sub_(abs(tokens_to_remove))
+
+    for layer in cache.layers:
+        if (
+            type(layer) is StaticLayer
+            and not getattr(layer, "is_croppable", False)
+            and isinstance(getattr(layer, "cumulative_length", None), Tensor)
+        ):
+            layer.__class__ = CroppableStaticLayer
+    return cache
+
+
 def cache_capacity(cache: Any) -> int | None:
     """The most positions that a cache holds, or None if it grows or rolls over."""
     most = []
@@ -93,6 +118,19 @@ def cache_capacity(cache: Any) -> int | None:
         if positions is not None and positions >= 0 and not getattr(layer, "is_sliding", False):
             most.append(positions)
     return min(most, default=None)
+
+
+def position_argument(module: nn.Module, position: Tensor) -> dict[str, Tensor]:
+    """Keyword arguments that pass the positions of a step to a model, and keep it from reading the cache's length.
+
+    Args:
+        module: a causal language model.
+        position: int64 [1, tokens]. The result holds views of it.
+    """
+    parameters = inspect.signature(module.forward).parameters
+    if "cache_position" in parameters:
+        return {"cache_position": position[0]}
+    return {"position_ids": position} if "position_ids" in parameters else {}
 
 
 def untie_head(model: nn.Module, head: str) -> None:

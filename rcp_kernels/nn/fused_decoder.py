@@ -64,6 +64,10 @@ def fuse_decoder(model: nn.Module, attention: bool = True) -> None:
         ):
             target.__dict__[_PLAN] = plan
             target.__class__ = make(type(target))  # type: ignore[arg-type]  # classes are hashable
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    if type(head) is nn.Linear:
+        head.__dict__[_PLAN] = None
+        head.__class__ = _Head
 
 
 def unfuse_decoder(model: nn.Module) -> None:
@@ -86,6 +90,19 @@ def unfuse_decoder(model: nn.Module) -> None:
 def is_fused(model: nn.Module) -> bool:
     """Whether :func:`fuse_decoder` has fused a layer of the model."""
     return any(_PLAN in module.__dict__ for module in model.modules())
+
+
+class _Head(nn.Linear):
+    """A float head for the last token of a prompt.
+
+    transformers passes ``hidden[:, -1:]``, with the strides of the whole prompt. For such strides torch 2.13 copies a
+    frozen weight and multiplies by bmm: 2.6 s for the head of LLaMA-2-7B in bfloat16 on one core, instead of 0.02 s.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        if input.dim() > 1 and input.shape[-2] == 1:
+            input = input.clone(memory_format=torch.contiguous_format)
+        return super().forward(input)
 
 
 # Each class is made once for a class of transformers. It is a subclass of it: isinstance checks still hold.

@@ -194,7 +194,9 @@ def use_packed_attention(model: Any) -> str | None:
 def _packed_mask(attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
     """transformers' mask interface: no mask for one query that sees all positions before it, as the kernel says so."""
     plain = kwargs.get("mask_function", causal_mask_function) is causal_mask_function
-    if attention_mask is None and plain and kwargs.get("q_length") == 1:
+    # transformers 5.0 passes the positions of the queries.
+    queries = kwargs["q_length"] if "q_length" in kwargs else len(kwargs["cache_position"])
+    if attention_mask is None and plain and queries == 1:
         return None
     return sdpa_mask(attention_mask=attention_mask, **kwargs)
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..models.lazy import values_of
 from .online_rotation import OnlineRotation
 
 __all__ = ["model_digest"]
@@ -31,7 +32,7 @@ def model_digest(model: nn.Module) -> str:
     integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}
     for name, parameter in model.named_parameters():
         digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}".encode())
-        bits = parameter.detach().view(integers[parameter.element_size()])
+        bits = values_of(parameter).view(integers[parameter.element_size()])
         digest.update(bits.sum(-1, dtype=torch.int64).cpu().numpy().tobytes())
     for name, module in model.named_modules():
         if isinstance(module, OnlineRotation):

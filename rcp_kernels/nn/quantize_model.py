@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
+from ..models.lazy import values_of
+from ..ops.nearest_codes import CHUNK_WEIGHTS
 from ..ops.quantize_weight import quantize_weight
 from .quant_linear import QuantLinear
 from .report import StorageReport, storage_report
 from .rotated_linear import RotatedLinear
 
-__all__ = ["LayerReport", "QuantizationReport", "quantize_model"]
+__all__ = ["LayerReport", "QuantizationReport", "device_bytes", "quantize_model"]
 
 # The output head decides the quality of every token. A head that is tied to the embedding is stored in 16 bits anyway.
 _DEFAULT_SKIP = ("lm_head",)
@@ -101,6 +104,7 @@ def quantize_model(
     skip: Iterable[str] = _DEFAULT_SKIP,
     act_clip: float = 1.0,
     progress: Callable[[int, int, str], None] | None = None,
+    device: str | torch.device | None = None,
 ) -> QuantizationReport:
     """Replace every ``nn.Linear`` of a model by a :class:`QuantLinear`, in place.
 
@@ -123,6 +127,8 @@ def quantize_model(
             or a full dotted name ("model.layers.0.mlp").
         act_clip: in (0, 1].
         progress: called after each layer with the number of finished layers, their total, and the name of the layer.
+        device: where weights are quantized, one after the other. None for the device of each layer. Packed layers are
+            on the device of their linear layers.
 
     Returns:
         The replaced layers and their sizes.
@@ -137,7 +143,8 @@ def quantize_model(
     layers: list[LayerReport] = []
     for done, (linear, names) in enumerate(targets, start=1):
         try:
-            weight = quantize_weight(linear.weight, bits, group_size, levels)
+            home = "cpu" if linear.weight.is_meta else linear.weight.device
+            weight = quantize_weight(values_of(linear.weight, device), bits, group_size, levels).to(home)
             rotation = linear.input_rotation if isinstance(linear, RotatedLinear) else None
             module = QuantLinear.from_packed(weight, linear.bias, act_bits, act_clip, rotation).train(linear.training)
         except (TypeError, ValueError) as error:
@@ -152,6 +159,18 @@ def quantize_model(
         for name in names:
             model.set_submodule(name, module)
     return QuantizationReport(layers, kept, storage_report(model))
+
+
+def device_bytes(weights: int, levels: str = "kmeans") -> int:
+    """Peak bytes of :func:`quantize_model` on its device, if the model lies elsewhere.
+
+    Args:
+        weights: of the largest layer.
+        levels: as :func:`rcp_kernels.quantize_weight`. The figures are for tables of 16 levels a group of 128.
+    """
+    chosen = {"uniform": 12, "clip": 42, "kmeans": 45}[levels]
+    # The check for NaN takes 7 bytes a weight beside the 4 of the weight itself. Levels are chosen in parts.
+    return 4 * weights + max(7 * weights, chosen * min(weights, CHUNK_WEIGHTS))
 
 
 def _targets(model: nn.Module, skip: Iterable[str]) -> tuple[list[tuple[nn.Linear, list[str]]], list[str]]:

@@ -8,9 +8,10 @@ Quantize a model from Python::
     print(summary)
 """
 
+from .dry_run import DryRun, dry_run
 from .evaluate import evaluate
 from .generate import generate
 from .quantize import quantize
 from .recipe import Recipe
 
-__all__ = ["Recipe", "evaluate", "generate", "quantize"]
+__all__ = ["DryRun", "Recipe", "dry_run", "evaluate", "generate", "quantize"]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..evaluation.decoding import decode_loop
+from ..evaluation.static_cache import static_cache
 from ..hardware import to_device_of
 from ..models.hf import cache_keyword
 from .evaluate import attend_packed, check_positions, say
@@ -69,9 +70,7 @@ def _make_cache(model: nn.Module, kv_bits: int, clip: float, capacity: int, alon
         return QuantizedKVCache(settings, clip, capacity, static=packed)
     # A GPU captures a step on a cache of fixed capacity. On the CPU attention would read the whole capacity.
     if alone and next(model.parameters()).device.type != "cpu" and getattr(model, "_can_compile_fullgraph", False):
-        from transformers import StaticCache
-
-        return StaticCache(config=settings, max_cache_len=capacity)
+        return static_cache(model, capacity)
     return None
 
 

@@ -20,7 +20,7 @@ from torch import nn
 
 from .. import __version__, hardware
 from ..checkpoint import QuantizationConfig, cast_floats, check_fits, check_output, save_quantized
-from ..data.by_name import Progress, check_text
+from ..data.by_name import TEXTS, Progress, check_text
 from ..hardware import choose_device
 from ..methods.laquant.layer_losses import losses_csv, losses_png
 from ..methods.layers import check_vocabulary
@@ -29,7 +29,9 @@ from ..methods.rcp.training_state import write_curve
 from ..methods.rotate.rotate_model import Rotated
 from ..methods.student import export_student
 from ..models import describe
+from ..models.lazy import values_of
 from ..models.load import load_float, source_bytes, source_dtype
+from ..models.load_lazily import can_load_lazily, load_lazily
 from ..nn import storage_report
 from .recipe import Recipe, ResolvedRecipe, recipe_text
 from .steps import quantize_layers, rotate, windows_of
@@ -99,7 +101,7 @@ def quantize(
         return None  # the first process writes
     if shard:
         model = _whole(recipe, work)
-    cast_floats(model.to("cpu"), dtype)
+    cast_floats(model, dtype)
     summary = Summary(
         out=out,
         storage=storage_report(model),
@@ -139,11 +141,13 @@ def _device_of_process(device: torch.device) -> torch.device:
 
 def _load(recipe: Recipe, progress: Progress) -> tuple[nn.Module, Any]:
     progress("reading the model", 0, 1, recipe.model)
-    model, tokenizer = load_float(recipe.model)
+    # A model that is trained as a whole, or writes its text, has to be in memory.
+    lazily = recipe.method != "rcp" and recipe.text not in TEXTS and can_load_lazily(recipe.model)
+    model, tokenizer = load_lazily(recipe.model) if lazily else load_float(recipe.model)
     progress("reading the model", 1, 1, recipe.model)
     for name, parameter in model.named_parameters():
         # No method reads all weights, so NaN and Inf could first show in the quantized model.
-        if not bool(torch.isfinite(parameter).all()):
+        if not bool(torch.isfinite(values_of(parameter)).all()):
             raise ValueError(f"quantize: {name} must be finite, got NaN or Inf; check the checkpoint for overflow")
     return model, tokenizer
 

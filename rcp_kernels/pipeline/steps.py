@@ -79,11 +79,12 @@ def windows_of(
 def rotate(model: nn.Module, recipe: ResolvedRecipe, device: torch.device | None = None) -> Rotated | None:
     """Rotate a float model in place as a recipe says; None without a rotation.
 
+    ``device`` computes; the model stays where it is.
+
     R4 mixes blocks of group_size where intermediate_size has no Hadamard matrix.
     """
     if recipe.rotation == "none":
         return None
-    model.to(device)
     blocks = None
     try:
         factor_size(describe(model).intermediate_size)
@@ -97,6 +98,7 @@ def rotate(model: nn.Module, recipe: ResolvedRecipe, device: torch.device | None
         r4_group_size=blocks,
         seed=recipe.seed,
         untie=recipe.untie_head,
+        device=device,
     )
 
 
@@ -118,7 +120,7 @@ def quantize_layers(
         work: folder for the training's state; None keeps no state.
         progress: see :data:`rcp_kernels.data.by_name.Progress`.
         shard: see :func:`quantize`. The model holds only a shard of the weights afterwards.
-        device: to compute on. None: the device that the model is on.
+        device: to compute on, one decoder layer after the other. The model stays where it is. None: its own device.
 
     Returns:
         Fields of report.json about the layers or the training.
@@ -130,10 +132,9 @@ def quantize_layers(
     if recipe.method == "rcp":
         assert ids is not None
         return _train(model, recipe.rcp, ids, work, progress, shard, device)
-    model.to(device)
     bits, group_size = recipe.w_bits, recipe.group_size
     if recipe.method == "rtn":
-        quantize_model(model, bits, group_size, recipe.a_bits, recipe.levels, progress=layer_done)
+        quantize_model(model, bits, group_size, recipe.a_bits, recipe.levels, device=device, progress=layer_done)
         return {}
     assert ids is not None
     if recipe.method == "gptq":
@@ -145,6 +146,7 @@ def quantize_layers(
             act_bits=recipe.a_bits,
             kv_bits=recipe.kv_bits,
             levels=recipe.levels,
+            device=device,
             progress=layer_done,
         )
         return {"layers": [dataclasses.asdict(error) for error in layers.errors]}
@@ -154,6 +156,7 @@ def quantize_layers(
         ids,
         recipe.laquant,
         directory=work,
+        device=device,
         progress=lambda layer, step, loss: layer_done(layer, count, f"step {step}, loss {loss:.4g}"),
     )
     return {"layers": result.losses, "lookahead": recipe.laquant.lookahead}

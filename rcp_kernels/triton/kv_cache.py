@@ -14,24 +14,17 @@ zero-point are applied to the results.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ..ops.kv_cache import check_append, check_attention, check_storage
+from .kv_cache_tiles import POSITIONS, operand, pairs, splits_of, tile_config
 from .runtime import INTERPRETED, has_tensor_cores, on_device_of
 
 # mypy knows no types for the arguments of kernels.
 # mypy: allow-untyped-defs, allow-incomplete-defs
-
-# The number of positions of a split is a multiple of this, and that of a tile divides it.
-_POSITIONS = 64
-# Splits of one head. More programs than a GPU can run at once only make the second kernel longer.
-_MOST_SPLITS = 64
-_PROGRAMS = 512
 
 
 # Triton compiles a kernel again for an argument of 1 or a multiple of 16. Numbers that grow with the text are excluded.
@@ -266,49 +259,6 @@ def _join_kernel(partial_ptr, out_ptr, rows, splits, HEAD_DIM: tl.constexpr, PAI
     tl.store(out_ptr + 2 * pair + 1, (odd / total).to(out_ptr.dtype.element_ty), mask=2 * pair + 1 < HEAD_DIM)
 
 
-def pairs(head_dim: int) -> int:
-    """Nibble pairs of a vector, padded to what a tile and a dot product can have."""
-    return max(16, triton.next_power_of_2((head_dim + 1) // 2))
-
-
-def operand(dtype: torch.dtype, tensor_cores_take_bfloat16: bool) -> tl.dtype:
-    """The type in which codes, queries and weights are multiplied. Sums are always float32.
-
-    bfloat16 queries stay exact in bfloat16; before sm_80, whose tensor cores are the first to take it, in float32.
-    """
-    if dtype == torch.float16:
-        return tl.float16
-    return tl.bfloat16 if dtype == torch.bfloat16 and tensor_cores_take_bfloat16 else tl.float32
-
-
-@dataclass(frozen=True)
-class Tile:
-    """What a program of the attention kernel works on at a time. Compile-time constants."""
-
-    rows: int
-    positions: int
-    part: int  # nibble pairs per dot product
-    warps: int
-
-
-def tile_config(head_dim: int, operand_type: tl.dtype, tensor_cores: bool) -> Tile:
-    """Tensor cores take no fewer than 16 rows. Without them, a thread has all of both operands' k in registers: few
-    rows, few positions and a part of k at a time keep that below 255 of them.
-    """
-    if tensor_cores and operand_type != tl.float32:
-        wide = pairs(head_dim) > 64
-        return Tile(16, 32 if wide else 64, pairs(head_dim), 4)
-    return Tile(4, 16, min(pairs(head_dim), 64), 4)
-
-
-def splits_of(programs: int, positions: int) -> tuple[int, int]:
-    """How many splits, and positions of each, where `programs` programs share one."""
-    blocks = -(-positions // _POSITIONS)
-    splits = max(1, min(blocks, _MOST_SPLITS, _PROGRAMS // max(programs, 1)))
-    size = -(-blocks // splits) * _POSITIONS
-    return -(-positions // size), size
-
-
 def kv_cache_append(
     x: Tensor, codes: Tensor, scales: Tensor, position: int, clip: float = 1.0, held: Tensor | None = None
 ) -> None:
@@ -371,9 +321,9 @@ def kv_cache_attention(
         return out.zero_()
     groups, rows = heads // kv_heads, heads // kv_heads * queries
     if window > 0:
-        # The kernel starts at a multiple of _POSITIONS.
-        reach = min(positions, window + queries - 1 + _POSITIONS - 1)
-        first = max(0, length - queries - window + 1) // _POSITIONS * _POSITIONS
+        # The kernel starts at a multiple of POSITIONS.
+        reach = min(positions, window + queries - 1 + POSITIONS - 1)
+        first = max(0, length - queries - window + 1) // POSITIONS * POSITIONS
         positions = length - first if held is None else reach
     cores = has_tensor_cores(query.device)
     operand_type = operand(query.dtype, cores and not INTERPRETED)
@@ -394,7 +344,7 @@ def kv_cache_attention(
             query, key_codes, key_scales, value_codes, value_scales, key_codes if mask is None else mask,
             key_codes if held is None else held, partial, rows, queries, kv_heads, groups, capacity, length, size,
             scale * 1.4426950408889634, window, *mask_strides, head_dim, pairs(head_dim), tile.part, tile.rows,
-            tile.positions, causal, window > 0, mask is not None, held is not None, operand_type, _POSITIONS,
+            tile.positions, causal, window > 0, mask is not None, held is not None, operand_type, POSITIONS,
             num_warps=tile.warps,
         )  # fmt: skip
         _join_kernel[(batch * heads * queries,)](partial, out, rows, splits, head_dim, pairs(head_dim), num_warps=1)

@@ -6,13 +6,15 @@ import os
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.cache_utils import StaticLayer
 
 from rcp_kernels import ops
 from rcp_kernels.check import check_device, model, run
 from rcp_kernels.check.cases import Case, exactly, run_case, within
 from rcp_kernels.check.report import UNKNOWN, Report, card_facts
-from rcp_kernels.evaluation.captured import DecodeStep, static_cache
-from rcp_kernels.nn.kv_cache import use_packed_attention
+from rcp_kernels.evaluation.decoding import Decoder, _can_capture
+from rcp_kernels.evaluation.static_cache import static_cache
+from rcp_kernels.models.hf import cache_argument
 
 CPU = torch.device("cpu")
 
@@ -275,23 +277,38 @@ class NoSynchronization(TorchDispatchMode):
 @pytest.mark.parametrize("packed", [False, True])
 def test_a_decode_step_reads_nothing_back(device, packed):
     llama = model.small_llama().to(device)
-    if packed:
-        assert use_packed_attention(llama) is None
-    prompt = torch.arange(5, device=device)[None]
-    step = DecodeStep(llama, prompt, static_cache(llama, 16, packed))
-    step()
-    addresses = step.token.data_ptr()
+    # With a forward of its own the Decoder does not capture the step, whose operators are then seen.
+    decoder = Decoder(llama, torch.arange(5)[None], cache=static_cache(llama, 16, packed), forward=llama)
+    decoder.step()
     with NoSynchronization():
-        step()
-    assert step.token.data_ptr() == addresses
+        decoder.step()
+    assert not decoder.captured
 
 
-def test_a_decode_step_decodes_greedily():
-    llama = model.small_llama()
-    ids = torch.arange(5)[None]
-    step = DecodeStep(llama, ids, static_cache(llama, 16))
-    for _ in range(8):
-        with torch.inference_mode():
-            ids = torch.cat([ids, llama(ids).logits[:, -1:].argmax(-1)], 1)
-        assert step.token.item() == ids[0, -1].item()
-        step()
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_decoder_can_capture_the_cache(packed, monkeypatch):
+    """On every supported release of transformers: what a capture's warm-up decodes is taken back."""
+    # As before 5.24.
+    monkeypatch.setattr(StaticLayer, "is_croppable", False, raising=False)
+    llama, ids = model.small_llama(), torch.arange(6)[None]
+    cache = static_cache(llama, 16, packed)
+    assert _can_capture(llama, cache)
+    with torch.inference_mode():
+        expected = llama(ids, **cache_argument(llama, cache)).logits[:, -1]
+        cache.crop(-1)
+        found = llama(ids[:, -1:], position_ids=torch.tensor([[5]]), **cache_argument(llama, cache)).logits[:, -1]
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_a_step_without_a_graph_is_no_captured_step(monkeypatch):
+    """The case must not pass where a Decoder silently runs its steps one by one."""
+    case = next(case for case in run.all_cases() if case.op == "captured decode")
+    assert run_case(case, CPU).note == "not CUDA"
+
+    class CallsItselfCuda:
+        type = "cuda"
+
+    monkeypatch.setattr(torch.nn.Module, "to", lambda module, device: module)
+    outcome = run_case(case, CallsItselfCuda())
+    assert outcome.status == "fail"
+    assert "was not captured" in outcome.note

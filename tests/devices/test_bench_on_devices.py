@@ -74,7 +74,7 @@ def test_a_whole_model_decodes_there(run, device, monkeypatch, tmp_path):
 
     def step(self):
         original(self)
-        seen.add(self._token.device)
+        seen.add(self.token.device)
 
     monkeypatch.setattr(decode.Decoder, "step", step)
     options = ["--model", "tiny", "--context", 4, "--new-tokens", 3, "--act-bits", 8]

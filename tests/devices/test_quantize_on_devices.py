@@ -17,7 +17,7 @@ from rcp_kernels.models.load import load_float  # noqa: E402
 from rcp_kernels.ops import cuda_library  # noqa: E402
 from rcp_kernels.pipeline import Recipe, quantize  # noqa: E402
 from rcp_kernels.pipeline.quantize import _device_of_process  # noqa: E402
-from rcp_kernels.pipeline.steps import windows_of  # noqa: E402
+from rcp_kernels.pipeline.steps import quantize_layers, rotate, windows_of  # noqa: E402
 
 command = sys.modules[quantize.__module__]
 
@@ -81,6 +81,34 @@ def test_every_method_writes_the_directory_of_the_cpu(run, device, model, text, 
             torch.testing.assert_close(there[name], tensor, rtol=2e-3, atol=1e-4)
         elif device.type != "cuda":  # the emulated device runs the CPU's kernels; a GPU's sums may move single codes
             assert torch.equal(there[name], tensor), name
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq", "laquant"])
+def test_the_model_stays_on_the_cpu_and_its_head_tied(device, method):
+    """The device holds a layer or two, and never the model."""
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=24,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=64,
+        tie_word_embeddings=True,
+    )
+    model = transformers.LlamaForCausalLM(config).eval()
+    total = sum(parameter.nbytes for parameter in model.parameters())
+    fields = {name: value for name, value in METHODS[method].items() if name != "samples"}
+    recipe = Recipe("tiny", method, group_size=32, **fields).resolve(model, device)
+    module = torch.get_device_module(device)
+    before = module.memory_allocated()
+    module.reset_peak_memory_stats()
+    rotate(model, recipe, device)
+    quantize_layers(model, recipe, torch.randint(64, (2, 8)), device=device)
+    assert 0 < module.max_memory_allocated() - before < total / 2
+    assert module.memory_allocated() - before < 4096  # the tables of transforms stay cached
+    assert {tensor.device.type for tensor in (*model.parameters(), *model.buffers())} == {"cpu"}
+    assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
 @pytest.fixture

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import functools
+import hashlib
+import importlib.util
+import os
+import subprocess
 import sys
+import sysconfig
 import types
 from pathlib import Path
 from typing import Any
@@ -21,18 +26,38 @@ def extension() -> Any:
 
     The first call compiles it, in about 40 seconds, and registers device "emulated" in this process.
     """
-    from torch.utils.cpp_extension import load as compile_and_load
-
-    version = torch.__version__.replace(".", "_").replace("+", "_")
-    folder = _SOURCE.parents[2] / "build" / "tests" / f"emulated_device_{version}"
-    folder.mkdir(parents=True, exist_ok=True)
-    # torch locks the folder: of two test processes one compiles and the other waits.
-    module = compile_and_load(
-        "emulated_device", [str(_SOURCE)], build_directory=str(folder), extra_cflags=["-O1", "-std=c++20"]
-    )
+    module = _module(_compiled())
     torch.utils.rename_privateuse1_backend("emulated")
     torch._register_device_module("emulated", _device_module(module))
     torch.utils.generate_methods_for_privateuse1_backend()
+    return module
+
+
+def _compiled() -> Path:
+    """The compiled extension, which is written under another name and then renamed: two processes may both compile."""
+    from torch.utils.cpp_extension import include_paths, library_paths
+
+    content = f"{torch.__version__} {sys.version}".encode() + _SOURCE.read_bytes()
+    folder = _SOURCE.parents[2] / "build" / "tests"
+    path = folder / f"emulated_device_{hashlib.sha256(content).hexdigest()[:16]}.so"
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(f".{os.getpid()}")
+        command = [os.environ.get("CXX", "c++"), "-O1", "-std=c++20", "-shared", "-fPIC", str(_SOURCE), "-o", str(part)]
+        command += ["-DTORCH_EXTENSION_NAME=emulated_device", "-DTORCH_API_INCLUDE_EXTENSION_H"]
+        command += [f"-isystem{include}" for include in (*include_paths(), sysconfig.get_path("include"))]
+        command += [f"-L{library}" for library in library_paths()]
+        subprocess.run([*command, "-lc10", "-ltorch_cpu", "-ltorch", "-ltorch_python"], check=True)
+        part.replace(path)
+    return path
+
+
+def _module(path: Path) -> Any:
+    spec = importlib.util.spec_from_file_location("emulated_device", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
     return module
 
 

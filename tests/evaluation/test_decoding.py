@@ -9,6 +9,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 transformers = pytest.importorskip("transformers")
 
+from transformers.cache_utils import StaticLayer  # noqa: E402
+
 from rcp_kernels import quantize_model  # noqa: E402
 from rcp_kernels.evaluation.decoding import Decoder, _can_capture, decode_loop, greedy_tokens  # noqa: E402
 from rcp_kernels.models.hf import cache_argument, cache_keyword  # noqa: E402
@@ -190,6 +192,8 @@ class Graph:
 @pytest.mark.parametrize("kind", ["static", "4 bits, static"])
 def test_a_capture_takes_its_warm_up_back(kind, monkeypatch):
     """Only the CUDA calls are replaced: positions and cache have to be those of decoding without a capture."""
+    if kind == "static" and not hasattr(StaticLayer, "crop"):
+        pytest.skip("this release of transformers cannot crop its StaticCache")
     model = make_model()
     model.set_attn_implementation(ATTENTION if "4 bits" in kind else "sdpa")
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: types.SimpleNamespace(wait_stream=lambda other: None))
@@ -212,7 +216,7 @@ def test_a_capture_takes_its_warm_up_back(kind, monkeypatch):
     [
         ("the model's own", "default", False),
         ("4 bits", "default", False),
-        ("static", "default", True),
+        ("static", "default", hasattr(StaticLayer, "crop")),
         ("4 bits, static", "default", True),
         ("4 bits, static", "dynamic", False),
     ],

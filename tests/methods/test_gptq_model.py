@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from rcp_kernels import QuantLinear
 from rcp_kernels.methods import student
-from rcp_kernels.methods.gptq import gptq_quantize_model
+from rcp_kernels.methods.gptq import captured_layer, gptq_quantize_model
 from rcp_kernels.methods.gptq import quantize_model as gptq
-from rcp_kernels.methods.gptq.quantize_model import KeptOutputs
+from rcp_kernels.methods.gptq.captured_layer import KeptOutputs
 from rcp_kernels.methods.layers import first_layer_inputs, run_layer
 from rcp_kernels.ops.quantize_activation import quantize_activation_reference
 
@@ -162,7 +162,7 @@ def test_a_model_that_ignores_the_cache_is_refused(ids: Tensor, monkeypatch: pyt
 
 
 def test_kept_outputs_do_not_show(ids: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gptq, "_BATCH_TOKENS", 3 * 48)  # four batches
+    monkeypatch.setattr(captured_layer, "BATCH_TOKENS", 3 * 48)  # four batches
     results, runs = [], []
     for limit in (1 << 30, 0, 100_000):
         monkeypatch.setattr(gptq, "_KEPT_BYTES", limit)
@@ -172,9 +172,9 @@ def test_kept_outputs_do_not_show(ids: Tensor, monkeypatch: pytest.MonkeyPatch) 
         results.append(gptq_quantize_model(model, ids, group_size=32, act_bits=8, kv_bits=4))
         runs.append(len(heads))
         assert all("forward" not in vars(module) for module in model.modules())
-    # One pass for the keywords, then four passes over four batches. The last two reuse the attention's output.
-    assert runs[0] == 1 + 2 * 4
-    assert runs[1] == 1 + 4 * 4
+    # Four passes over four batches. The last two reuse the attention's output.
+    assert runs[0] == 2 * 4
+    assert runs[1] == 4 * 4
     assert runs[0] < runs[2] < runs[1]
     for other in results[1:]:
         for name, packed in results[0].items():

@@ -1,12 +1,14 @@
 """fuse_decoder on tiny models of every family: bit-equal to the same steps apart, close to transformers' own."""
 
 import copy
+from typing import ClassVar
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from rotated_models import IDS, NAMES, logits, make_model, transformers
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from rcp_kernels import OnlineRotation, QuantLinear, ops, quantize_model
 from rcp_kernels.formats import merge_rows
@@ -368,3 +370,26 @@ def test_what_cannot_be_exact_stays_apart():
         assert not merge_linears([*linears((16,)), *linears((16,), **change)]), change
     with pytest.raises(ValueError, match="bits must be the same"):
         merge_rows([quantize_weight(torch.randn(4, 32), bits, 32) for bits in (2, 3)])
+
+
+def test_a_frozen_head_is_not_copied_for_the_last_token_of_a_prompt():
+    class Calls(TorchDispatchMode):
+        names: ClassVar[list[str]] = []
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.names.append(func._schema.name)
+            return func(*args, **(kwargs or {}))
+
+    model = quantized("llama", dtype=torch.bfloat16).requires_grad_(False)
+    head = model.lm_head
+    hidden = torch.randn(1, 7, head.in_features, dtype=torch.bfloat16)[:, -1:]
+    with torch.no_grad():
+        expected = head(hidden)
+        fuse_decoder(model)
+        with Calls():
+            found = head(hidden)
+    assert "aten::bmm" not in Calls.names
+    assert "aten::mm" in Calls.names
+    torch.testing.assert_close(found, expected)
+    unfuse_decoder(model)
+    assert type(model.lm_head) is torch.nn.Linear

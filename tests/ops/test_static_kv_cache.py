@@ -10,7 +10,7 @@ transformers = pytest.importorskip("transformers", reason="QuantizedKVCache is a
 
 from test_kv_cache import generated, prompts, tiny_model  # noqa: E402
 
-from rcp_kernels.models.hf import cache_argument  # noqa: E402
+from rcp_kernels.models.hf import cache_argument, position_argument  # noqa: E402
 from rcp_kernels.nn import fuse_decoder, kv_layer  # noqa: E402
 from rcp_kernels.nn.kv_cache import ATTENTION, QuantizedKVCache  # noqa: E402
 
@@ -54,9 +54,10 @@ def decode_compiled(model, backend, dequantized):
         token = model(ids, **cache_argument(model, growing)).logits[:, -1:].argmax(-1)
         model(ids, **cache_argument(model, static))
         dequantized.clear()
-        for _ in range(STEPS):
+        for i in range(STEPS):
             expected = model(token, **cache_argument(model, growing)).logits
-            found = step(input_ids=token, **cache_argument(model, static)).logits
+            position = position_argument(model, torch.tensor([[20 + i]], device=model.device))
+            found = step(input_ids=token, **position, **cache_argument(model, static)).logits
             torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
             token = expected[:, -1:].argmax(-1)
     assert counter.frame_count == 1

@@ -20,7 +20,8 @@ if [ -n "$FAILS" ] && [[ "$*" == *"$FAILS"* ]]; then exit 3; fi
 if [ -n "$HANGS" ] && [[ "$*" == *"$HANGS"* ]]; then sleep 60; fi
 exit 0
 """
-SANITIZER = '#!/bin/bash\necho "SANITIZER $*" | tr "\\n" " " >>"$CALLS"; echo >>"$CALLS"\n'
+# One write for each call: three run at a time.
+SANITIZER = '#!/bin/bash\necho "SANITIZER $(echo "$*" | tr "\\n" " ")" >>"$CALLS"\n'
 
 
 @pytest.fixture

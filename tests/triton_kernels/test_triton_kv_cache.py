@@ -70,7 +70,7 @@ def compiled(kernel_name: str, dtype: torch.dtype, head_dim: int, architecture: 
         "MASK": masked,
         "HELD": masked,
         "OPERAND": operand,
-        "BLOCK": kernels._POSITIONS,
+        "BLOCK": kernels.POSITIONS,
     }
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
     signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in kernel.arg_names}

@@ -64,6 +64,7 @@ class Counters:
     blocks: int = 0
     threads: int = 0
     uses_local_memory: bool = False
+    early: bool = False  # may begin before the previous launch has ended
 
     @property
     def warp_instructions(self) -> int:

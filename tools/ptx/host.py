@@ -29,6 +29,7 @@ _LAUNCH = ctypes.CFUNCTYPE(
     ctypes.POINTER(ctypes.c_uint),
     ctypes.POINTER(ctypes.c_void_p),
     ctypes.c_size_t,
+    ctypes.c_int,
 )
 _FILL = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t)
 _ALLOCATE = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_size_t)
@@ -58,12 +59,15 @@ class HostProgram:
         self.capability, self.sm_count = int(arch.split("_")[1]), sm_count
         self.library = ctypes.CDLL(str(_library(source, arch, includes, defines, flags)))
 
-    def call(self, name: str, memory: Memory, *arguments: object, **options: object) -> tuple[int, list[Counters]]:
+    def call(
+        self, name: str, memory: Memory, *arguments: object, early_buffers: tuple[str, ...] = (), **options: object
+    ) -> tuple[int, list[Counters]]:
         """Calls a function that returns int.
 
         Args:
             memory: that its pointers are into.
             arguments: a Buffer is passed as a pointer, an int as int64, a float as double, ctypes objects as they are.
+            early_buffers: as :func:`ptx.launch`, for launches with the attribute programmaticStreamSerialization.
             options: order, blocks_at_once, races, count_memory of :func:`ptx.launch`.
 
         Returns:
@@ -75,7 +79,7 @@ class HostProgram:
         counters: list[Counters] = []
         failures: list[BaseException] = []
 
-        def on_launch(kernel, grid, block, pointers, shared):
+        def on_launch(kernel, grid, block, pointers, shared, early):
             if failures:
                 return _LAUNCH_FAILURE
             try:
@@ -83,12 +87,10 @@ class HostProgram:
                 packed = b""
                 for parameter, pointer in zip(parameters, pointers, strict=False):
                     packed += bytes(-len(packed) % parameter.align) + ctypes.string_at(pointer, parameter.size)
-                sizes = {"grid": tuple(grid[:3]), "block": tuple(block[:3])}
-                counters.append(
-                    launch(
-                        self.module, kernel.decode(), memory, arguments=packed, shared_bytes=shared, **sizes, **options
-                    )
-                )
+                more = {"grid": tuple(grid[:3]), "block": tuple(block[:3]), "shared_bytes": shared}
+                if early:
+                    more["early_buffers"] = early_buffers
+                counters.append(launch(self.module, kernel.decode(), memory, arguments=packed, **more, **options))
             except BaseException as failure:
                 failures.append(failure)
                 return _LAUNCH_FAILURE

@@ -6,8 +6,8 @@
 #include <string>
 #include <vector>
 
-using Launch = int (*)(const char* kernel, const unsigned* grid, const unsigned* block, void** arguments,
-                       size_t shared);
+using Launch = int (*)(const char* kernel, const unsigned* grid, const unsigned* block, void** arguments, size_t shared,
+                       int early);
 using Fill = int (*)(void* address, int value, size_t count);
 using Allocate = void* (*)(size_t count);
 using Copy = int (*)(void* to, const void* from, size_t count, int kind);
@@ -80,12 +80,17 @@ cudaError_t __cudaPopCallConfiguration(dim3* grid, dim3* block, size_t* shared, 
   return cudaSuccess;
 }
 
-cudaError_t cudaLaunchKernel(const void* function, dim3 grid, dim3 block, void** arguments, size_t shared,
-                             cudaStream_t) {
+static cudaError_t start(const void* function, dim3 grid, dim3 block, void** arguments, size_t shared, int early) {
   const unsigned grid_size[3] = {grid.x, grid.y, grid.z}, block_size[3] = {block.x, block.y, block.z};
   const auto found = kernels().find(function);
   if (found == kernels().end()) return remembered(cudaErrorInvalidDeviceFunction);
-  return remembered(static_cast<cudaError_t>(launch(found->second.c_str(), grid_size, block_size, arguments, shared)));
+  const int error = launch(found->second.c_str(), grid_size, block_size, arguments, shared, early);
+  return remembered(static_cast<cudaError_t>(error));
+}
+
+cudaError_t cudaLaunchKernel(const void* function, dim3 grid, dim3 block, void** arguments, size_t shared,
+                             cudaStream_t) {
+  return start(function, grid, block, arguments, shared, 0);
 }
 
 cudaError_t __cudaGetKernel(cudaKernel_t* kernel, const void* function) {
@@ -99,8 +104,14 @@ cudaError_t __cudaLaunchKernel(cudaKernel_t kernel, dim3 grid, dim3 block, void*
 }
 
 cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* configuration, const void* function, void** arguments) {
-  return cudaLaunchKernel(function, configuration->gridDim, configuration->blockDim, arguments,
-                          configuration->dynamicSmemBytes, nullptr);
+  int early = 0;
+  for (unsigned i = 0; i < configuration->numAttrs; ++i) {
+    const cudaLaunchAttribute& attribute = configuration->attrs[i];
+    early |= attribute.id == cudaLaunchAttributeProgrammaticStreamSerialization &&
+             attribute.val.programmaticStreamSerializationAllowed;
+  }
+  return start(function, configuration->gridDim, configuration->blockDim, arguments, configuration->dynamicSmemBytes,
+               early);
 }
 
 cudaError_t cudaFuncSetAttribute(const void* function, cudaFuncAttribute, int) {

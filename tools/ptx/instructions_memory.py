@@ -207,7 +207,7 @@ def _fence(machine, instruction: Instruction) -> Callable:
     return run
 
 
-@binds("nanosleep", "griddepcontrol", "pmevent")
+@binds("nanosleep", "pmevent")
 def _nothing(machine, instruction: Instruction) -> Callable:
     return lambda group: None
 

@@ -25,6 +25,7 @@ class LaneMemory:
     counters: Counters
     races: Races | None
     visibility: Visibility | None
+    waited: np.ndarray  # by griddepcontrol.wait, per lane
 
     def access_fault(self, group: Group, space: Space, addresses: np.ndarray, width: int, store: bool) -> PtxError:
         """The reason why the group's lanes may not access these addresses of their space."""
@@ -75,11 +76,27 @@ class LaneMemory:
         if room < width or offsets.max() > room - width or np.bitwise_or.reduce(offsets) & np.uint64(width - 1):
             raise self.access_fault(group, space, addresses, width, store)
         offsets = offsets.view(np.int64)
+        if space is self.memory.space and self.launch.early_buffers is not None:
+            self._check_early(group, offsets, store)
         if space is self.shared:
             offsets = offsets + self.block_of_lane[group.lanes] * self.shared_bytes
         elif space is self.local:
             offsets = offsets + group.lanes * self.local_bytes
         return offsets >> (width.bit_length() - 1)
+
+    def _check_early(self, group: Group, offsets: np.ndarray, store: bool) -> None:
+        """A launch that began early may only load, and only from the named buffers, before griddepcontrol.wait."""
+        early = ~self.waited[group.lanes]
+        if not early.any():
+            return
+        for buffer in self.memory.buffers:
+            if not store and buffer.name in self.launch.early_buffers:
+                early &= (offsets < buffer.start) | (offsets >= buffer.start + buffer.size)
+        if early.any():
+            index = int(np.argmax(early))
+            where = self.memory.nearest(int(offsets[index]) + GLOBAL_BASE)
+            what = "stores to" if store else "loads"
+            raise self.fault(group, int(group.lanes[index]), f"{what} {where} before griddepcontrol.wait")
 
     def number_warps(self, group: Group) -> np.ndarray:
         """Each lane's warp, numbered over the grid."""

@@ -59,6 +59,7 @@ def launch(
     races: bool = True,
     count_memory: bool = True,
     most_issues: int = 50_000_000,
+    early_buffers: tuple[str, ...] | None = None,
 ) -> Counters:
     """Executes a kernel.
 
@@ -75,12 +76,15 @@ def launch(
         races: whether accesses that nothing orders are looked for, in shared memory and between blocks.
         count_memory: whether sectors and bank conflicts are counted.
         most_issues: instructions of one set of blocks, after which a loop counts as endless.
+        early_buffers: the launch may begin before the previous one has ended (programmatic dependent launch). Names of
+            the buffers that no previous launch writes: before griddepcontrol.wait only these may be loaded. None for
+            an ordinary launch.
 
     Raises:
         PtxError: whatever is wrong with the kernel or its accesses.
     """
     kernel = module.kernel(name)
-    options = Launch(_three(grid), _three(block), shared_bytes, races, count_memory, most_issues)
+    options = Launch(_three(grid), _three(block), shared_bytes, races, count_memory, most_issues, early_buffers)
     threads = int(np.prod(options.block))
     required = (*kernel.required_threads, 1, 1)[:3] if kernel.required_threads else options.block
     most = int(np.prod(kernel.most_threads)) if kernel.most_threads else 1024
@@ -103,5 +107,6 @@ def launch(
             machine.start(blocks[first : first + at_once])
             machine.run()
     counters = machine.finish()
+    counters.early = early_buffers is not None
     counters.blocks, counters.threads = len(blocks), threads * len(blocks)
     return counters

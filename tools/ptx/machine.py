@@ -18,6 +18,7 @@ from . import (  # noqa: F401 (they register what is bound here)
     instructions_convert,
     instructions_float,
     instructions_integer,
+    instructions_launch,
     instructions_memory,
     instructions_mma,
     instructions_shared,
@@ -49,6 +50,7 @@ class Launch:
     races: bool = True
     count_memory: bool = True
     most_issues: int = 50_000_000
+    early_buffers: tuple[str, ...] | None = None
 
 
 class Machine(LaneMemory):
@@ -184,6 +186,7 @@ class Machine(LaneMemory):
             self.races = Races(len(blocks), self.lanes_per_block, self.shared_bytes, granule)
         self.copies: list = []
         self.commits = np.zeros(self.total, np.int64)
+        self.waited = np.zeros(self.total, bool)  # by griddepcontrol.wait
         self.barriers = Barriers(self)
         self.parked: list[Group] = []
         self.exited = np.zeros(self.total, bool)

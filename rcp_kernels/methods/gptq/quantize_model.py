@@ -5,25 +5,30 @@ docs/gptq.md has the formulas and names the choices that are ours.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from ...formats import PackedWeight
 from ...models import Layer, describe
+from ...models.lazy import values_of
 from ...nn.quant_linear import QuantLinear
 from ...ops.checks import check_clip, check_one_of
-from ...ops.quantize_activation import quantize_activation
-from ..layers import check_calibration_ids, first_layer_inputs, float_linears, run_layer
+from ..layers import (
+    check_calibration_ids,
+    device_of,
+    first_layer_inputs,
+    float_linears,
+    on_device,
+    placed,
+)
 from ..student import fake_quantized_kv
+from .captured_layer import CapturedLayer, captured_layer
+from .memory import device_bytes
 from .quantize_weight import (
     Chooser,
-    add_gram,
     check_arguments,
     factor_hessian,
     gptq_quantize_weight,
@@ -34,7 +39,6 @@ from .quantize_weight import (
 
 __all__ = ["LayerError", "QuantizedLayers", "gptq_quantize_model", "gptq_quantize_weight"]
 
-_BATCH_TOKENS = 2048
 # Bytes of outputs inside one decoder layer that are kept between passes over the text. Other outputs are computed
 # again, which bounds memory for any length of text.
 _KEPT_BYTES = 1 << 30
@@ -84,6 +88,8 @@ def gptq_quantize_model(
     block: int = 128,
     simulate: bool = False,
     progress: Callable[[int, int, str], None] | None = None,
+    device: str | torch.device | None = None,
+    device_budget: int | None = None,
 ) -> QuantizedLayers:
     """Quantize the seven linear layers of every decoder layer in order, each on the inputs that it gets at run time.
 
@@ -92,11 +98,14 @@ def gptq_quantize_model(
     activations. Beyond the model, memory holds the hidden states of the text, one layer's weights, one Hessian, and at
     most 1 GB of outputs inside the layer.
 
+    The model may lie on the CPU and be larger than the device that computes. Then one decoder layer at a time lies on
+    the device (:func:`rcp_kernels.methods.gptq.device_bytes`). The embedding and the head stay where they are.
+
     Args:
         model: a floating point causal language model that :func:`rcp_kernels.models.describe` knows, rotated by
             :func:`rcp_kernels.methods.rotate.rotate_model` or not. It is changed in place at the very end, so an error
             leaves it unchanged.
-        calibration_ids: int64 [sequences, tokens].
+        calibration_ids: int64 [sequences, tokens], on any device.
         bits, group_size, levels, damping, block: as for :func:`gptq_quantize_weight`.
         act_bits: 4, 8 or 16 bits per activation, during calibration and in the packed layers.
         act_clip: in (0, 1].
@@ -105,9 +114,13 @@ def gptq_quantize_model(
         simulate: write the dequantized weights into the linear layers, in their dtype, instead of replacing these by
             packed layers. The model then no longer quantizes activations.
         progress: called after each linear layer with the number of finished layers, their total and the layer's name.
+        device: where the layers run. None for the device of the model.
+        device_budget: bytes on that device for the hidden states and the kept outputs. Hidden states that do not fit
+            stay beside the model. None for the memory that torch counts as free, less the need of a layer. The results
+            do not depend on it.
 
     Returns:
-        The packed weights by full name, and each layer's error.
+        The packed weights by full name, on the device of the model, and each layer's error.
 
     Raises:
         TypeError: calibration_ids are no integers.
@@ -126,21 +139,30 @@ def gptq_quantize_model(
     options = (bits, group_size, levels, damping, block)
     for name, linear in linears.items():
         check_arguments(linear.weight, *options, f"{where}: layer {name}")
+    home = device_of(model)
+    device = home if device is None else torch.device(device)
     result = QuantizedLayers()
     training = model.training
     model.eval()
     try:
         with torch.no_grad():
-            hidden, keywords = first_layer_inputs(model, calibration_ids)
+            hidden, keywords = first_layer_inputs(model, calibration_ids, device)
+            kept_bytes = _KEPT_BYTES
+            if device != home:
+                hidden, room = on_device(hidden, device, device_budget, device_bytes(architecture, *hidden.shape[:2]))
+                kept_bytes = min(kept_bytes, room)
             for layer, extra in zip(architecture.layers, keywords, strict=True):
                 module = model.get_submodule(layer.name)
                 with (
+                    placed(module, device, skip={id(linears[name].weight) for name in layer.linears}),
                     fake_quantized_kv(module, kv_bits, kv_clip, f"{where}: layer {layer.name}") as cache,
-                    _captured_layer(model, layer, linears, {**extra, **cache}, act_bits, act_clip) as captured,
+                    captured_layer(
+                        model, layer, linears, {**extra, **cache}, act_bits, act_clip, device, kept_bytes
+                    ) as captured,
                 ):
                     for names in _steps(layer):
                         for packed, error in _quantize_step(captured, hidden, names, *options):
-                            result[error.name] = packed
+                            result[error.name] = packed.to(home)
                             result.errors.append(error)
                             if progress is not None:
                                 progress(len(result), len(linears), error.name)
@@ -150,8 +172,11 @@ def gptq_quantize_model(
     for name, packed in result.items():
         linear = linears[name]
         if simulate:
-            with torch.no_grad():
-                linear.weight.copy_(packed.dequantize())
+            values = packed.dequantize().to(linear.weight.dtype)
+            if linear.weight.is_meta:
+                linear.weight = nn.Parameter(values, linear.weight.requires_grad)
+            else:
+                linear.weight.data.copy_(values)
         else:
             rotation = getattr(linear, "input_rotation", None)
             quantized = QuantLinear.from_packed(packed, linear.bias, act_bits, act_clip, rotation)
@@ -165,7 +190,7 @@ def _steps(layer: Layer) -> tuple[tuple[str, ...], ...]:
 
 
 def _quantize_step(
-    captured: _CapturedLayer,
+    captured: CapturedLayer,
     hidden: Tensor,
     names: Sequence[str],
     bits: int,
@@ -174,187 +199,21 @@ def _quantize_step(
     damping: float,
     block: int,
 ) -> Iterator[tuple[PackedWeight, LayerError]]:
-    """Quantize the linear layers of one step. Later passes use the dequantized weights."""
+    """Quantize the linear layers of one step. Later passes use the dequantized weights.
+
+    The original weights lie on the device for this step only.
+    """
     where = f"gptq_quantize_model: layer {names[0]}"
     hessian = captured.hessian(hidden, names)
     factor = factor_hessian(hessian, damping, where)
     linears = [captured.linears[name] for name in names]
+    weights = [values_of(each.linear.weight, captured.device) for each in linears]
     try:
-        packed = quantize_rows([each.linear.weight for each in linears], factor, bits, group_size, levels, block)
+        packed = quantize_rows(weights, factor, bits, group_size, levels, block)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
-    for each, weight in zip(linears, packed, strict=True):
-        each.quantized = weight.dequantize()
-        nearest = round_to_nearest(each.linear.weight, bits, group_size, levels)
-        rtn, gptq = relative_errors(each.linear.weight, (nearest, each.quantized), hessian)
-        yield weight, LayerError(each.name, rtn, gptq, factor.damping)
-
-
-class KeptOutputs:
-    """Outputs by module name and batch, up to a number of bytes.
-
-    Attributes:
-        batch: number of the current batch.
-    """
-
-    def __init__(self, limit: int) -> None:
-        """Keep at most ``limit`` bytes."""
-        self.batch = 0
-        self._room = limit
-        self._kept: dict[tuple[str, int], tuple[Any, Tensor, int]] = {}
-
-    def get(self, name: str) -> Any:
-        """The output of a module for the current batch, or None if it was not kept or was changed in place."""
-        output, tensor, version = self._kept.get((name, self.batch), (None, None, 0))
-        return output if tensor is not None and tensor._version == version else None
-
-    def keep(self, name: str, output: Any) -> None:
-        """Keep a module's output: a tensor, or a tuple of a tensor and entries that are small or None."""
-        self.drop([name])
-        tensor = output[0] if isinstance(output, tuple) else output
-        if isinstance(tensor, Tensor) and tensor.nbytes <= self._room:
-            self._room -= tensor.nbytes
-            self._kept[name, self.batch] = output, tensor, tensor._version
-
-    def drop(self, names: Iterable[str]) -> None:
-        """Drop the outputs of these modules for the current batch."""
-        for name in names:
-            entry = self._kept.pop((name, self.batch), None)
-            if entry is not None:
-                self._room += entry[1].nbytes
-
-
-class _InputCaptured(Exception):
-    """Ends a forward pass whose only purpose is the input of one step."""
-
-
-class _CapturedLinear:
-    """Replaces the forward of a linear layer while its decoder layer is quantized.
-
-    Attributes:
-        quantized: the dequantized weight to compute with, once there is one.
-        collect: takes the input, rotated and quantized, instead of the computation, or None.
-    """
-
-    def __init__(self, name: str, linear: nn.Linear, act_bits: int, act_clip: float, kept: KeptOutputs) -> None:
-        self.name = name
-        self.linear = linear
-        self.quantized: Tensor | None = None
-        self.collect: Callable[[Tensor], None] | None = None
-        self._act_bits = act_bits
-        self._act_clip = act_clip
-        self._kept = kept
-
-    def __call__(self, x: Tensor) -> Tensor:
-        output: Tensor | None = self._kept.get(self.name)
-        if output is not None:
-            return output
-        rotation = getattr(self.linear, "input_rotation", None)
-        if rotation is not None:
-            x = rotation(x)
-        if self._act_bits != 16:
-            try:
-                q, scale = quantize_activation(x, self._act_bits, self._act_clip)
-            except ValueError as error:
-                raise ValueError(f"gptq_quantize_model: input of layer {self.name}: {error}") from error
-            x = (q.to(torch.float32) * scale[..., None]).to(x.dtype)
-        if self.collect is not None:
-            self.collect(x)
-            raise _InputCaptured
-        assert self.quantized is not None
-        output = functional.linear(x, self.quantized.to(x.dtype), self.linear.bias)
-        self._kept.keep(self.name, output)
-        return output
-
-
-class _KeptAttention:
-    """Replaces the forward of an attention module: keeps its output per batch and drops those of its linear layers."""
-
-    def __init__(self, name: str, attention: nn.Module, linears: Sequence[str], kept: KeptOutputs) -> None:
-        self._name = name
-        self._forward = attention.forward
-        self._linears = linears
-        self._kept = kept
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        output = self._kept.get(self._name)
-        if output is None:
-            output = self._forward(*args, **kwargs)
-            self._kept.drop(self._linears)
-            self._kept.keep(self._name, output)
-        return output
-
-
-@contextlib.contextmanager
-def _replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    installed = vars(module).get("forward")  # by a hook, for example accelerate's
-    module.forward = forward
-    try:
-        yield
-    finally:
-        del module.forward
-        if installed is not None:
-            module.forward = installed
-
-
-@contextlib.contextmanager
-def _captured_layer(
-    model: nn.Module,
-    layer: Layer,
-    linears: dict[str, nn.Linear],
-    keywords: dict[str, Any],
-    act_bits: int,
-    act_clip: float,
-) -> Iterator[_CapturedLayer]:
-    """A decoder layer whose linear layers and attention have replaced forwards inside the ``with`` block."""
-    kept = KeptOutputs(_KEPT_BYTES)
-    captured = {name: _CapturedLinear(name, linears[name], act_bits, act_clip, kept) for name in layer.linears}
-    with contextlib.ExitStack() as stack:
-        for each in captured.values():
-            stack.enter_context(_replaced_forward(each.linear, each))
-        name = layer.o.rpartition(".")[0]
-        if name != layer.name:
-            attention = model.get_submodule(name)
-            inside = (layer.q, layer.k, layer.v, layer.o)
-            stack.enter_context(_replaced_forward(attention, _KeptAttention(name, attention, inside, kept)))
-        yield _CapturedLayer(model.get_submodule(layer.name), captured, keywords, kept)
-
-
-@dataclass(frozen=True)
-class _CapturedLayer:
-    module: nn.Module
-    linears: dict[str, _CapturedLinear]
-    keywords: dict[str, Any]
-    kept: KeptOutputs
-
-    def hessian(self, hidden: Tensor, names: Sequence[str]) -> Tensor:
-        """Mean of x x^T over the inputs of linear layers that share their input, float32 [K, K]."""
-        features = self.linears[names[0]].linear.in_features
-        total = torch.zeros((features, features), dtype=torch.float32, device=hidden.device)
-        tokens = 0
-
-        def add(x: Tensor) -> None:
-            nonlocal tokens
-            x = x.reshape(-1, features).to(torch.float32)
-            add_gram(total, x)
-            tokens += x.shape[0]
-
-        for name in names:
-            self.linears[name].collect = add
-        for part in self._batches(hidden):
-            with contextlib.suppress(_InputCaptured):
-                run_layer(self.module, part, self.keywords)
-        for name in names:
-            self.linears[name].collect = None
-        upper = total.triu().div_(tokens)
-        return upper + upper.triu(1).T
-
-    def forward(self, hidden: Tensor) -> None:
-        """Replace the hidden states by the layer's output."""
-        for part in self._batches(hidden):
-            part.copy_(run_layer(self.module, part, self.keywords))
-
-    def _batches(self, hidden: Tensor) -> Iterator[Tensor]:
-        for batch, part in enumerate(hidden.split(max(1, _BATCH_TOKENS // hidden.shape[1]))):
-            self.kept.batch = batch
-            yield part
+    for each, weight, quantized in zip(linears, weights, packed, strict=True):
+        each.quantized = quantized.dequantize()
+        nearest = round_to_nearest(weight, bits, group_size, levels)
+        rtn, gptq = relative_errors(weight, (nearest, each.quantized), hessian)
+        yield quantized, LayerError(each.name, rtn, gptq, factor.damping)

@@ -11,14 +11,14 @@ The loss of the last layer compares the layer's own output. With ``lookahead=0``
 
 from __future__ import annotations
 
-import json
+import contextlib
 import math
 import os
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,54 +27,27 @@ from torch.nn import functional as F
 
 from ...formats import PackedWeight
 from ...models import Layer, describe
+from ...models.lazy import set_source
 from ...nn import QuantLinear
-from ...nn.model_digest import model_digest
-from ...ops.checks import check_int, check_one_of
-from ..files import write_atomic
-from ..layers import Diverged, check_calibration_ids, first_layer_inputs, float_linears, run_layer
+from ..layers import (
+    Diverged,
+    check_calibration_ids,
+    device_of,
+    first_layer_inputs,
+    float_linears,
+    on_device,
+    placed,
+    run_layer,
+)
 from ..uniform import UniformQuantizer
+from .config import LaquantConfig
+from .finished_layers import FinishedLayers
+from .memory import device_bytes
 
 __all__ = ["LaquantConfig", "LaquantResult", "laquant_quantize_model"]
 
 # Tokens of a stream that go through a layer at once.
 _PASS_TOKENS = 2048
-
-
-@dataclass(frozen=True)
-class LaquantConfig:
-    """The settings of a training.
-
-    Attributes:
-        bits: 2, 3 or 4.
-        group_size: 32, 64, 128 or the input features of a layer.
-        lookahead: 1 for the loss behind the next layer, 0 for the layer's own output.
-        epochs: passes over the calibration text per layer.
-        batch_size: sequences per step.
-        lr_weights, lr_quantizer: learning rates of AdamW (betas 0.9 and 0.95, no decay). They fall to zero along a
-            cosine.
-        dtype: dtype that the layers compute in during training. bfloat16 takes a quarter of the time on CPUs with
-            AVX512-BF16 or AMX. Weights, quantizers and streams are float32 in both cases.
-        seed: of the order of the sequences.
-        act_bits: of the resulting QuantLinear layers; 16 for weight only.
-    """
-
-    bits: int = 3
-    group_size: int = 128
-    lookahead: int = 1
-    epochs: int = 2
-    batch_size: int = 4
-    lr_weights: float = 1e-5
-    lr_quantizer: float = 1e-6
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    seed: int = 0
-    act_bits: int = 16
-
-    def __post_init__(self) -> None:
-        where = "LaquantConfig"
-        check_one_of(where, "lookahead", self.lookahead, (0, 1), "1 looks one layer ahead")
-        check_int(where, "epochs", self.epochs, 1, "2 are usual")
-        check_int(where, "batch_size", self.batch_size, 1, "4 sequences are usual")
-        check_one_of(where, "dtype", self.dtype, ("float32", "bfloat16"))
 
 
 @dataclass
@@ -99,6 +72,8 @@ def laquant_quantize_model(
     directory: str | Path | None = None,
     memory_budget: float = 4.0,
     progress: Callable[[int, int, float], None] | None = None,
+    device: str | torch.device | None = None,
+    device_budget: int | None = None,
 ) -> LaquantResult:
     """Quantize the decoder layers of a model in place. Each is trained on the outputs of the quantized layers before.
 
@@ -107,15 +82,20 @@ def laquant_quantize_model(
 
     Args:
         model: a float language model that :func:`rcp_kernels.models.describe` knows, without online rotations.
-        calibration_ids: int64 [sequences, tokens].
+        calibration_ids: int64 [sequences, tokens], on any device.
         config: LaquantConfig() if None.
         directory: keeps finished layers. A call with the same arguments continues after the last finished layer and
             gives the same bits. None keeps nothing.
         memory_budget: GiB for the two streams.
         progress: called with (layer, step, loss) after each step.
+        device: where the layers run. None for the device of the model. A model on the CPU may be larger than it: the
+            trained layer and the next one lie on the device.
+        device_budget: bytes on that device for the two streams. Streams that do not fit stay beside the model. None
+            for the memory that torch counts as free, less the need of the layers. The results do not depend on it.
 
     Returns:
-        The packed weights, which the model's QuantLinear layers hold as well, and the losses.
+        The packed weights, on the device of the model, and the losses. The model's QuantLinear layers hold the weights
+        as well.
 
     Raises:
         ValueError: calibration_ids has another shape or no full sequence, directory holds a run of another config,
@@ -130,10 +110,15 @@ def laquant_quantize_model(
     result, was_training = LaquantResult(), model.training
     learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
     model.eval().requires_grad_(False)
-    finished = None if directory is None else _FinishedLayers(Path(directory), model, calibration_ids, config)
+    finished = None if directory is None else FinishedLayers(Path(directory), model, calibration_ids, config)
     layers = [model.get_submodule(layer.name) for layer in architecture.layers]
-    hidden, keywords = first_layer_inputs(model, calibration_ids)
-    streams = _Streams(hidden, memory_budget)
+    home = device_of(model)
+    device = home if device is None else torch.device(device)
+    hidden, keywords = first_layer_inputs(model, calibration_ids, device)
+    if device != home:
+        needed = device_bytes(architecture, config, hidden.shape[1])
+        hidden, _ = on_device(hidden, device, device_budget, needed, copies=2)
+    streams = _Streams(hidden, memory_budget, device)
     del hidden  # the streams may be in files because memory is short
     exact_layers = 0
     for index, names in enumerate(architecture.layers):
@@ -148,11 +133,13 @@ def laquant_quantize_model(
             following = (layers[last], keywords[last]) if last > index else None
             training = _LayerTraining(layers[index], names, index, keywords[index], following, streams, config)
             trained = training.run(progress)
+            del training  # its gradients would lie beside the next layer
             if finished is not None:
                 finished.save(index, *trained)
         weights, losses = trained
+        weights = {name: packed.to(home) for name, packed in weights.items()}
         for name, packed in weights.items():
-            model.get_parameter(f"{name}.weight").data.copy_(packed.dequantize())
+            _set_weight(model.get_parameter(f"{name}.weight"), packed)
         streams.advance(streams.quantized, layers[index], keywords[index])
         result.weights.update(weights)
         result.losses.append(losses)
@@ -163,6 +150,14 @@ def laquant_quantize_model(
         parameter.requires_grad_(True)
     model.train(was_training)
     return result
+
+
+def _set_weight(parameter: nn.Parameter, packed: PackedWeight) -> None:
+    """Give a parameter the values of a packed weight; if it is read from a source, another source."""
+    if parameter.is_meta:
+        set_source(parameter, lambda device: packed.dequantize().to(device, parameter.dtype))
+    else:
+        parameter.data.copy_(packed.dequantize())
 
 
 class _LayerTraining:
@@ -183,21 +178,40 @@ class _LayerTraining:
         self.streams = streams
         self.config = config
         self.dtype = getattr(torch, config.dtype)
-        with self._autocast():
-            squares = _input_squares(layer, names, keywords, streams)
         self.weights: dict[str, nn.Parameter] = {}
         self.quantizers: dict[str, UniformQuantizer] = {}
-        for name, square in squares.items():
-            weight = layer.get_parameter(f"{name}.weight").detach()
-            self.weights[name] = nn.Parameter(weight.to(torch.float32, copy=True))
-            quantizer = UniformQuantizer(weight.shape, config.bits, config.group_size, device=weight.device)
-            quantizer.init_clip_search(weight, square)
-            self.quantizers[name] = quantizer
+        with placed(layer, streams.device):
+            with self._autocast():
+                squares = _input_squares(layer, names, keywords, streams)
+            for name, square in squares.items():
+                weight = layer.get_parameter(f"{name}.weight").detach()
+                self.weights[name] = nn.Parameter(weight.to(torch.float32, copy=True))
+                quantizer = UniformQuantizer(weight.shape, config.bits, config.group_size, device=weight.device)
+                quantizer.init_clip_search(weight, square)
+                self.quantizers[name] = quantizer
+
+    @contextlib.contextmanager
+    def _on_device(self) -> Iterator[None]:
+        """Put this layer and the next one on the device, but not the weights that the trained ones replace."""
+        replaced = {id(self.layer.get_parameter(f"{name}.weight")) for name in self.weights}
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(placed(self.layer, self.streams.device, skip=replaced))
+            if self.following is not None:
+                stack.enter_context(placed(self.following[0], self.streams.device))
+            yield
 
     def run(
         self, progress: Callable[[int, int, float], None] | None
     ) -> tuple[dict[str, PackedWeight], dict[str, float]]:
         """Train the layer. Returns its packed weights by full name, and its losses as in `LaquantResult`."""
+        with self._on_device():
+            before = self._mean_loss()
+            self._train(progress)
+            after = self._mean_loss()
+        packed = {f"{self.names.name}.{name}": self.quantizers[name].export(w) for name, w in self.weights.items()}
+        return packed, {"layer": self.index, "before": before, "after": after}
+
+    def _train(self, progress: Callable[[int, int, float], None] | None) -> None:
         config = self.config
         steps = config.epochs * math.ceil(self.streams.sequences / config.batch_size)
         quantizer_parameters = [p for quantizer in self.quantizers.values() for p in quantizer.parameters()]
@@ -212,9 +226,10 @@ class _LayerTraining:
         rates = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5 + 0.5 * math.cos(math.pi * step / steps))
         # Every layer has its own generator: a run that resumes at this layer draws the same batches.
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + self.index)
-        before, step = self._mean_loss(), 0
+        step = 0
         for _ in range(config.epochs):
             for batch in _batches(self.streams.sequences, config.batch_size, generator):
+                optimizer.zero_grad(set_to_none=True)
                 loss = self._loss(batch, self._quantized())
                 value = loss.item()
                 if not math.isfinite(value):
@@ -222,18 +237,15 @@ class _LayerTraining:
                         f"laquant: the loss of {self.names.name} must be finite, got {value} at step {step}; lower "
                         f"lr_weights ({config.lr_weights}) or lr_quantizer ({config.lr_quantizer})"
                     )
-                optimizer.zero_grad(set_to_none=True)
                 loss.backward()
                 optimizer.step()
                 rates.step()
                 step += 1
                 if progress is not None:
                     progress(self.index, step, value)
-        packed = {f"{self.names.name}.{name}": self.quantizers[name].export(w) for name, w in self.weights.items()}
-        return packed, {"layer": self.index, "before": before, "after": self._mean_loss()}
 
     def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.streams.exact.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
+        return torch.autocast(self.streams.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
 
     def _quantized(self) -> dict[str, Tensor]:
         return {f"{name}.weight": self.quantizers[name](weight, self.dtype) for name, weight in self.weights.items()}
@@ -243,10 +255,10 @@ class _LayerTraining:
             return functional_call(self.layer, weights, (hidden,), keywords)
 
         with self._autocast():
-            out = run_layer(layer, self.streams.quantized[batch], self.keywords)
+            out = run_layer(layer, self.streams.quantized[batch].to(self.streams.device), self.keywords)
             if self.following is not None:
                 out = run_layer(self.following[0], out, self.following[1])
-        return F.smooth_l1_loss(out.float(), self.streams.exact[batch].float())
+        return F.smooth_l1_loss(out.float(), self.streams.exact[batch].to(self.streams.device).float())
 
     @torch.no_grad()
     def _mean_loss(self) -> float:
@@ -276,7 +288,7 @@ def _input_squares(layer: nn.Module, names: Layer, keywords: dict[str, Any], str
     handles = [layer.get_submodule(name).register_forward_pre_hook(add(name)) for name in linears]
     try:
         for part in streams.parts(streams.quantized):
-            run_layer(layer, part, keywords)
+            run_layer(layer, part.to(streams.device), keywords)
     finally:
         for handle in handles:
             handle.remove()
@@ -289,12 +301,16 @@ def _batches(count: int, size: int, generator: torch.Generator | None = None) ->
 
 
 class _Streams:
-    """The hidden states before a layer on both paths: [sequences, tokens, hidden] each, in memory or in files."""
+    """The hidden states before a layer on both paths: [sequences, tokens, hidden] each, in memory or in files.
 
-    def __init__(self, hidden: Tensor, memory_budget: float) -> None:
+    ``device`` is where the layers run. The streams may lie elsewhere.
+    """
+
+    def __init__(self, hidden: Tensor, memory_budget: float, device: torch.device) -> None:
+        self.device = device
         self.sequences = hidden.shape[0]
         self._file = None
-        if 2 * hidden.numel() * hidden.element_size() <= memory_budget * 2**30:
+        if hidden.device.type != "cpu" or 2 * hidden.nbytes <= memory_budget * 2**30:
             self.quantized, self.exact = hidden, hidden.clone()
             return
         self._file = tempfile.TemporaryDirectory(prefix="rcp_kernels_laquant_")
@@ -311,74 +327,11 @@ class _Streams:
     @torch.no_grad()
     def advance(self, stream: Tensor, layer: nn.Module, keywords: dict[str, Any]) -> None:
         """Replace a stream by the layer's output."""
-        for part in self.parts(stream):
-            part.copy_(run_layer(layer, part, keywords))
+        with placed(layer, self.device):
+            for part in self.parts(stream):
+                part.copy_(run_layer(layer, part.to(self.device), keywords))
 
     @staticmethod
     def parts(stream: Tensor) -> tuple[Tensor, ...]:
         """Views of a stream with some sequences each."""
         return stream.split(max(1, _PASS_TOKENS // stream.shape[1]))
-
-
-# Version of the training's arithmetic. A run must not mix layers of two versions.
-_VERSION = 1
-
-
-class _FinishedLayers:
-    """A directory with a safetensors file for each finished layer, and the settings of their run."""
-
-    def __init__(self, directory: Path, model: nn.Module, ids: Tensor, config: LaquantConfig) -> None:
-        self.directory = directory
-        record = {
-            "version": _VERSION,
-            **asdict(config),
-            "model": model_digest(model),
-            "calibration": [*ids.shape, int((ids.cpu() * torch.arange(1, ids.numel() + 1).view(ids.shape)).sum())],
-        }
-        directory.mkdir(parents=True, exist_ok=True)
-        path = directory / "run.json"
-        if not path.exists():
-            write_atomic(path, json.dumps(record, indent=1).encode())
-            return
-        try:
-            stored = dict(json.loads(path.read_text()))
-        except (ValueError, TypeError):
-            raise ValueError(
-                f"laquant: {path} must be the record of a run, got a damaged file; delete the directory to start over"
-            ) from None
-        if stored != record:
-            keys = [key for key in record if stored.get(key) != record[key]]
-            raise ValueError(
-                f"laquant: directory must hold a run of the same arguments, got another {', '.join(keys)} in {path}; "
-                f"pass an empty directory"
-            )
-
-    def _path(self, index: int) -> Path:
-        return self.directory / f"layer_{index:03d}.safetensors"
-
-    def save(self, index: int, weights: dict[str, PackedWeight], losses: dict[str, float]) -> None:
-        from safetensors.torch import save
-
-        tensors = {
-            key: value for name, weight in weights.items() for key, value in weight.state_dict(name + ".").items()
-        }
-        metadata = {"losses": json.dumps(losses), "linears": json.dumps(list(weights))}
-        write_atomic(self._path(index), save(tensors, metadata))
-
-    def load(self, index: int) -> tuple[dict[str, PackedWeight], dict[str, float]] | None:
-        from safetensors import SafetensorError, safe_open
-
-        if not self._path(index).exists():
-            return None
-        try:
-            with safe_open(self._path(index), framework="pt") as file:
-                metadata = file.metadata()
-                tensors = {key: file.get_tensor(key) for key in file.keys()}
-        except SafetensorError as error:
-            raise ValueError(
-                f"laquant: {self._path(index)} must be a complete safetensors file, got {error}; delete it to train "
-                f"this layer again"
-            ) from None
-        names = json.loads(metadata["linears"])
-        weights = {name: PackedWeight.from_state_dict(tensors, name + ".") for name in names}
-        return weights, json.loads(metadata["losses"])

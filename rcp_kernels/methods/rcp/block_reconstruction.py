@@ -22,7 +22,7 @@ from ..layers import check_calibration_ids, first_layer_inputs, run_layer
 from ..student import fake_quantized_kv, students
 from .optimizer import make_optimizer, schedule, set_rates
 
-__all__ = ["BlockConfig", "BlockState", "reconstruct_blocks"]
+__all__ = ["BlockConfig", "BlockState", "reconstruct_blocks", "train_layer"]
 
 
 @dataclass(frozen=True)
@@ -102,13 +102,13 @@ def reconstruct_blocks(
         )
     student.eval()
     ids = ids[: config.sequences]
-    hidden, keywords = first_layer_inputs(teacher, ids)
+    device = next(student.parameters()).device if device is None else device
+    hidden, keywords = first_layer_inputs(teacher, ids, device)
     if state is None:
         state = BlockState(0, hidden.to(torch.float32), hidden.to(torch.float32).clone())
-    device = hidden.device if device is None else device
     for index in range(state.next_layer, len(architecture.layers)):
         layer = architecture.layers[index]
-        extra = {name: _moved(value, device) for name, value in keywords[index].items()}
+        extra = keywords[index]
         module = teacher.get_submodule(layer.name)
         with _on_device(module, device), autocast():
             _advance(module, state.teacher, extra, config.batch, device)
@@ -116,7 +116,7 @@ def reconstruct_blocks(
         where = f"reconstruct_blocks: layer {layer.name}"
         with _on_device(module, device), fake_quantized_kv(module, kv_bits, kv_clip, where) as cache:
             extra = {**extra, **cache}
-            losses = _train_layer(module, layer.name, state, extra, config, autocast, seed + index, device)
+            losses = train_layer(module, layer.name, state, extra, config, autocast, seed + index, device)
             with autocast():
                 _advance(module, state.student, extra, config.batch, device)
         state.next_layer = index + 1
@@ -135,13 +135,6 @@ def _on_device(module: nn.Module, device: torch.device) -> Iterator[None]:
         module.to(home)
 
 
-def _moved(value: Any, device: torch.device) -> Any:
-    """A layer's argument on a device: a tensor, a tuple of tensors, or a value that has no device."""
-    if isinstance(value, tuple):
-        return tuple(_moved(part, device) for part in value)
-    return value.to(device) if isinstance(value, Tensor) else value
-
-
 @torch.no_grad()
 def _advance(module: nn.Module, hidden: Tensor, extra: dict[str, Any], batch: int, device: torch.device) -> None:
     """Replace hidden states by a layer's output."""
@@ -149,7 +142,7 @@ def _advance(module: nn.Module, hidden: Tensor, extra: dict[str, Any], batch: in
         part.copy_(run_layer(module, part.to(device), extra))
 
 
-def _train_layer(
+def train_layer(
     module: nn.Module,
     name: str,
     state: BlockState,

@@ -10,21 +10,25 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from ...models import Architecture, describe
 from ...models.hf import untie_head
+from ...models.lazy import has_values, set_source, source_of
 from ...nn.online_rotation import OnlineRotation
 from ...nn.quant_linear import type_of
 from ...nn.rotated_linear import RotatedLinear, rotate_around, rotate_output, rotate_queries_and_keys
 from .plan import KINDS, MATRIX, ROTATIONS, MatrixRotation, Plan, Rotated, make_plan
 
-__all__ = ["ROTATIONS", "Rotated", "apply_structure", "rotate_model", "rotation_of"]
+__all__ = ["ROTATIONS", "Rotated", "apply_structure", "device_bytes", "rotate_model", "rotation_of"]
 
 # Attribute of a rotated model. A second call could not detect R1 and R2 otherwise.
 _RECORD = "_rcp_rotated"
+# Weights of the embedding or the head that are rotated at once. In float64 one copy of them takes 128 MiB.
+_PART_WEIGHTS = 1 << 24
 
 
 def rotate_model(
@@ -38,6 +42,7 @@ def rotate_model(
     r4_group_size: int | None = None,
     seed: int = 0,
     untie: bool = False,
+    device: str | torch.device | None = None,
 ) -> Rotated:
     """Rotate a language model in place. Its logits stay the same up to rounding.
 
@@ -65,6 +70,8 @@ def rotate_model(
         seed: of the random signs of ``"hadamard"``.
         untie: give a tied head its own weight, for engines that cannot run the rotations around the final norm. A
             matrix as R1 always unties.
+        device: where weights are rotated, one after the other. None for the device of each weight. The weights stay
+            where they are. A weight that is read later is rotated where and when it is read.
 
     Returns:
         The record from which a checkpoint rebuilds the structure.
@@ -107,11 +114,26 @@ def rotate_model(
     plan = make_plan(record, architecture, matrix)
     _check_layers(model, architecture)
     _check_values(model, architecture, plan, record.tied)
-    _fuse(model, architecture, plan, record)
+    _fuse(model, architecture, plan, record, None if device is None else torch.device(device))
     _install(model, architecture, plan, record.tied)
     if record.changes_anything:
         setattr(model, _RECORD, record)
     return record
+
+
+def device_bytes(architecture: Architecture, vocabulary: int, rotation: str = "gsr") -> int:
+    """Peak bytes of :func:`rotate_model` on its device, if the model lies elsewhere.
+
+    One weight in float32, and three copies in float64. Random signs need a fourth.
+
+    Args:
+        architecture: of the model.
+        vocabulary: rows of the embedding, which is rotated in parts.
+        rotation: R1.
+    """
+    embedding = min(_PART_WEIGHTS, vocabulary * architecture.hidden_size)
+    weights = max(embedding, *(rows * columns for rows, columns in architecture.shapes.values()))
+    return (36 if rotation in KINDS and KINDS[rotation].signs else 28) * weights
 
 
 def rotation_of(model: nn.Module) -> Rotated | None:
@@ -153,17 +175,8 @@ def _check_layers(model: nn.Module, architecture: Architecture, values: bool = T
             f"rotate_model: the model must not be rotated yet, got one with {rotation_of(model)}; load it again"
         )
     a = architecture
-    widths = {
-        "q": (a.hidden_size, a.num_heads * a.head_dim),
-        "k": (a.hidden_size, a.num_kv_heads * a.head_dim),
-        "v": (a.hidden_size, a.num_kv_heads * a.head_dim),
-        "o": (a.num_heads * a.head_dim, a.hidden_size),
-        "gate": (a.hidden_size, a.intermediate_size),
-        "up": (a.hidden_size, a.intermediate_size),
-        "down": (a.intermediate_size, a.hidden_size),
-    }
-    linears = {getattr(layer, part): width for layer in a.layers for part, width in widths.items()}
-    for name, (in_features, out_features) in {**linears, a.head: (a.hidden_size, None)}.items():
+    shapes = {getattr(layer, part): shape for layer in a.layers for part, shape in a.shapes.items()}
+    for name, (out_features, in_features) in {**shapes, a.head: (None, a.hidden_size)}.items():
         linear = model.get_submodule(name)
         if isinstance(linear, RotatedLinear):
             raise ValueError(f"rotate_model: {name} must not be rotated yet, got one that is; load the model again")
@@ -178,7 +191,7 @@ def _check_layers(model: nn.Module, architecture: Architecture, values: bool = T
                 f"rotate_model: {name} must have {in_features} input and {out_features} output features by the config, "
                 f"got {found[0]} and {found[1]}; load the weights' own config"
             )
-        if values and linear.weight.is_meta:
+        if values and not has_values(linear.weight):
             raise ValueError(f"rotate_model: {name} must have values, got the meta device; load the weights first")
 
 
@@ -203,13 +216,15 @@ def _check_values(model: nn.Module, architecture: Architecture, plan: Plan, tied
                     f"rotate_model: {part} of {name} must be one of {', '.join(map(str, allowed))}, got "
                     f"{tensor.dtype}; {remedy}"
                 )
-            if not bool(torch.isfinite(tensor).all()):
+            if not tensor.is_meta and not bool(torch.isfinite(tensor).all()):
                 raise ValueError(
                     f"rotate_model: {part} of {name} must be finite, got NaN or Inf; check the checkpoint for overflow"
                 )
 
 
-def _fuse(model: nn.Module, architecture: Architecture, plan: Plan, record: Rotated) -> None:
+def _fuse(
+    model: nn.Module, architecture: Architecture, plan: Plan, record: Rotated, device: torch.device | None
+) -> None:
     """Fold the gains of the norms, R1, R2 and R4 into the weights. Each weight is rounded once."""
     residual = plan.residual
     if record.untied:
@@ -217,46 +232,79 @@ def _fuse(model: nn.Module, architecture: Architecture, plan: Plan, record: Rota
     if residual is not None:
         embed = model.get_submodule(architecture.embed).weight
         assert isinstance(embed, Tensor)
-        _assign(embed, residual.rotate_weight(embed, "input"))
+        _rotate_in_place(embed, _Folded(None, residual, None), device)
 
     def fold(norm: str) -> Tensor | None:
         return None if residual is None else _take_gain(model.get_submodule(norm), architecture.gain_offset)
 
+    def rewrite(
+        name: str,
+        gain: Tensor | None,
+        inputs: OnlineRotation | MatrixRotation | None,
+        outputs: OnlineRotation | MatrixRotation | None,
+    ) -> None:
+        if gain is not None or inputs is not None or outputs is not None:
+            _rewrite(_linear(model, name), _Folded(gain, inputs, outputs), device)
+
     for layer in architecture.layers:
         gain = fold(layer.attention_norm)
-        _rewrite(_linear(model, layer.q), gain, residual, None)
-        _rewrite(_linear(model, layer.k), gain, residual, None)
-        _rewrite(_linear(model, layer.v), gain, residual, plan.v_output)
-        _rewrite(_linear(model, layer.o), None, plan.o_input, None if layer.attention_output_norm else residual)
+        rewrite(layer.q, gain, residual, None)
+        rewrite(layer.k, gain, residual, None)
+        rewrite(layer.v, gain, residual, plan.v_output)
+        rewrite(layer.o, None, plan.o_input, None if layer.attention_output_norm else residual)
         gain = fold(layer.mlp_norm)
-        _rewrite(_linear(model, layer.gate), gain, residual, None)
-        _rewrite(_linear(model, layer.up), gain, residual, None)
-        _rewrite(_linear(model, layer.down), None, plan.down_input, None if layer.mlp_output_norm else residual)
+        rewrite(layer.gate, gain, residual, None)
+        rewrite(layer.up, gain, residual, None)
+        rewrite(layer.down, None, plan.down_input, None if layer.mlp_output_norm else residual)
     head = _linear(model, architecture.head)
     if head.weight is not model.get_submodule(architecture.embed).weight:  # the embedding's rotation covers a tied head
-        _rewrite(head, fold(architecture.final_norm), residual, None)
+        rewrite(architecture.head, fold(architecture.final_norm), residual, None)
 
 
-def _rewrite(
-    linear: nn.Linear,
-    gain: Tensor | None,
-    input_rotation: OnlineRotation | MatrixRotation | None,
-    output_rotation: OnlineRotation | MatrixRotation | None,
-) -> None:
-    """Make a layer take rotated x / gain and give rotated output. Computed in float64 and rounded once."""
-    if gain is None and input_rotation is None and output_rotation is None:
-        return
-    weight = linear.weight.detach().to(torch.float64)
-    if gain is not None:
-        weight = weight * gain
-    if input_rotation is not None:
-        weight = input_rotation.rotate_weight(weight, "input")
-    if output_rotation is not None:
-        weight = output_rotation.rotate_weight(weight, "output")
-        if linear.bias is not None:
-            bias = linear.bias.detach().to(torch.float64)[:, None]
-            _assign(linear.bias, output_rotation.rotate_weight(bias, "output")[:, 0])
-    _assign(linear.weight, weight)
+@dataclass(frozen=True)
+class _Folded:
+    """The change of one weight: rotated x / gain goes in, rotated output comes out. None changes nothing."""
+
+    gain: Tensor | None
+    inputs: OnlineRotation | MatrixRotation | None
+    outputs: OnlineRotation | MatrixRotation | None
+
+    def __call__(self, weight: Tensor) -> Tensor:
+        """The changed weight, in float64: [out_features, in_features] -> the same shape, on the same device."""
+        weight = weight.to(torch.float64)
+        if self.gain is not None:
+            weight = weight * self.gain.to(weight.device)
+        if self.inputs is not None:
+            weight = self.inputs.rotate_weight(weight, "input")
+        if self.outputs is not None:
+            weight = self.outputs.rotate_weight(weight, "output")
+        return weight
+
+
+def _rewrite(linear: nn.Linear, folded: _Folded, device: torch.device | None) -> None:
+    """Change a layer's weight and bias, or the source of its weight."""
+    weight = linear.weight
+    if weight.is_meta:
+        before, dtype = source_of(weight), weight.dtype
+
+        def changed(device: torch.device) -> Tensor:
+            return folded(before(device)).to(dtype)
+
+        set_source(weight, changed)
+    else:
+        _rotate_in_place(weight, folded, device)
+    if folded.outputs is not None and linear.bias is not None:
+        bias = linear.bias.detach().to(torch.float64)[:, None]
+        _assign(linear.bias, folded.outputs.rotate_weight(bias, "output")[:, 0])
+
+
+def _rotate_in_place(weight: Tensor, folded: _Folded, device: torch.device | None) -> None:
+    """Change a weight on a device, in parts of its rows if its columns stay apart."""
+    values = weight.detach()
+    # Rows are independent unless the outputs are rotated. The embedding and the head can be larger than a layer.
+    rows = len(values) if folded.outputs is not None else max(1, _PART_WEIGHTS // values.shape[1])
+    for part in values.split(rows):
+        _assign(part, folded(part.to(part.device if device is None else device)))
 
 
 def _has_gain(model: nn.Module, architecture: Architecture) -> bool:

@@ -62,7 +62,7 @@ cudaError_t lut_linear_a16(const LutLinearCall& call, const LutLinearPlan& plan)
   const auto kernel = call.group_size == 32   ? a16::choose_kernel<BITS, 32>(plan)
                       : call.group_size == 64 ? a16::choose_kernel<BITS, 64>(plan)
                                               : a16::choose_kernel<BITS, 128>(plan);
-  return launch(kernel, lut_linear_parameters(call, plan), plan);
+  return launch(kernel, lut_linear_parameters(call, plan), plan, false);
 }
 
 }  // namespace rcp::cuda

@@ -217,7 +217,7 @@ struct Sums {
 };
 
 // One token would fill only one of the eight columns of B. Instead each slot of a part gets columns of its own: they
-// hold the token in the k-steps of the slot, and zeros elsewhere. One chain of mma over the whole part then leaves the
+// hold the token in the k-steps of the slot, and zeros elsewhere. A sum of mma over the whole part then leaves the
 // sums of each group in other lanes. Lane q scales only its own sum (4 slots) or two sums (8 slots), and the sums over
 // q are taken once, at the end: 8 instructions for the scales of a unit instead of 24.
 template <int GROUP>
@@ -235,8 +235,10 @@ struct OneTokenSums {
   __device__ __forceinline__ void add(const Part<BITS, GROUP>& part, const uint32_t (*activation)[1][8], int lane) {
     using PartType = Part<BITS, GROUP>;
     constexpr int first = GROUP == 0 ? 0 : magic_bits;
-    const int start[4] = {first, first, first, first};
-    int c[4];
+    const int start[4] = {first, first, first, first}, zeros[4] = {0, 0, 0, 0};
+    // Two chains halve the latency of the dependent mma: a warp that multiplies the last bytes to arrive has no other
+    // work to hide it behind.
+    int c[4], odd[4];
 #pragma unroll
     for (int b = 0; b < PartType::sub_blocks; ++b) {
       uint32_t a[4][4];
@@ -244,18 +246,21 @@ struct OneTokenSums {
 #pragma unroll
       for (int s = 0; s < 4; ++s) {
         const uint32_t b0 = activation[b][0][2 * s], b1 = activation[b][0][2 * s + 1];
-        if (b == 0 && s == 0) {
-          multiply(c, a[s], b0, b1, start);
+        int (&chain)[4] = s % 2 ? odd : c;
+        if (b == 0 && s < 2) {
+          multiply(chain, a[s], b0, b1, s % 2 ? zeros : start);
         } else {
-          multiply(c, a[s], b0, b1, c);
+          multiply(chain, a[s], b0, b1, chain);
         }
       }
     }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) c[i] += odd[i];
     if constexpr (GROUP == 0) {
       bits[0] += c[0];
       bits[1] += c[2];
     } else if constexpr (PartType::slots == 4) {
-      const uint32_t selector = 0x10 + lane % 4 * 0x22;  // bytes 2q and 2q + 1
+      const uint32_t selector = 0x10 + (lane & 3) * 0x22;  // bytes 2q and 2q + 1
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         const uint4& four = part.scales[0];

@@ -4,7 +4,8 @@
 // (cp.async; through registers on sm_75) and its weights to registers.
 #pragma once
 
-#include "rcp/cuda/lut_linear_stream.cuh"
+#include "rcp/cuda/lut_linear_finish.cuh"
+#include "rcp/cuda/lut_linear_fragments.cuh"
 
 namespace rcp::cuda {
 
@@ -90,8 +91,7 @@ __global__ void __launch_bounds__(32 * gemm_warps, 1) lut_linear_many_tokens(con
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int64_t token = (static_cast<int64_t>(first_token_tile) + t) * 8 + lane % 4 * 2 + i % 2;
-      stream::store_output<BITS, GROUP>(p, tile, lane / 4 + i / 2 * 8, token, sums.bits[t][i], tensor_scale,
-                                        [&](int64_t m) { return p.token_scales[m]; });
+      store_output<BITS, GROUP>(p, tile, lane / 4 + i / 2 * 8, token, sums.bits[t][i], tensor_scale);
     }
   }
 }

@@ -1,8 +1,9 @@
 // Launches of lut_linear with act_bits 4 and 8.
 #pragma once
 
+#include "rcp/cuda/lut_linear_few_tokens.cuh"
 #include "rcp/cuda/lut_linear_gemm.cuh"
-#include "rcp/cuda/lut_linear_gemv.cuh"
+#include "rcp/cuda/lut_linear_one_token.cuh"
 #include "rcp/cuda/lut_linear_quantize.cuh"
 
 namespace rcp::cuda {
@@ -13,19 +14,16 @@ using Kernel = void (*)(LutLinearParameters);
 
 template <int BITS, int GROUP>
 Kernel choose_kernel(const LutLinearPlan& plan) {
-  constexpr int few = gemv_few_row_tiles;
-  const bool is_few = plan.row_tiles == few;
   switch (plan.kernel) {
-    case LutLinearKernel::one_token: {
-      constexpr int many = gemv_many_row_tiles(0, BITS, GROUP);
-      return is_few ? lut_linear_one_token<BITS, GROUP, few> : lut_linear_one_token<BITS, GROUP, many>;
-    }
+    case LutLinearKernel::one_token:
+      return lut_linear_one_token<BITS, GROUP>;
     case LutLinearKernel::few_tokens: {
-      constexpr int many = gemv_many_row_tiles(1, BITS, GROUP), most_tokens = gemv_most_tokens(BITS, GROUP);
-      if constexpr (most_tokens > 8) {
+      constexpr int few = few_tokens_row_tiles, many = few_tokens_most_row_tiles(BITS, GROUP);
+      if constexpr (gemv_most_tokens(BITS, GROUP) > 8) {
         if (plan.token_tiles == 2) return lut_linear_few_tokens<BITS, GROUP, 2, few>;
       }
-      return is_few ? lut_linear_few_tokens<BITS, GROUP, 1, few> : lut_linear_few_tokens<BITS, GROUP, 1, many>;
+      return plan.row_tiles == few ? lut_linear_few_tokens<BITS, GROUP, 1, few>
+                                   : lut_linear_few_tokens<BITS, GROUP, 1, many>;
     }
     default:
       return lut_linear_many_tokens<BITS, GROUP>;
@@ -54,11 +52,12 @@ cudaError_t lut_linear_integer(const LutLinearCall& call, const LutLinearPlan& p
     const auto quantize = call.group_size == 32   ? lut_linear_quantize_tokens<32>
                           : call.group_size == 64 ? lut_linear_quantize_tokens<64>
                                                   : lut_linear_quantize_tokens<128>;
-    quantize<<<blocks, quantize_tokens_threads, 0, call.stream>>>(parameters);
-    const cudaError_t error = cudaGetLastError();
+    const cudaError_t error = launch(quantize, parameters, dim3(blocks), quantize_tokens_threads, 0, plan.early_launch);
     if (error != cudaSuccess) return error;
   }
-  return launch(integer::choose_kernel<BITS>(plan, call.group_size), parameters, plan);
+  // The kernel for many tokens does not wait by itself.
+  return launch(integer::choose_kernel<BITS>(plan, call.group_size), parameters, plan,
+                plan.early_launch && plan.kernel != LutLinearKernel::many_tokens);
 }
 
 }  // namespace rcp::cuda

@@ -55,7 +55,7 @@ enum class LutLinearKernel { one_token, few_tokens, many_tokens, fixed_point, ha
 
 struct LutLinearPlan {
   LutLinearKernel kernel;
-  int row_tiles, token_tiles;  // of an output block; token_tiles 0: one token
+  int row_tiles, token_tiles;  // of an output block
   int splits, units_per_split;
   int units_per_stage;  // fixed_point and half only
   int64_t grid_x, grid_y;
@@ -64,6 +64,7 @@ struct LutLinearPlan {
   // Areas of the workspace, in this order: token scales, fragments, sums of the splits.
   size_t scale_bytes, fragment_bytes, sum_bytes;
   size_t counter_bytes;
+  bool early_launch;  // the launches may begin before the previous one in the stream has ended (ptx.cuh)
 
   size_t workspace_bytes() const { return scale_bytes + fragment_bytes + sum_bytes; }
 };
@@ -78,17 +79,33 @@ RCP_HOST_DEVICE constexpr int part_sub_blocks(int bits, int group_size) {
   return bits == 4 && group_size == 32 ? 1 : group_size == 32 || (group_size == 64 && bits > 2) ? 2 : 4;
 }
 
-// The row tiles of a block of the GEMV kernels: few or many. One token: 4 tiles make 64 blocks of 4096 rows, and then
-// quantizing the token in each block costs 10 % of the instructions. 2 to 8 tokens: a block reads 32 KB of activations
-// for 4096 columns, so as many rows share them as registers allow. Groups other than 128 have one size, to keep the
-// kernels few.
-inline constexpr int gemv_few_row_tiles = 2;
-constexpr int gemv_many_row_tiles(int token_tiles, int bits, int group_size) {
-  return group_size != 128 || token_tiles == 2 ? 2 : token_tiles == 1 && bits == 2 ? 6 : 4;
+// The row tiles of a block of the kernel for one token: one output for each thread.
+inline constexpr int one_token_most_row_tiles = 16;
+// Its blocks on a multiprocessor. Wider codes and smaller groups have tables that need the registers of two blocks.
+constexpr int one_token_blocks(int bits, int group_size) {
+  return bits == 2 && group_size != 32 && group_size != 64 ? 2 : 1;
+}
+// The row tiles of a block of the kernel for 2 to 16 tokens: few or many. A block reads 32 KB of activations for 8
+// tokens and 4096 columns, so as many rows share them as registers allow. Groups other than 128 have one size, to keep
+// the kernels few.
+inline constexpr int few_tokens_row_tiles = 2;
+constexpr int few_tokens_most_row_tiles(int bits, int group_size) {
+  return group_size != 128 ? few_tokens_row_tiles : bits == 2 ? 6 : 4;
 }
 // The most tokens of the GEMV kernels: with large tables, registers hold no second token tile.
 constexpr int gemv_most_tokens(int bits, int group_size) {
   return bits == 4 || (bits == 3 && group_size == 32) ? 8 : 16;
+}
+
+// Whether the device code that a GPU of that compute capability runs waits for the previous launch (ptx.cuh). Code for
+// sm_80 does not, and runs on newer GPUs where no newer code was compiled.
+constexpr bool compiled_for_early_launch([[maybe_unused]] int compute_capability) {
+#ifdef __CUDA_ARCH_LIST__
+  for (const int arch : {__CUDA_ARCH_LIST__}) {
+    if (arch >= 900 && arch / 100 == compute_capability / 10 && arch / 10 <= compute_capability) return true;
+  }
+#endif
+  return false;
 }
 
 namespace plan_detail {
@@ -100,49 +117,110 @@ constexpr size_t aligned(int64_t bytes) {
   return static_cast<size_t>(ceil_divide(bytes, 256) * 256);
 }
 
-// Chooses row_tiles, splits and units_per_split by a model in cycles of one multiprocessor, whose four schedulers issue
-// one warp instruction each per cycle. Instruction counts are those of the compiled kernels (W2, sm_80). They enter 1.5
-// times, since most of them go to the integer pipe, which takes a warp instruction every other cycle.
+constexpr int gemv_shared_limit = 48 * 1024 - 288;  // the kernels' static shared memory is less than 288 bytes
+
+// The plan of the GEMV kernels for a choice of row tiles and units of a block.
+inline LutLinearPlan gemv_plan(const CudaLayout& layout, LutLinearKernel kernel, int token_tiles, int row_tiles,
+                               int64_t units_per_split) {
+  LutLinearPlan plan{};
+  plan.kernel = kernel;
+  plan.row_tiles = row_tiles, plan.token_tiles = token_tiles;
+  plan.units_per_split = static_cast<int>(units_per_split);
+  plan.splits = static_cast<int>(ceil_divide(layout.units(), units_per_split));
+  plan.grid_x = ceil_divide(layout.row_tiles(), row_tiles);
+  plan.grid_y = plan.splits;
+  plan.threads = 32 * gemv_warps;
+  const bool one_token = kernel == LutLinearKernel::one_token;
+  plan.shared_bytes = static_cast<size_t>(gemv_warps * row_tiles) * (one_token ? 256 : 512 * token_tiles) +
+                      static_cast<size_t>(one_token ? units_per_split * unit_columns : 0);
+  const int64_t outputs = one_token ? tile_rows : 128 * token_tiles;
+  if (plan.splits > 1) plan.sum_bytes = aligned(plan.splits * layout.row_tiles() * outputs * 4);
+  return plan;
+}
+
+// Calls f(units_per_split) for each number of splits that leaves none empty: up to 64, or as many as shared memory
+// needs for a split of one token.
+template <class F>
+void visit_splits(const CudaLayout& layout, const F& f) {
+  const int64_t units = layout.units(), most = std::max<int64_t>(64, ceil_divide(units, 64));
+  for (int64_t splits = 1; splits <= std::min(units, most); ++splits) {
+    const int64_t per_split = ceil_divide(units, splits);
+    if (ceil_divide(units, per_split) == splits) f(per_split);
+  }
+}
+
+// Cycles that a sum over splits takes: a fence, an atomic, a fence and the sums of the other blocks, each a round trip
+// to L2 or memory after the last. In a simulation splits cost far more than one round trip.
+constexpr double split_cycles = 4000.0;
+// Bytes of weights a cycle and multiprocessor: between an RTX 3090's 7 and an A100's 13. And of L2.
+constexpr double memory_bytes = 12.0, l2_bytes = 36.0;
+// Instructions count 1.5 times, since most go to the integer pipe, which takes one of a warp every other cycle. A
+// multiprocessor issues those of four warps.
+constexpr double block_cycles(double instructions_a_warp) {
+  return gemv_warps / 4 * 1.5 * instructions_a_warp;
+}
+
+// One token: the row tiles and units of a block. Model, not measured; in cycles of a multiprocessor.
 //
-//   issue  blocks on the busiest multiprocessor * 8 warps / 4 * 1.5 * instructions a warp:
-//          240 + those of quantizing + (a warp's units) * row tiles * 184
-//   memory bytes of the weight / (12 bytes a cycle and multiprocessor: between an RTX 3090's 7 and an A100's 13), and
-//          of the activations that every block reads again, from L2, / 36
-//   tail   1500 cycles for a sum over splits: a fence, an atomic and a round trip to L2
+//   cost = waves * 1500 + memory + blocks of the busiest multiprocessor * block_cycles(150 + quantizing + 190 * steps)
 //
-// cost = max(issue, memory) + tail, in cycles. If two plans cost the same, the one with fewer instructions is taken.
-inline void split_gemv(LutLinearPlan& plan, const LutLinearCall& call, const CudaLayout& layout, int sm_count) {
-  constexpr int shared_limit = 48 * 1024 - 288;  // the kernels' static shared memory is less than 288 bytes
-  const bool quantizes = plan.token_tiles == 0;
-  const int tile_sum_bytes = quantizes ? 256 : 512 * plan.token_tiles, token_bytes = quantizes ? unit_columns : 0;
-  const int units = static_cast<int>(layout.units());
-  const double weight = static_cast<double>(layout.total_bytes()) / (12.0 * sm_count);
-  const auto use = [&](int row_tiles, int splits, int per_split) {
-    plan.row_tiles = row_tiles, plan.splits = splits, plan.units_per_split = per_split;
-    plan.shared_bytes = static_cast<size_t>(gemv_warps * row_tiles * tile_sum_bytes + per_split * token_bytes);
-  };
-  use(gemv_few_row_tiles, 1, units);
+// 1500 cycles are a wave's chain of latencies before its first product: the token's load, maximum and rounding. The
+// work of the busiest multiprocessor is added to the time of memory, not hidden behind it: a simulation showed this
+// where some multiprocessors had no block. The model spreads the row tiles evenly, and avoids a second wave. It does
+// not give every multiprocessor a block where that costs the busiest one a second block: 128 row tiles are 64 blocks of
+// two on 108 multiprocessors. Of equal costs, the one with fewer blocks.
+inline LutLinearPlan plan_one_token(const LutLinearCall& call, const CudaLayout& layout, int sm_count) {
+  LutLinearPlan best{};
+  double best_cost = 1e300;
+  visit_splits(layout, [&](int64_t per_split) {
+    for (int row_tiles = one_token_most_row_tiles; row_tiles >= 1; --row_tiles) {
+      const LutLinearPlan plan = gemv_plan(layout, LutLinearKernel::one_token, 1, row_tiles, per_split);
+      if (plan.shared_bytes > gemv_shared_limit) continue;
+      const int64_t blocks = plan.grid_x * plan.grid_y, on_busiest = ceil_divide(blocks, sm_count);
+      const int64_t waves = ceil_divide(on_busiest, one_token_blocks(call.bits, call.group_size));
+      const double token = static_cast<double>(layout.units() * unit_columns);
+      const double memory = (static_cast<double>(layout.total_bytes()) / memory_bytes +
+                             static_cast<double>(blocks) * token * 4 / l2_bytes) /
+                            sm_count;
+      const double quantize = (token * 1.4 + static_cast<double>(per_split) * unit_columns * 4.5) / (32 * gemv_warps);
+      const double steps = static_cast<double>(ceil_divide(per_split, gemv_warps) * row_tiles);
+      const double issue = static_cast<double>(on_busiest) * block_cycles(150 + quantize + 190 * steps);
+      const double cost = static_cast<double>(waves) * 1500 + memory + issue + (plan.splits > 1 ? split_cycles : 0);
+      if (cost < best_cost) best = plan, best_cost = cost;
+    }
+  });
+  return best;
+}
+
+// 2 to 16 tokens. Model, not measured; in cycles of a multiprocessor.
+//
+//   cost = max(memory, blocks of the busiest multiprocessor * block_cycles(240 + 184 * row tiles * a warp's units))
+//
+// memory also has the activations that every block reads again, from L2. Instructions are those of the compiled kernel
+// (W2, sm_80). Of equal costs, the one with fewer instructions.
+inline LutLinearPlan plan_few_tokens(const LutLinearCall& call, const CudaLayout& layout, int token_tiles,
+                                     int sm_count) {
+  LutLinearPlan best{};
   double best_cost = 1e300, best_instructions = 1e300;
-  for (const int row_tiles : {gemv_few_row_tiles, gemv_many_row_tiles(plan.token_tiles, call.bits, call.group_size)}) {
-    for (int splits = 1; splits <= std::min(units, 64); ++splits) {
-      const int per_split = (units + splits - 1) / splits;
-      if ((units + per_split - 1) / per_split != splits) continue;  // the last split would be empty
-      if (per_split * token_bytes + row_tiles * gemv_warps * tile_sum_bytes > shared_limit) continue;
-      const double quantize = quantizes ? (units * 1.4 + per_split * 4.5) * unit_columns / (32 * gemv_warps) : 0.0;
-      const double a_warp = 240 + quantize + (per_split + gemv_warps - 1) / gemv_warps * row_tiles * 184.0;
-      const int64_t blocks = ceil_divide(layout.row_tiles(), row_tiles) * splits;
-      const double issue = static_cast<double>(ceil_divide(blocks, sm_count)) * gemv_warps / 4 * 1.5 * a_warp;
+  const int most = token_tiles == 2 ? few_tokens_row_tiles : few_tokens_most_row_tiles(call.bits, call.group_size);
+  for (const int row_tiles : {few_tokens_row_tiles, most}) {
+    visit_splits(layout, [&](int64_t per_split) {
+      const LutLinearPlan plan = gemv_plan(layout, LutLinearKernel::few_tokens, token_tiles, row_tiles, per_split);
+      if (plan.shared_bytes > gemv_shared_limit) return;
+      const int64_t blocks = plan.grid_x * plan.grid_y;
+      const double a_warp = 240 + static_cast<double>(ceil_divide(per_split, gemv_warps)) * row_tiles * 184.0;
+      const double issue = static_cast<double>(ceil_divide(blocks, sm_count)) * block_cycles(a_warp);
+      const double activations = static_cast<double>(blocks * per_split) * token_tiles * 8 * unit_columns;
       const double memory =
-          weight + static_cast<double>(blocks) * per_split * plan.token_tiles * 8 * unit_columns / (36.0 * sm_count);
-      const double cost = std::max(issue, memory) + (splits > 1 ? 1500.0 : 0.0);
+          (static_cast<double>(layout.total_bytes()) / memory_bytes + activations / l2_bytes) / sm_count;
+      const double cost = std::max(issue, memory) + (plan.splits > 1 ? split_cycles : 0.0);
       const double instructions = static_cast<double>(blocks) * a_warp;
       if (cost < best_cost || (cost == best_cost && instructions < best_instructions)) {
-        use(row_tiles, splits, per_split);
-        best_cost = cost;
-        best_instructions = instructions;
+        best = plan, best_cost = cost, best_instructions = instructions;
       }
-    }
+    });
   }
+  return best;
 }
 
 // act_bits 4 and 8.
@@ -153,7 +231,8 @@ inline void split_gemv(LutLinearPlan& plan, const LutLinearCall& call, const Cud
 //                   %
 //   2 to 16 tokens  one small launch that rotates and quantizes, then the GEMV kernel
 //   more tokens     the same small launch, then the GEMM kernel
-inline LutLinearPlan plan_integer(const LutLinearCall& call, const CudaLayout& layout, int sm_count) {
+inline LutLinearPlan plan_integer(const LutLinearCall& call, const CudaLayout& layout, int sm_count,
+                                  int compute_capability) {
   LutLinearPlan plan{};
   const int64_t token_tiles = ceil_divide(call.tokens, 8);
   if (call.tokens > gemv_most_tokens(call.bits, call.group_size)) {
@@ -164,21 +243,16 @@ inline LutLinearPlan plan_integer(const LutLinearCall& call, const CudaLayout& l
     plan.grid_y = ceil_divide(layout.row_tiles(), gemm_warps);
     plan.threads = 32 * gemm_warps;
     plan.shared_bytes = 2 * part_sub_blocks(call.bits, call.group_size) * gemm_token_tiles * 1024;
+  } else if (call.tokens == 1 && call.rotation_group == 0) {
+    plan = plan_one_token(call, layout, sm_count);
   } else {
-    const bool one_token = call.tokens == 1 && call.rotation_group == 0;
-    plan.kernel = one_token ? LutLinearKernel::one_token : LutLinearKernel::few_tokens;
-    plan.token_tiles = one_token ? 0 : static_cast<int>(token_tiles);
-    split_gemv(plan, call, layout, sm_count);
-    plan.grid_x = ceil_divide(layout.row_tiles(), plan.row_tiles);
-    plan.grid_y = plan.splits;
-    plan.threads = 32 * gemv_warps;
+    plan = plan_few_tokens(call, layout, static_cast<int>(token_tiles), sm_count);
   }
   if (plan.kernel != LutLinearKernel::one_token) {
     plan.scale_bytes = aligned(token_tiles * 8 * 4);
     plan.fragment_bytes = static_cast<size_t>(token_tiles * layout.sub_blocks() * 1024);
   }
-  const int outputs = plan.token_tiles == 0 ? tile_rows : 128 * plan.token_tiles;
-  if (plan.splits > 1) plan.sum_bytes = aligned(plan.splits * layout.row_tiles() * outputs * 4);
+  plan.early_launch = compiled_for_early_launch(compute_capability);
   return plan;
 }
 
@@ -231,7 +305,7 @@ inline LutLinearPlan plan_a16(const LutLinearCall& call, const CudaLayout& layou
 inline LutLinearPlan plan_lut_linear(const LutLinearCall& call, int sm_count, int compute_capability) {
   const CudaLayout layout{call.rows, call.columns, call.group_size, call.bits};
   LutLinearPlan plan = call.act_bits == 16 ? plan_detail::plan_a16(call, layout, sm_count, compute_capability)
-                                           : plan_detail::plan_integer(call, layout, sm_count);
+                                           : plan_detail::plan_integer(call, layout, sm_count, compute_capability);
   if (plan.splits > 1) plan.counter_bytes = static_cast<size_t>(plan.grid_x) * sizeof(unsigned);
   return plan;
 }
@@ -242,6 +316,7 @@ struct LutLinearParameters {
   uint32_t shape_hash;
   int tile_bytes, row_tiles, units, tail_sub_blocks;  // sub-blocks of the last unit of a row
   int splits, units_per_split, units_per_stage;
+  int block_tiles;   // row tiles of a block
   int row_blocks;    // blocks that cover the rows
   int whole_blocks;  // the first of these, which miss no row tile and no sub-block
   float qmax, qmax_inverse;
@@ -262,6 +337,7 @@ inline LutLinearParameters lut_linear_parameters(const LutLinearCall& call, cons
   p.splits = plan.splits;
   p.units_per_split = plan.units_per_split;
   p.units_per_stage = plan.units_per_stage;
+  p.block_tiles = plan.row_tiles;
   p.row_blocks = (p.row_tiles + plan.row_tiles - 1) / plan.row_tiles;
   p.whole_blocks = p.tail_sub_blocks == unit_sub_blocks ? p.row_tiles / plan.row_tiles : 0;
   p.qmax = call.act_bits == 4 ? 7.0f : 127.0f;
@@ -273,21 +349,39 @@ inline LutLinearParameters lut_linear_parameters(const LutLinearCall& call, cons
   return p;
 }
 
-// Enqueues a kernel with the plan's grid, threads and shared memory.
-inline cudaError_t launch(void (*kernel)(LutLinearParameters), LutLinearParameters parameters,
-                          const LutLinearPlan& plan) {
-  if (plan.grid_x > 0x7fffffff || plan.grid_y > 65535) return cudaErrorInvalidValue;
+// Enqueues a kernel. early_launch: it calls wait_for_previous_launch, and may begin before the previous one has ended.
+inline cudaError_t launch(void (*kernel)(LutLinearParameters), LutLinearParameters parameters, dim3 grid, int threads,
+                          size_t shared_bytes, bool early_launch) {
   const void* function = reinterpret_cast<const void*>(kernel);
+  const dim3 block(static_cast<unsigned>(threads));
+  void* arguments[] = {&parameters};
+  if (early_launch) {
+    cudaLaunchAttribute attribute{};
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t configuration{};
+    configuration.gridDim = grid, configuration.blockDim = block;
+    configuration.dynamicSmemBytes = shared_bytes, configuration.stream = parameters.call.stream;
+    configuration.attrs = &attribute, configuration.numAttrs = 1;
+    cudaLaunchKernelExC(&configuration, function, arguments);
+  } else {
+    cudaLaunchKernel(function, grid, block, arguments, shared_bytes, parameters.call.stream);
+  }
+  return cudaGetLastError();
+}
+
+// The same with the plan's grid, threads and shared memory.
+inline cudaError_t launch(void (*kernel)(LutLinearParameters), const LutLinearParameters& parameters,
+                          const LutLinearPlan& plan, bool early_launch) {
+  if (plan.grid_x > 0x7fffffff || plan.grid_y > 65535) return cudaErrorInvalidValue;
   if (plan.shared_bytes > 48 * 1024) {
-    const cudaError_t error = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                                   static_cast<int>(plan.shared_bytes));
+    const cudaError_t error =
+        cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             static_cast<int>(plan.shared_bytes));
     if (error != cudaSuccess) return error;
   }
-  void* arguments[] = {&parameters};
   const dim3 grid(static_cast<unsigned>(plan.grid_x), static_cast<unsigned>(plan.grid_y));
-  cudaLaunchKernel(function, grid, dim3(static_cast<unsigned>(plan.threads)), arguments, plan.shared_bytes,
-                   parameters.call.stream);
-  return cudaGetLastError();
+  return launch(kernel, parameters, grid, plan.threads, plan.shared_bytes, early_launch);
 }
 
 }  // namespace cuda

@@ -29,8 +29,11 @@ __device__ __forceinline__ int sequency_of(int natural, int bits) {
 // other group size uses 128.
 template <int GROUP>
 __global__ void __launch_bounds__(quantize_tokens_threads) lut_linear_quantize_tokens(const LutLinearParameters p) {
-  __shared__ uint32_t warp_values[8];
+  __shared__ uint4 warp_values[2];
   __shared__ uint2 exchange[quantize_tokens_threads];
+  // The next launch is the one that multiplies, and loads its first weights meanwhile.
+  ptx::wait_for_previous_launch();
+  ptx::allow_next_launch();
   const LutLinearCall& call = p.call;
   const int64_t token = blockIdx.x;
   const int sub_blocks = (p.units - 1) * unit_sub_blocks + p.tail_sub_blocks;

@@ -82,6 +82,27 @@ __device__ __forceinline__ uint4 load_vector(const uint8_t* from) {
   return __ldg(reinterpret_cast<const uint4*>(from));
 }
 
+// sm_90 and newer: a launch may begin before the previous one in its stream has ended (programmatic dependent launch).
+// Before wait_for_previous_launch a kernel must not write, nor read what a previous launch writes. After it, all
+// previous launches have ended and their stores are visible. Without the attribute of launch() it waits for nothing.
+#if __CUDA_ARCH__ >= 900
+inline constexpr bool early_launch = true;
+#else
+inline constexpr bool early_launch = false;
+#endif
+__device__ __forceinline__ void wait_for_previous_launch() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+// The next launch may begin once all blocks are here. It must come after wait_for_previous_launch: launches before the
+// previous one have then ended too.
+__device__ __forceinline__ void allow_next_launch() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
 // Copies 16 bytes from global to shared memory, past the L1 cache. sm_75 copies through a register.
 __device__ __forceinline__ void copy_async(void* to_shared, const void* from_global) {
 #if __CUDA_ARCH__ >= 800

@@ -27,7 +27,7 @@ inline constexpr int quantize_activation_threads = 256, quantize_activation_kept
 template <bool PACKED>
 __global__ void __launch_bounds__(quantize_activation_threads)
     quantize_activation_kernel(const QuantizeActivationCall call) {
-  __shared__ uint32_t warp_values[8];
+  __shared__ uint4 warp_values[2];
   const int64_t columns = call.columns, token = blockIdx.x;
   const int chunks = static_cast<int>((columns + chunk_columns - 1) / chunk_columns);
   const char* x = static_cast<const char*>(call.x) + token * columns * (call.x_type == FloatType::float32 ? 4 : 2);

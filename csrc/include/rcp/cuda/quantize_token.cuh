@@ -38,21 +38,22 @@ __device__ __forceinline__ TokenScale token_scale(float amax, float clip, float 
   return {scale, __fmaf_rn(reciprocal, __fmaf_rn(-scale, reciprocal, 1.0f), reciprocal)};
 }
 
-// Four values -> four signed bytes. Without a clip below 1 no value exceeds qmax, and `clamp` may be false.
-__device__ __forceinline__ uint32_t quantize_four(const float* x, float reciprocal, bool clamp, float qmax) {
-  uint32_t rounded[4];
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    float value = __fadd_rn(__fmul_rn(x[i], reciprocal), magic);
-    if (clamp) value = fminf(fmaxf(value, magic - 1.0f - qmax), magic + qmax);
-    rounded[i] = __float_as_uint(value);
-  }
-  return ptx::permute(ptx::permute(rounded[0], rounded[1], 0x0040), ptx::permute(rounded[2], rounded[3], 0x0040),
-                      0x5410);
-}
+// Eight values -> eight signed bytes. Without a clip below 1 no value exceeds qmax, and `clamp` may be false.
 __device__ __forceinline__ uint2 quantize_chunk(const float (&x)[chunk_columns], float reciprocal, bool clamp,
                                                 float qmax) {
-  return {quantize_four(x, reciprocal, clamp, qmax), quantize_four(x + 4, reciprocal, clamp, qmax)};
+  float rounded[chunk_columns];
+#pragma unroll
+  for (int i = 0; i < chunk_columns; ++i) rounded[i] = __fadd_rn(__fmul_rn(x[i], reciprocal), magic);
+  if (clamp) {
+#pragma unroll
+    for (int i = 0; i < chunk_columns; ++i) {
+      rounded[i] = fminf(fmaxf(rounded[i], magic - 1.0f - qmax), magic + qmax);
+    }
+  }
+  const auto pair = [&](int i) {
+    return ptx::permute(__float_as_uint(rounded[i]), __float_as_uint(rounded[i + 1]), 0x0040);
+  };
+  return {ptx::permute(pair(0), pair(2), 0x5410), ptx::permute(pair(4), pair(6), 0x5410)};
 }
 
 // The Walsh transform, in natural order, of runs of `group` (32, 64 or 128) columns of which each lane holds 8:
@@ -105,7 +106,7 @@ class TokenReader {
   }
 
   // The token's largest magnitude, in every thread.
-  __device__ __forceinline__ float amax(uint32_t (&warp_values)[8]) {
+  __device__ __forceinline__ float amax(uint4 (&warp_values)[2]) {
     uint32_t largest = 0;
 #pragma unroll
     for (int i = 0; i < KEPT; ++i) {

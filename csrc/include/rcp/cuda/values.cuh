@@ -44,12 +44,13 @@ struct RawChunk {
   uint32_t words[chunk_columns];
 };
 
-// Columns k .. k + 7 of a token of any alignment; zeros past the last column. k is a multiple of 8.
+// Columns k .. k + 7 of a token of any alignment; zeros past the last column. k is a multiple of 8. Not loaded as
+// constant (ld.global.nc): the previous launch may still be writing the token when this one begins (ptx::early_launch).
 __device__ __forceinline__ RawChunk load_chunk(const void* token, FloatType type, int64_t k, int64_t columns) {
   RawChunk raw{};
   const bool whole = k + chunk_columns <= columns && reinterpret_cast<uintptr_t>(token) % 16 == 0;
   const auto load_vector = [&](const void* from, int i) {
-    const uint4 four = __ldg(static_cast<const uint4*>(from) + i);
+    const uint4 four = static_cast<const uint4*>(from)[i];
     raw.words[4 * i] = four.x, raw.words[4 * i + 1] = four.y;
     raw.words[4 * i + 2] = four.z, raw.words[4 * i + 3] = four.w;
   };
@@ -61,7 +62,7 @@ __device__ __forceinline__ RawChunk load_chunk(const void* token, FloatType type
     } else {
 #pragma unroll
       for (int i = 0; i < chunk_columns; ++i) {
-        if (k + i < columns) raw.words[i] = __ldg(from + i);
+        if (k + i < columns) raw.words[i] = from[i];
       }
     }
   } else {
@@ -71,7 +72,7 @@ __device__ __forceinline__ RawChunk load_chunk(const void* token, FloatType type
     } else {
 #pragma unroll
       for (int i = 0; i < chunk_columns; ++i) {
-        if (k + i < columns) raw.words[i / 2] |= static_cast<uint32_t>(__ldg(from + i)) << (i % 2 * 16);
+        if (k + i < columns) raw.words[i / 2] |= static_cast<uint32_t>(from[i]) << (i % 2 * 16);
       }
     }
   }
@@ -136,12 +137,15 @@ __device__ __forceinline__ uint32_t warp_max(uint32_t value) {
 }
 
 // The maximum over a block of at most 8 warps, in every thread. Waits for all of them.
-__device__ __forceinline__ uint32_t block_max(uint32_t value, uint32_t (&warp_values)[8]) {
+__device__ __forceinline__ uint32_t block_max(uint32_t value, uint4 (&warp_values)[2]) {
+  auto* words = reinterpret_cast<uint32_t*>(warp_values);
   value = warp_max(value);
-  if (threadIdx.x % 32 == 0) warp_values[threadIdx.x / 32] = value;
+  if (threadIdx.x % 32 == 0) words[threadIdx.x / 32] = value;
+  if (threadIdx.x < 8 && threadIdx.x >= blockDim.x / 32) words[threadIdx.x] = 0;
   __syncthreads();
-  for (unsigned warp = 0; warp < blockDim.x / 32; ++warp) value = max(value, warp_values[warp]);
-  return value;
+  // Two loads instead of a loop over the warps, whose loads would wait for each other.
+  const uint4 a = warp_values[0], b = warp_values[1];
+  return max(max(max(a.x, a.y), max(a.z, a.w)), max(max(b.x, b.y), max(b.z, b.w)));
 }
 
 }  // namespace rcp::cuda
