@@ -40,7 +40,7 @@ OLDEST_TESTS := $(addprefix tests/,$(addprefix checkpoint/test_,writers_and_read
 # Another torch is another environment: its name is part of the stamp's name.
 TORCH_STAMP := $(STAMPS)/torch-$(firstword $(shell printf '%s' '$(TORCH)' | cksum))
 BUILD_INPUTS := setup.py pyproject.toml $(wildcard tools/cuda_toolkit.*) $(shell find csrc -type f)
-CPP_FILES = $$(find csrc tests $(wildcard examples) -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+CPP_FILES = $$(find csrc tests tools $(wildcard examples) -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 NVCC_STAMP := $(if $(filter 0,$(RCP_CUDA)),,$(STAMPS)/nvcc)
 
 STAGES := build demo bench test lint docs
