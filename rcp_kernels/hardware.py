@@ -56,7 +56,7 @@ def choose_device(device: str | torch.device | None = None) -> torch.device:
     try:
         found = torch.device(device)
         module = torch.get_device_module(found)
-    except RuntimeError:
+    except (RuntimeError, TypeError):
         raise ValueError(
             f"device: the name must be one that torch computes on, such as cpu, cuda or cuda:1, got {str(device)!r}; "
             f"check the spelling"
@@ -138,10 +138,12 @@ def fast_bfloat16(device: torch.device | None = None) -> bool:
     """Whether a device multiplies bfloat16 faster than float32.
 
     A CPU does with AVX512-BF16, AMX or Arm's BF16, as Linux names them, and a GPU from compute capability 8.0. Other
-    CPUs convert every product to float32 and back. None stands for the CPU.
+    CPUs convert every product to float32 and back. None stands for the CPU. A GPU that is not there counts as one of
+    8.0: a dry run is planned for it.
     """
     if device is not None and device.type != "cpu":
-        return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
+        there = device.type == "cuda" and (device.index or 0) < torch.cuda.device_count()
+        return not there or torch.cuda.get_device_capability(device) >= (8, 0)
     try:
         flags = Path("/proc/cpuinfo").read_text()
     except OSError:

@@ -51,6 +51,7 @@ OUT=$(cd "$OUT" && pwd)
 summary=$OUT/summary.md
 log=$OUT/steps.log
 failed=0
+skipped=0
 
 left() { echo $((SECONDS_IN_ALL - $(date +%s) + START)); }
 
@@ -77,7 +78,10 @@ step() {
   return $result
 }
 
-skip() { say "| $1 | skipped: $2 | - |"; }
+skip() {
+  skipped=$((skipped + 1))
+  say "| $1 | skipped: $2 | - |"
+}
 
 : >"$summary"
 : >"$log"
@@ -197,6 +201,6 @@ else
 fi
 
 say ""
-say "$([ $failed = 0 ] && echo "Every step passed" || echo "**At least one step FAILED**") in $(($(date +%s) - START)) s." \
+say "$([ $failed = 0 ] && echo "Every step that ran passed, $skipped skipped" || echo "**At least one step FAILED**") in $(($(date +%s) - START)) s." \
   "Results: $OUT"
 exit $failed

@@ -125,7 +125,10 @@ def quantize(
     ] = False,
     dry_run: Annotated[
         bool,
-        typer.Option("--dry-run", help="Print the memory, disk and time that the run would need, and stop."),
+        # Eager: --device looks at it, wherever it stands in the command line.
+        typer.Option(
+            "--dry-run", is_eager=True, help="Print the memory, disk and time that the run would need, and stop."
+        ),
     ] = False,
     device: Device = None,
     threads: Threads = None,

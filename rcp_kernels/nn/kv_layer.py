@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import extras
 from ..ops.kv_cache import KVStorage, empty_kv_cache, kv_cache_append, kv_cache_attention, kv_cache_dequantize
@@ -241,6 +241,8 @@ class StaticQuantizedKVLayer(QuantizedKVLayer):
     def attention(self, query: Tensor, scale: float | None, causal: bool, window: int, mask: Tensor | None) -> Tensor:
         if self.key_rotation is not None:
             query = self.key_rotation(query)
+        if mask is not None and mask.shape[-1] < self._capacity:  # the first mask: see _append
+            mask = nn.functional.pad(mask, (0, self._capacity - mask.shape[-1]), value=False)
         return kv_cache_attention(query, self.storage, 0, scale, causal, window, mask, self._shared.held)
 
     def get_seq_length(self) -> Any:

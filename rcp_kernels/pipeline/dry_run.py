@@ -14,9 +14,11 @@ import torch
 from torch import nn
 
 from .. import extras
+from ..data.by_name import check_text
 from ..hardware import choose_device
 from ..methods.gptq import device_bytes as gptq_device_bytes
 from ..methods.laquant import device_bytes as laquant_device_bytes
+from ..methods.rcp.train import check_processes
 from ..methods.rotate.rotate_model import device_bytes as rotation_device_bytes
 from ..models import Architecture, describe
 from ..models.load import float_config, source_dtype
@@ -122,6 +124,29 @@ class DryRun:
         )
 
 
+def _device_anywhere(device: str | torch.device) -> torch.device:
+    """A device that need not be there, of a kind that computes."""
+    try:
+        found = torch.device(device)
+    except (RuntimeError, TypeError):
+        found = torch.device("meta")
+    if found.type == "meta":
+        raise ValueError(
+            f"dry run: the device must be one that torch computes on, such as cpu, cuda or cuda:1, got {str(device)!r}; "
+            f"check the spelling"
+        )
+    return found
+
+
+def _world_size() -> int:
+    value = os.environ.get("WORLD_SIZE", "1")
+    if not value.isdecimal():
+        raise ValueError(
+            f"dry run: WORLD_SIZE must be a number of processes, got {value!r}; set it to one, or unset it"
+        )
+    return int(value)
+
+
 def _duration(seconds: float) -> str:
     for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
         if seconds >= 2 * size:
@@ -145,15 +170,27 @@ def dry_run(
         shard: as for :func:`rcp_kernels.pipeline.quantize`.
 
     Raises:
-        MissingExtra, ValueError, OSError: as quantize for a recipe or a model that it refuses.
+        MissingExtra, ValueError, OSError: as quantize for a recipe or a model that it refuses. Also for a family that
+            is not in :data:`rcp_kernels.models.FAMILIES`, although rtn quantizes it.
     """
-    kind = (choose_device() if device is None else torch.device(device)).type
-    processes = int(os.environ.get("WORLD_SIZE", "1")) if processes is None else processes
+    where = choose_device() if device is None else _device_anywhere(device)
+    kind = where.type
+    processes = _world_size() if processes is None else processes
+    if processes < 1:
+        raise ValueError(f"dry run: the number of processes must be at least 1, got {processes}; pass another")
     if recipe.method != "rcp" and (shard or processes > 1):
         raise ValueError(f"dry run: several processes are for method rcp, got {recipe.method}; leave them out")
+    if shard and processes < 2:
+        raise ValueError(
+            "dry run: --shard needs several processes, got 1; set WORLD_SIZE to their number, or leave --shard out"
+        )
+    if recipe.method != "rtn":
+        check_text(recipe.text)
     build = functools.partial(_skeleton, float_config(recipe.model))
     model = build()
-    resolved = recipe.resolve(model)
+    resolved = recipe.resolve(model, where)
+    if recipe.method == "rcp":
+        check_processes(resolved.rcp, processes, shard)
     architecture = describe(model)
     linears = sum(rows * columns for rows, columns in architecture.shapes.values()) * len(architecture.layers)
     everything = sum(parameter.numel() for parameter in model.parameters())

@@ -83,6 +83,16 @@ def test_every_method_writes_the_directory_of_the_cpu(run, device, model, text, 
             assert torch.equal(there[name], tensor), name
 
 
+@pytest.mark.parametrize("method", ["rcp", "laquant"])
+def test_trainings_in_bfloat16(device, model, text, tmp_path, method):
+    training = {"bf16": True} if method == "rcp" else {"dtype": "bfloat16"}
+    training = {**METHODS[method]["training"], **training}
+    recipe = Recipe(str(model), method, group_size=32, text=str(text), sequence=16, training=training)
+    quantize(recipe, tmp_path / "out", device=device)
+    written = yaml.safe_load((tmp_path / "out" / "recipe.yaml").read_text())["training"]
+    assert written["bf16" if method == "rcp" else "dtype"] in (True, "bfloat16")
+
+
 @pytest.mark.parametrize("method", ["rtn", "gptq", "laquant"])
 def test_the_model_stays_on_the_cpu_and_its_head_tied(device, method):
     """The device holds a layer or two, and never the model."""

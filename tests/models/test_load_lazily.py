@@ -117,3 +117,26 @@ def test_files_that_do_not_fit_are_refused(damage, tokenizer, tmp_path):
     save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
     with pytest.raises(ValueError, match=name):
         load_lazily(folder)
+
+
+@pytest.mark.parametrize("size", ["10MB", "40KB"], ids=["whole", "sharded"])
+def test_other_safetensors_files_of_the_directory_are_not_read(size, tokenizer, tmp_path):
+    folder = written("llama", tokenizer, tmp_path)
+    for path in tmp_path.glob("model*.safetensors*"):
+        path.unlink()
+    model = make_model("llama").to(torch.bfloat16)
+    model.save_pretrained(folder, max_shard_size=size)
+    for name in ("model-00001-of-00099.safetensors", "zzz.safetensors"):
+        save_file({key: value + 1 for key, value in model.state_dict().items()}, tmp_path / name)
+    assert can_load_lazily(folder)
+    lazy, whole = load_lazily(folder)[0], load_float(folder)[0]
+    for name, parameter in whole.named_parameters():
+        assert torch.equal(values_of(lazy.get_parameter(name)), parameter), name
+
+
+def test_a_damaged_index_is_named(tokenizer, tmp_path):
+    folder = written("llama", tokenizer, tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    (tmp_path / "model.safetensors.index.json").write_text("{")
+    with pytest.raises(ValueError, match=r"model\.safetensors\.index\.json"):
+        can_load_lazily(folder)

@@ -156,3 +156,14 @@ def test_growing_storage_doubles():
         cache.update(x, x, 0)
         sizes.append(cache.layers[0].storage.key_codes.shape[2])
     assert sizes == [4, 8, 16, 16, 16, 32]
+
+
+@pytest.mark.parametrize("tokens", [3, 16, 17])
+@pytest.mark.parametrize(("family", "changes"), [("llama", {}), ("mistral", {"sliding_window": 8})])
+def test_a_padded_prompt_of_few_tokens(family, changes, tokens):
+    """The first mask has the width of the prompt, later masks that of the capacity."""
+    model = tiny_model(16, family, **changes)
+    prompt = prompts(2, tokens, 2)
+    expected, _ = generated(model, QuantizedKVCache(model.config), ATTENTION, prompt)
+    found, _ = generated(model, QuantizedKVCache(model.config, capacity=64, static=True), ATTENTION, prompt)
+    assert torch.equal(found, expected)

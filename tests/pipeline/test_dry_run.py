@@ -10,6 +10,7 @@ import torch
 import yaml
 
 from rcp_kernels.pipeline import Recipe, dry_run
+from rcp_kernels.pipeline import recipe as recipe_module
 from rcp_kernels.pipeline.memory import MemoryCounter
 from rcp_kernels.pipeline.recipe import read_recipe
 
@@ -95,3 +96,43 @@ def test_the_counter_forgets_freed_tensors():
         assert counter.bytes == {"temporaries": 3960, "later": 2 * 3960}
         assert float(third.sum()) == 1.0  # nothing can be read back
     assert counter.peaks["later"] == {"temporaries": 3960, "later": 2 * 3960}
+
+
+def test_the_device_decides_on_bfloat16_and_not_the_cpu_here(monkeypatch):
+    config = str(RECIPES / "configs" / "llama-3.2-1b")
+    found = dry_run(Recipe(config, "rcp"), device="cuda").device_bytes
+    original = recipe_module.fast_bfloat16
+    slow_cpu = lambda device=None: device is not None and device.type != "cpu" and original(device)  # noqa: E731
+    monkeypatch.setattr(recipe_module, "fast_bfloat16", slow_cpu)
+    assert dry_run(Recipe(config, "rcp"), device="cuda").device_bytes == found
+
+
+@pytest.mark.parametrize("order", [("--dry-run", "--device", "cuda:3"), ("--device", "cuda:3", "--dry-run")])
+def test_the_options_may_stand_in_any_order(run, order):
+    code, out, err = run("quantize", RECIPES / "configs" / "llama-3.2-1b", *order)
+    assert code == 0, err
+    assert "cuda GB" in out
+
+
+@pytest.mark.parametrize(
+    ("fields", "options", "found"),
+    [
+        ({}, {"device": "bogus"}, "bogus"),
+        ({}, {"device": "meta"}, "meta"),
+        ({"method": "rcp"}, {"shard": True}, "--shard"),
+        ({"method": "rcp"}, {"processes": -1}, "-1"),
+        ({"method": "rcp"}, {"processes": 3}, "batch"),
+        ({"method": "rcp", "training": {"optimizer": "adamw8bit"}}, {"processes": 2, "shard": True}, "adamw8bit"),
+        ({"text": "no such file"}, {}, "no such file"),
+    ],
+)
+def test_what_quantize_refuses_a_dry_run_refuses(fields, options, found):
+    recipe = Recipe(str(RECIPES / "configs" / "llama-3.2-1b"), **fields)
+    with pytest.raises((ValueError, OSError), match=found):
+        dry_run(recipe, **{"device": "cuda", **options})
+
+
+def test_the_number_of_processes_in_the_environment_is_checked(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "abc")
+    with pytest.raises(ValueError, match="WORLD_SIZE.*abc"):
+        dry_run(Recipe(str(RECIPES / "configs" / "llama-3.2-1b"), "rcp"), device="cuda")

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ...formats import PackedWeight
+from ...hardware import choose_device
 from ...models import Layer, describe
 from ...models.lazy import values_of
 from ...nn.quant_linear import QuantLinear
@@ -140,7 +141,7 @@ def gptq_quantize_model(
     for name, linear in linears.items():
         check_arguments(linear.weight, *options, f"{where}: layer {name}")
     home = device_of(model)
-    device = home if device is None else torch.device(device)
+    device = home if device is None else choose_device(device)
     result = QuantizedLayers()
     training = model.training
     model.eval()

@@ -26,6 +26,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from ...formats import PackedWeight
+from ...hardware import choose_device
 from ...models import Layer, describe
 from ...models.lazy import set_source
 from ...nn import QuantLinear
@@ -113,7 +114,7 @@ def laquant_quantize_model(
     finished = None if directory is None else FinishedLayers(Path(directory), model, calibration_ids, config)
     layers = [model.get_submodule(layer.name) for layer in architecture.layers]
     home = device_of(model)
-    device = home if device is None else torch.device(device)
+    device = home if device is None else choose_device(device)
     hidden, keywords = first_layer_inputs(model, calibration_ids, device)
     if device != home:
         needed = device_bytes(architecture, config, hidden.shape[1])

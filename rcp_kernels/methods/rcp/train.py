@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...hardware import choose_device
 from ...nn.model_digest import model_digest
 from ..layers import check_vocabulary
 from ..student import students
@@ -70,7 +71,7 @@ def train(
     """
     _check(model, training, validation, config, directory, accelerator, shard)
     home = next(model.parameters()).device
-    device = home if device is None else torch.device(device)
+    device = home if device is None else choose_device(device)
     run = Training(
         model, training, validation, config, teacher, probes or {}, directory, accelerator, shard, progress, device
     )
@@ -78,6 +79,24 @@ def train(
     if not shard:
         model.to(home)
     return result
+
+
+def check_processes(config: RcpConfig, processes: int, shard: bool) -> None:
+    """Refuse settings that do not go with a number of processes.
+
+    Raises:
+        ValueError: names the setting.
+    """
+    if config.batch % (config.micro_batch * processes):
+        raise ValueError(
+            f"train: batch must be a multiple of micro_batch times the processes, got {config.batch} and "
+            f"{config.micro_batch} x {processes}; change one of them"
+        )
+    if shard and config.optimizer != "adamw":
+        raise ValueError(
+            f"train: optimizer must be 'adamw' with shard, got {config.optimizer!r}; FSDP2 splits its states over the "
+            f"processes"
+        )
 
 
 def _check(
@@ -89,21 +108,11 @@ def _check(
     accelerator: Any,
     shard: bool,
 ) -> None:
-    ranks = 1 if accelerator is None else accelerator.num_processes
-    if config.batch % (config.micro_batch * ranks):
-        raise ValueError(
-            f"train: batch must be a multiple of micro_batch times the processes, got {config.batch} and "
-            f"{config.micro_batch} x {ranks}; change one of them"
-        )
+    check_processes(config, 1 if accelerator is None else accelerator.num_processes, shard)
     if shard and (accelerator is None or directory is None):
         raise ValueError(
             f"train: shard needs an accelerator and a directory, got {accelerator} and {directory}; pass "
             f"both, or shard=False"
-        )
-    if shard and config.optimizer != "adamw":
-        raise ValueError(
-            f"train: optimizer must be 'adamw' with shard, got {config.optimizer!r}; FSDP2 splits its states over the "
-            f"processes"
         )
     for name, windows in (("training", training), ("validation", validation)):
         if windows.dim() != 2 or windows.shape[0] < 1 or windows.shape[1] < 2:

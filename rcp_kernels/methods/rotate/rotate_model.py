@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ...hardware import choose_device
 from ...models import Architecture, describe
 from ...models.hf import untie_head
 from ...models.lazy import has_values, set_source, source_of
@@ -114,7 +115,7 @@ def rotate_model(
     plan = make_plan(record, architecture, matrix)
     _check_layers(model, architecture)
     _check_values(model, architecture, plan, record.tied)
-    _fuse(model, architecture, plan, record, None if device is None else torch.device(device))
+    _fuse(model, architecture, plan, record, None if device is None else choose_device(device))
     _install(model, architecture, plan, record.tied)
     if record.changes_anything:
         setattr(model, _RECORD, record)
