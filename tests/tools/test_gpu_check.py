@@ -60,7 +60,7 @@ def test_every_step_on_a_card(gpu_check):
     assert summary.startswith("# NVIDIA H200, sm_90\n")
     for step in ("build", "emulated device", "triton", "check", "tests", "sanitizers"):
         assert f"| {step} | passed |" in summary
-    assert "Every step passed" in summary
+    assert "Every step that ran passed" in summary
     built = [call for call in calls if "-m pip install" in call]
     assert len(built) == 1
     assert built[0].startswith("RCP_CUDA=1 ARCHS=90 ")

@@ -10,6 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from rcp_kernels.triton import _without_triton
 
 pytest.importorskip("triton", reason="the Triton kernels need triton: pip install triton")
 
@@ -33,14 +36,21 @@ def run_python(code: str) -> str:
 
 
 @pytest.mark.parametrize("installed", [True, False])
-def test_registered_if_triton_is_installed(installed):
+def test_registered_with_triton_and_without(installed):
+    """Without Triton the kernels are there to say so."""
     code = f"""
 import sys
 {"" if installed else "sys.modules['triton'] = None"}
 import torch, rcp_kernels, rcp_kernels.triton
 print(*(torch._C._dispatch_has_kernel_for_dispatch_key(f"rcp_kernels::{{op}}", "CUDA") for op in {OPS}))
+print(rcp_kernels.triton._INSTALLED)
 """
-    assert run_python(code) == " ".join([str(installed)] * 3)
+    assert run_python(code).split() == ["True"] * 3 + [str(installed)]
+
+
+def test_without_triton_a_call_names_the_remedy():
+    with pytest.raises(RuntimeError, match=r"^walsh_transform: .*pip install triton$"):
+        _without_triton("walsh_transform")(torch.ones(2))
 
 
 def test_importing_the_package_does_not_import_the_kernels():
