@@ -36,7 +36,7 @@ OLDEST_TESTS := $(addprefix tests/,$(addprefix checkpoint/test_,writers_and_read
   model_card.py) integrations/test_transformers.py $(addprefix nn/test_fused_decoder,.py _models.py) \
   $(addprefix ops/test_kv_cache,.py _arguments.py) $(addprefix methods/test_,rotate.py rotate_record.py gptq.py \
   gptq_model.py laquant.py rcp.py rcp_refuses.py student.py) $(addprefix cli/test_,evaluate.py quantize.py refuses.py) \
-  evaluation/test_decoding.py ops/test_static_kv_cache.py)
+  evaluation/test_decoding.py models/test_load_lazily.py ops/test_static_kv_cache.py)
 # Another torch is another environment: its name is part of the stamp's name.
 TORCH_STAMP := $(STAMPS)/torch-$(firstword $(shell printf '%s' '$(TORCH)' | cksum))
 BUILD_INPUTS := setup.py pyproject.toml $(wildcard tools/cuda_toolkit.*) $(shell find csrc -type f)

@@ -21,6 +21,7 @@ from .gguf import gguf_config, load_gguf
 __all__ = [
     "DEMO",
     "check_loading",
+    "damaged_config",
     "encode",
     "find_demo_model",
     "float_config",
@@ -104,7 +105,7 @@ def load_float(
                 local_files_only=local,
             )
     except TypeError as error:  # transformers 5.0 does not check the fields of a config
-        raise _damaged_config(name, error) from None
+        raise damaged_config(name, error) from None
     except SafetensorError as error:
         raise ValueError(
             f"model: the weights of {name} must be whole safetensors files, got {error}; copy the model again"
@@ -182,7 +183,8 @@ def check_loading(name: str, model: nn.Module, report: dict[str, Any]) -> None:
             )
 
 
-def _damaged_config(name: str, error: Exception) -> ValueError:
+def damaged_config(name: str, error: Exception) -> ValueError:
+    """The error for a config.json whose fields transformers does not take."""
     found = " ".join(str(error).split())
     return ValueError(f"model: config.json of {name} must have valid fields, got {found}; copy it again")
 
@@ -194,7 +196,7 @@ def read_config(name: str) -> Any:
     try:
         return AutoConfig.from_pretrained(name, local_files_only=Path(name).is_dir())
     except StrictDataclassError as error:
-        raise _damaged_config(name, error) from None
+        raise damaged_config(name, error) from None
 
 
 def source_dtype(name: str) -> torch.dtype:

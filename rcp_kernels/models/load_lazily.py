@@ -17,7 +17,7 @@ from . import hf
 from .architecture import describe
 from .families import FAMILIES
 from .lazy import set_source
-from .load import check_loading, load_float, read_config
+from .load import check_loading, damaged_config, load_float, read_config
 
 __all__ = ["can_load_lazily", "load_lazily"]
 
@@ -74,8 +74,11 @@ def load_lazily(name: str) -> tuple[nn.Module, Any]:
                 f"model: the weights of {name} must be whole safetensors files, got {error}; copy the model again"
             ) from None
         files.update(dict.fromkeys(file.keys(), file))
-    with _linears_on_meta():
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    try:
+        with _linears_on_meta():
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    except TypeError as error:  # transformers 5.0 does not check the fields of a config
+        raise damaged_config(name, error) from None
     model.tie_weights()
     stored = hf.file_names(model, files)
     parameters = dict(model.named_parameters())  # one name for each tied one
