@@ -293,10 +293,10 @@ def random_builders(
         layer.weight = _random_parameter((out_features, in_features), in_features**-0.5)
         return layer
 
-    return {OURS: lambda: _random_llama(shape, packed, ends), TORCH: lambda: _random_llama(shape, dense, ends)}
+    return {OURS: lambda: random_model(shape, packed, ends), TORCH: lambda: random_model(shape, dense, ends)}
 
 
-def _random_llama(
+def random_model(
     shape: Mapping[str, int], linear: Callable[[int, int], nn.Module], ends: dict[str, nn.Parameter]
 ) -> nn.Module:
     """A LLaMA in bfloat16 whose decoder layers have linears of `linear`(out_features, in_features).

@@ -14,7 +14,7 @@ from ..evaluation.decoding import Decoder
 from ..evaluation.static_cache import static_cache
 from ..formats import PackedWeight
 from ..nn.quant_linear import QuantLinear
-from .decode import SHAPES, _random_llama, weight_counts
+from .decode import SHAPES, random_model, weight_counts
 from .lut_linear import group_size_for, random_packed_weight
 
 __all__ = ["SMALL_SHAPE", "decode_seconds", "fitting_layers", "packed_name"]
@@ -100,7 +100,7 @@ def _measure(
     new_tokens: int,
     packed_cache: bool = False,
 ) -> float:
-    model = _random_llama(shape, linear, {}).to(device=device, dtype=dtype)
+    model = random_model(shape, linear, {}).to(device=device, dtype=dtype)
     prompt: Tensor = torch.randint(0, 32, (1, _CONTEXT), device=device)
     # Beside the timed steps: one that captures the graph, or finds its caches cold, and one that raises the clock.
     decoder = Decoder(model, prompt, cache=static_cache(model, _CONTEXT + 2 + new_tokens, packed_cache))

@@ -40,7 +40,7 @@ READ_STREAMS = 8
 GRAPHS = "CUDA graphs over data of 4 x L2, L2 evicted before each"
 """How :func:`graph_seconds` measures, for the header of a benchmark."""
 
-# Of `rotating`. None outside of it.
+# The bytes that a `rotating` block gives. None outside of such a block.
 _given_rotation: int | None = None
 
 

@@ -28,7 +28,7 @@ from ..checkpoint import load_quantized
 from ..evaluation.decoding import Decoder
 from ..models.load import DEMO, find_demo_model, load_float
 from ..nn.fused_decoder import fuse_decoder
-from .decode import SHAPES, random_builders
+from . import decode
 from .gguf_files import KINDS, random_llama, requantize
 from .llama_cpp import Library, LlamaCpp
 from .timing import torch_threads
@@ -119,15 +119,15 @@ def measure(
         ValueError: unknown competitor, or a model that is not in a GGUF file.
     """
     extras.require("transformers", "gguf", "accelerate", "safetensors")
-    if model in SHAPES:
+    if model in decode.SHAPES:
         # The shape as JSON takes the place of a file's name.
-        source = json.dumps(SHAPES[model] | ({} if layers is None else {"num_hidden_layers": layers}))
+        source = json.dumps(decode.SHAPES[model] | ({} if layers is None else {"num_hidden_layers": layers}))
     else:
         source = str(find_demo_model()) if model == DEMO else model
         if not source.endswith(".gguf") or layers is not None:
             raise ValueError(
-                f"bench: the model to compare with llama.cpp must be demo, a .gguf file, or one of {', '.join(SHAPES)} "
-                f"with or without layers, got {model} and {layers} layers"
+                f"bench: the model to compare with llama.cpp must be demo, a .gguf file, or one of "
+                f"{', '.join(decode.SHAPES)} with or without layers, got {model} and {layers} layers"
             )
     rows = []
     with tempfile.TemporaryDirectory(prefix="rcp-kernels-") as folder:
@@ -143,11 +143,11 @@ def measure(
             with torch_threads(count):
                 for competitor in models.values():
                     competitor.set_threads(count)
-                decode = _decode(models, new_tokens)
+                decoding = _decode(models, new_tokens)
                 prefill = _prefill(models, prompt_tokens, rounds)
             for name in names:
                 rows.append(
-                    Row(name, count, *decode[name], *prefill[name], _disk_bytes(name, files[name]), resident[name]),
+                    Row(name, count, *decoding[name], *prefill[name], _disk_bytes(name, files[name]), resident[name]),
                 )
     return rows
 
@@ -170,7 +170,7 @@ def _make(name: str, source: str, folder: Path) -> str:
 
     bits, act_bits = _bits(name)
     recipe = Recipe(model=source, method="rtn", w_bits=bits, a_bits=act_bits, rotation="none", levels="uniform")
-    quantize(recipe, folder / name)
+    quantize(recipe, folder / name, device="cpu")
     return str(folder / name)
 
 
@@ -183,17 +183,17 @@ def _bits(name: str) -> tuple[int, int]:
 def _load(name: str, path: str, context: int) -> _Model:
     if name in LLAMA:
         return LlamaCpp(Library(), Path(path), context)
-    # Of what is not packed. An AMX CPU has a fast bfloat16 product.
-    dtype = torch.bfloat16 if name == "torch bf16" or hardware.cpu_isa() == "amx" else torch.float32
+    # Ours keep in bfloat16 the parts that are not packed, if this CPU multiplies bfloat16 fast.
+    half = name == "torch bf16" or (name in OURS and hardware.fast_bfloat16())
     if path.startswith("{"):
         bits, act_bits = (2, 4) if name in TORCH else _bits(name)
-        builders = random_builders(json.loads(path), bits, 128, act_bits)
-        model = builders["torch bf16" if name in TORCH else "rcp_kernels"]()
+        builders = decode.random_builders(json.loads(path), bits, 128, act_bits)
+        model = builders[decode.TORCH if name in TORCH else decode.OURS]()
     elif name in TORCH:
         model = load_float(path)[0]
     else:
         model = load_quantized(path)[0]
-    model.to(torch.float32 if name == "torch fp32" else dtype)
+    model.to(torch.bfloat16 if half else torch.float32)
     if name in OURS:
         fuse_decoder(model)
     return _Ours(model)

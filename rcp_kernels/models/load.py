@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import io
+import json
 import re
 import struct
 from collections.abc import Iterator
@@ -30,6 +31,7 @@ __all__ = [
     "read_config",
     "source_bytes",
     "source_dtype",
+    "weight_files",
 ]
 
 DEMO = "demo"
@@ -219,10 +221,32 @@ def source_dtype(name: str) -> torch.dtype:
     return dtype
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model's directory that transformers reads; none where there are none.
+
+    Other files may lie beside them, for example shards of an earlier save.
+
+    Raises:
+        ValueError: the index of the shards is damaged.
+    """
+    whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if whole.exists():
+        return [whole]
+    if not index.exists():
+        return []
+    try:
+        return sorted({folder / name for name in json.loads(index.read_text())["weight_map"].values()})
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"model: {index} must be an index of safetensors files, got {type(error).__name__}: {error}; copy the "
+            f"model again"
+        ) from None
+
+
 def _stored_dtypes(folder: Path) -> Iterator[torch.dtype]:
     from safetensors import safe_open
 
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in weight_files(folder):
         with safe_open(path, framework="pt") as file:
             for key in file.keys():
                 dtype = file.get_tensor(key).dtype
@@ -235,7 +259,8 @@ def source_bytes(name: str) -> int | None:
     file = _file_of(name)
     if file is not None:
         return file.stat().st_size
-    return sum(path.stat().st_size for kind in ("*.safetensors", "*.bin") for path in Path(name).glob(kind)) or None
+    files = weight_files(Path(name)) or Path(name).glob("*.bin")
+    return sum(path.stat().st_size for path in files) or None
 
 
 def group_size_of(model: nn.Module, asked: int | None) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,30 +16,14 @@ from . import hf
 from .architecture import describe
 from .families import FAMILIES
 from .lazy import set_source
-from .load import check_loading, damaged_config, load_float, read_config
+from .load import check_loading, damaged_config, load_float, read_config, weight_files
 
 __all__ = ["can_load_lazily", "load_lazily"]
 
 
 def can_load_lazily(name: str) -> bool:
     """Whether ``name`` is a directory of safetensors files of a family in :data:`rcp_kernels.models.FAMILIES`."""
-    return bool(_weight_files(Path(name))) and read_config(name).model_type in FAMILIES
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    """The files that transformers reads. Others may lie beside them, for example shards of an earlier save."""
-    whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if whole.exists():
-        return [whole]
-    if not index.exists():
-        return []
-    try:
-        return sorted({folder / name for name in json.loads(index.read_text())["weight_map"].values()})
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"model: {index} must be an index of safetensors files, got {type(error).__name__}: {error}; copy the "
-            f"model again"
-        ) from None
+    return bool(weight_files(Path(name))) and read_config(name).model_type in FAMILIES
 
 
 def load_lazily(name: str) -> tuple[nn.Module, Any]:
@@ -66,7 +49,7 @@ def load_lazily(name: str) -> tuple[nn.Module, Any]:
         return load_float(name)  # refuses it
     tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=True)
     files: dict[str, Any] = {}  # by tensor
-    for path in _weight_files(Path(name)):
+    for path in weight_files(Path(name)):
         try:
             file = safe_open(path, framework="pt", device="cpu")
         except SafetensorError as error:

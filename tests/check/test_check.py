@@ -226,7 +226,7 @@ def test_facts_of_a_card_that_cannot_be_read(device):
 
 
 class Properties:
-    """Of torch.cuda.get_device_properties."""
+    """The fields of torch.cuda.get_device_properties that the benchmarks read."""
 
     name, major, minor, multi_processor_count, L2_cache_size, total_memory = "A card", 9, 0, 132, 60 << 20, 141 * 10**9
     uuid = "12-34"

@@ -11,7 +11,7 @@ import torch
 
 pytest.importorskip("transformers")
 
-import transformers
+from demo_models import Tokenizer, make_tiny
 from rich.console import Console
 
 from rcp_kernels import QuantLinear, extras
@@ -24,30 +24,7 @@ from rcp_kernels.models import describe
 
 @pytest.fixture(scope="module")
 def tiny():
-    """A LLaMA with hidden size 192 = 3 * 64, grouped heads and tied embeddings, as SmolLM2 has."""
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        hidden_size=192,
-        intermediate_size=256,
-        num_hidden_layers=2,
-        num_attention_heads=6,
-        num_key_value_heads=2,
-        vocab_size=128,
-        tie_word_embeddings=True,
-    )
-    return transformers.LlamaForCausalLM(config).eval()
-
-
-class Tokenizer:
-    """Stands in for the real one where measure() needs it: a question as tokens, and tokens as text."""
-
-    eos_token_id = 2
-
-    def apply_chat_template(self, messages, **_):
-        return {"input_ids": torch.arange(3, 3 + len(messages[0]["content"]))[None]}
-
-    def decode(self, tokens, skip_special_tokens):
-        return " ".join(map(str, tokens))
+    return make_tiny(layers=2)
 
 
 @pytest.fixture(scope="module")

@@ -5,38 +5,16 @@ import torch
 
 pytest.importorskip("transformers")
 
-import transformers
+from demo_models import Tokenizer, make_tiny
 
 from rcp_kernels import extras
 from rcp_kernels.demo import report as shown
 from rcp_kernels.demo import run as demo
 
 
-class Tokenizer:
-    """Stands in for the real one where measure() needs it: a question as tokens, and tokens as text."""
-
-    eos_token_id = 2
-
-    def apply_chat_template(self, messages, **_):
-        return {"input_ids": torch.arange(3, 3 + len(messages[0]["content"]))[None]}
-
-    def decode(self, tokens, skip_special_tokens):
-        return " ".join(map(str, tokens))
-
-
 @pytest.fixture(scope="module")
 def tiny():
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        hidden_size=192,
-        intermediate_size=256,
-        num_hidden_layers=1,
-        num_attention_heads=6,
-        num_key_value_heads=2,
-        vocab_size=128,
-        tie_word_embeddings=True,
-    )
-    return transformers.LlamaForCausalLM(config).eval()
+    return make_tiny(layers=1)
 
 
 def test_the_demo_measures_there(device, tiny, monkeypatch):

@@ -15,7 +15,7 @@ from rcp_kernels.methods.laquant import LaquantConfig, laquant_quantize_model  #
 from rcp_kernels.methods.rotate import rotate_model  # noqa: E402
 from rcp_kernels.models import describe  # noqa: E402
 from rcp_kernels.models.lazy import values_of  # noqa: E402
-from rcp_kernels.models.load import load_float  # noqa: E402
+from rcp_kernels.models.load import load_float, source_bytes  # noqa: E402
 from rcp_kernels.models.load_lazily import can_load_lazily, load_lazily  # noqa: E402
 
 IDS = torch.randint(0, 11, (4, 12), generator=torch.Generator().manual_seed(0))
@@ -129,6 +129,8 @@ def test_other_safetensors_files_of_the_directory_are_not_read(size, tokenizer, 
     for name in ("model-00001-of-00099.safetensors", "zzz.safetensors"):
         save_file({key: value + 1 for key, value in model.state_dict().items()}, tmp_path / name)
     assert can_load_lazily(folder)
+    stored = sum(tensor.nbytes for tensor in model.state_dict().values())
+    assert stored < source_bytes(folder) < 1.5 * stored
     lazy, whole = load_lazily(folder)[0], load_float(folder)[0]
     for name, parameter in whole.named_parameters():
         assert torch.equal(values_of(lazy.get_parameter(name)), parameter), name
